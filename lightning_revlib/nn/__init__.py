@@ -1,0 +1,32 @@
+"""Reversible execution in pure torch; nothing in here imports lightning (the linter holds it)."""
+
+from lightning_revlib.nn.coupling import (
+    COUPLINGS,
+    Additive,
+    Alternating,
+    Coupling,
+    Invertible,
+    Momentum,
+    additive_coupling_forward,
+    additive_coupling_inverse,
+    get_coupling,
+)
+from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn.steps import SpaceToDepth
+
+__all__ = [
+    "CoupledSequential",
+    "ReversibleSequential",
+    "Coupling",
+    "Alternating",
+    "Additive",
+    "Momentum",
+    "Invertible",
+    "COUPLINGS",
+    "get_coupling",
+    "additive_coupling_forward",
+    "additive_coupling_inverse",
+    "SpaceToDepth",
+    "MemoryMeter",
+]

@@ -1,0 +1,30 @@
+"""The drift sentinel: how far backward's reconstruction of a stack's input is from the input itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SAMPLE = 256  # elements a stream, at most; never more than one in 512
+
+
+class Sentinel:
+    """A small sample of both streams at a stack's entrance, to be compared with their reconstruction.
+
+    `measure` gives |rebuilt - sample| / |sample| in the 2-norm, as a tensor on the streams' device.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.sample = self._take(a, b)
+
+    def measure(self, a: Tensor, b: Tensor) -> Tensor:
+        norm = self.sample.norm().clamp_min(torch.finfo(self.sample.dtype).tiny)
+        return (self._take(a, b) - self.sample).norm() / norm
+
+    @staticmethod
+    def _take(*streams: Tensor) -> Tensor:
+        with torch.no_grad():
+            count = streams[0].numel()
+            stride = max(1, count // max(8, min(SAMPLE, count // 512))) | 1  # odd: not one column for ever
+            index = torch.arange(0, count, stride, device=streams[0].device)
+            return torch.cat([stream.take(index) for stream in streams])

@@ -1,0 +1,58 @@
+"""Bytes counted at dispatch: exact, repeatable to the byte, and the same on every machine."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of the tensors that come to life while it is active.
+
+    >>> with MemoryMeter() as meter:
+    ...     y = stack(x)
+    ...     held = meter.live                      # bytes alive now that were not before
+    ...     meter.reset_peak()
+    ...     y.backward(g)
+    >>> held / y.nbytes, meter.peak / y.nbytes
+
+    What was alive before does not count, such as inputs and parameters. Storages are counted, not
+    tensors: views are free. It slows eager execution two to four times. Kernels' scratch memory
+    does not show; for that, use `torch.cuda.max_memory_allocated`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def reset_peak(self) -> None:
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (key := _key(tensor)) not in given and key not in self._known:
+                self._count(tensor.untyped_storage(), key)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, key: int) -> None:
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self._known[key] = weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,215 @@
+"""The engine: reversible steps under ordinary autograd, of which only the output is kept.
+
+# NOTE [ How a stack forgets and remembers ]
+1. Forward runs in grad mode, one `Frame` a step. While a step runs, `saved_tensors_hooks` hands
+   autograd a number for every tensor it wants to save, and the tensor itself is let go.
+2. What comes out passes through `Anchor`, an identity that saves it the ordinary way. Its backward
+   is the first to run, and gives the streams to the `Tape`. Autograd frees the anchor like any
+   other node: `retain_graph` and a second backward work, and nothing outlives the graph.
+3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on
+   the way are inverted, also one that saved nothing and is never asked (`nn.Identity`).
+4. To rewind a frame: recover the stream its block saw; run the block once more in grad mode,
+   catching the tensors it saves, in the same order; find the other stream by the coupling's
+   inverse. One evaluation serves inversion and gradient: 4/3 of the plain FLOPs in all.
+5. A caught tensor is given away when it is asked for: memory falls as the block's backward proceeds.
+6. A backward that does not come through the anchor (a loss on something that a block has left
+   elsewhere, a double backward) finds no streams, and fetches the anchor's tensors by itself.
+
+Gradients flow through the graph of the forward. The second graph only yields its saved tensors and
+is dropped, so that hooks, DDP, FSDP and `autograd.grad` meet nothing unusual.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.replay import Environment, ModuleState, RandomState, version
+
+
+class Step(Protocol):
+    """What the engine asks of a step."""
+
+    name: str
+    module: nn.Module
+    coupling: Coupling
+
+    def branch(self, b: Tensor) -> Any:
+        """The block's output for stream b, or None where the step has no block."""
+
+
+class Frame:
+    """One step of one forward, and what it takes to run it again."""
+
+    __slots__ = (
+        "caught", "index", "needs_grad", "random", "running", "saved", "saved_by_block", "state", "step", "tape"
+    )  # fmt: skip
+
+    def __init__(self, tape: Tape, index: int, step: Step) -> None:
+        self.tape, self.index, self.step = tape, index, step
+        self.random: RandomState | None = None  # set if the step draws
+        self.saved: list[tuple[torch.dtype, torch.Size]] = []
+        self.running: list[Tensor] = []  # until the step ends, for a block that calls autograd itself
+        self.caught: dict[int, tuple[Tensor, int]] = {}
+
+    def run(self, a: Tensor, b: Tensor) -> Streams:
+        self.needs_grad = a.requires_grad, b.requires_grad
+        self.state = ModuleState(self.step.module)
+        try:
+            with saved_tensors_hooks(self._pack, self._unpack):
+                f = self.step.branch(b)
+                self.saved_by_block = len(self.saved)
+                streams = self.step.coupling.forward(a, b, f)
+        finally:
+            self.running = []
+        self.state.close()
+        return streams
+
+    def rewind(self, a_out: Tensor, b_out: Tensor) -> Streams:
+        """The streams before the step from those after it, catching what autograd has saved in between."""
+        b = self.step.coupling.recover(a_out, b_out)
+        return self.replay(b, lambda f: self.step.coupling.inverse(a_out, b_out, b, f)), b
+
+    def replay(self, b: Tensor, solve: Callable[[Any], Tensor]) -> Tensor:
+        """Run the step again on stream b and return stream a, which `solve` finds from the block's output."""
+        caught: list[tuple[Tensor, int]] = []
+
+        def catch(tensor: Tensor) -> int:
+            caught.append((tensor.detach(), version(tensor)))
+            return len(caught) - 1
+
+        hooks = saved_tensors_hooks(catch, lambda number: caught[number][0])
+        a_needs_grad, b_needs_grad = self.needs_grad
+        with self.state.again(), self.random.again(b) if self.random else nullcontext():
+            # The same tensors require grad as in forward: else the block would save others.
+            b = b.detach().requires_grad_(b_needs_grad)
+            with torch.enable_grad(), hooks:
+                f = self.step.branch(b)
+            a = solve(None if f is None else f.detach())
+            if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
+                with torch.enable_grad(), hooks:
+                    self.step.coupling.forward(a.detach().requires_grad_(a_needs_grad), b, f)
+        self._check([(t.dtype, t.shape) for t, _ in caught])
+        self.caught = dict(enumerate(caught))
+        return a
+
+    def _pack(self, tensor: Tensor) -> int:
+        self.saved.append((tensor.dtype, tensor.shape))
+        self.running.append(tensor)
+        return len(self.saved) - 1
+
+    def _unpack(self, number: int) -> Tensor:
+        if self.running:
+            return self.running[number]
+        if number not in self.caught:
+            self.tape.rewind(self)
+        tensor, count = self.caught.pop(number)
+        if version(tensor) != count:
+            raise RuntimeError(
+                f"{self.step.name}: a tensor of shape {list(tensor.shape)} needed for its gradient has been modified"
+                " by an inplace operation inside the block; use the operation that is not in-place"
+            )
+        return tensor
+
+    def _check(self, again: list[tuple[torch.dtype, torch.Size]]) -> None:
+        if again == self.saved:
+            return
+        pairs = enumerate(zip(self.saved, again, strict=False))
+        rows = [f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y]
+        raise RuntimeError(
+            f"{self.step.name} computes something else in backward than it did in forward: it saved {len(self.saved)}"
+            f" tensors for its gradient, and {len(again)} when recomputed. "
+            + "".join(f"\n{row}" for row in rows[:3])
+            + "\n"
+            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only."
+        )
+
+
+class Tape:
+    """The frames of one forward, and the streams at the place to which backward has rewound them."""
+
+    def __init__(
+        self,
+        device_type: str,
+        read: Callable[[tuple[Tensor, ...]], Streams],
+        arrived: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.read = read  # the anchor's tensors -> streams
+        self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
+        self.frames: list[Frame] = []
+        self.streams: Streams | None = None
+        self.position = 0  # the streams are those before the frame of this index
+        self.environment = Environment(device_type)
+        self.anchor: weakref.ref[Any] | None = None
+        self.lock = threading.RLock()  # CUDA backward runs in threads of its own
+
+    def run(self, steps: Iterable[Step], a: Tensor, b: Tensor) -> Streams:
+        random = RandomState(a)
+        for index, step in enumerate(steps):
+            frame = Frame(self, index, step)
+            a, b = frame.run(a, b)
+            self.frames.append(frame)
+            after = RandomState(a)
+            if after != random:
+                frame.random, random = random, after
+        return a, b
+
+    def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Pass what came out through the anchor: `read` must give the last streams from it."""
+        return Anchor.apply(self, *tensors)
+
+    def start(self, tensors: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            self.streams = self.read(tensors)
+        self.position = len(self.frames)
+        for frame in self.frames:
+            frame.caught = {}
+
+    def rewind(self, frame: Frame) -> None:
+        with self.lock:
+            if self.streams is None or self.position < frame.index:
+                anchor = self.anchor and self.anchor()
+                if anchor is None:
+                    raise RuntimeError(f"{frame.step.name}: its stack has been freed; keep the output until backward")
+                self.start(anchor.saved_tensors)
+            a, b = self.streams
+            self.streams = None  # after an error the next call starts afresh
+            with torch.no_grad():
+                if self.position == frame.index:  # all is caught and given away: autograd asks a second time
+                    with self.environment.again():
+                        frame.replay(b, lambda f: a)
+                while self.position > frame.index:
+                    with self.environment.again():
+                        a, b = self.frames[self.position - 1].rewind(a, b)
+                    self.position -= 1
+                    if self.position == 0 and self.arrived:
+                        self.arrived(a, b)
+            self.streams = a, b
+
+
+class Anchor(torch.autograd.Function):
+    """The identity on what a stack puts out; the only place where its tensors are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, *tensors: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.tape, tape.anchor = tape, weakref.ref(ctx)
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ctx.tape.start(ctx.saved_tensors)
+        return None, *grads
+
+
+def _show(entry: tuple[torch.dtype, torch.Size]) -> str:
+    return f"{str(entry[0]).removeprefix('torch.')}{list(entry[1])}"
