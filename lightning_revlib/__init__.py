@@ -10,14 +10,12 @@ registered as soon as Lightning is there.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import importlib.util
+import sys
+from typing import Any
 
 from lightning_revlib.nn import *  # noqa: F403
 from lightning_revlib.nn import __all__ as _nn
-
-if TYPE_CHECKING:
-    from lightning_revlib.callback import ActivationMemoryMonitor, DriftMonitor, ReversibleCallback
-    from lightning_revlib.strategy import ReversibleStrategy
 
 __version__ = "0.1.0"
 
@@ -35,3 +33,35 @@ def __getattr__(name: str) -> Any:
     if name in _LIGHTNING:
         return getattr(importlib.import_module(f"lightning_revlib.{_LIGHTNING[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _register() -> None:
+    """Register the strategy names, now or when Lightning is imported: this import must not wait for it."""
+    if "lightning.pytorch.strategies" in sys.modules:
+        importlib.import_module("lightning_revlib.strategy")
+    else:
+        sys.meta_path.insert(0, _WhenLightningComes())
+
+
+class _WhenLightningComes:
+    """A finder that finds nothing, but lets `lightning.pytorch.strategies` be followed by our registration."""
+
+    target = "lightning.pytorch.strategies"
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.target:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                importlib.import_module("lightning_revlib.strategy")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_register()

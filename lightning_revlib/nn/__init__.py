@@ -12,8 +12,10 @@ from lightning_revlib.nn.coupling import (
     get_coupling,
 )
 from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.report import Report, report
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.steps import SpaceToDepth
+from lightning_revlib.nn.swap import restore, swap
 
 __all__ = [
     "CoupledSequential",
@@ -28,5 +30,9 @@ __all__ = [
     "additive_coupling_forward",
     "additive_coupling_inverse",
     "SpaceToDepth",
+    "swap",
+    "restore",
+    "report",
+    "Report",
     "MemoryMeter",
 ]

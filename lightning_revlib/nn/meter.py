@@ -35,6 +35,11 @@ class MemoryMeter(TorchDispatchMode):
     def reset_peak(self) -> None:
         self.peak = self.live
 
+    def forget_gradient(self, parameter: Tensor) -> None:
+        """Stop counting the parameter's gradient; made for `register_post_accumulate_grad_hook`."""
+        if parameter.grad is not None and (known := self._known.get(_key(parameter.grad))):
+            known()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}

@@ -52,7 +52,10 @@ class RandomState:
     def __init__(self, *tensors: Tensor) -> None:
         self.cpu = torch.get_rng_state()
         self.device_type = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
-        self.devices, self.states = get_device_states(*tensors) if self.device_type else ((), ())
+        self.devices: Sequence[int] = ()
+        self.states: Sequence[Tensor] = ()
+        if self.device_type:
+            self.devices, self.states = get_device_states(*tensors)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -80,8 +83,8 @@ class RandomState:
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often the tensor was changed in place; inference tensors do not count, nor does a tracing compiler."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class ModuleState:

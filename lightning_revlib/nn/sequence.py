@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.coupling import Coupling, CouplingSpec, Invertible, Pair, Streams, get_coupling
 from lightning_revlib.nn.drift import Sentinel
@@ -34,11 +35,13 @@ class Step:
         self.dtype, self.residual = dtype, residual
         self.args, self.kwargs = call
 
-    def branch(self, b: Tensor) -> Tensor | None:
+    def branch(
+        self, b: Tensor, call: Callable[..., Any] = lambda module, *args, **kwargs: module(*args, **kwargs)
+    ) -> Any:
         if isinstance(self.coupling, Invertible):
             return None
         x, count = b.to(self.dtype), version(b)
-        f = self.module(x, *self.args, **self.kwargs)
+        f = call(self.module, x, *self.args, **self.kwargs)
         if not isinstance(f, Tensor):
             raise TypeError(f"{self.name} returned {type(f).__name__}; a block returns one tensor")
         if version(b) != count:
@@ -85,6 +88,9 @@ class CoupledSequential(nn.Sequential):
             for a size that cannot be halved or a block that changes its stream's shape.
     """
 
+    OPTIONS = ("split_dim", "couplings", "stream_dtype", "residual")
+    path = "stack"  # where the stack is in its model, for errors; `swap` sets it
+
     def __init__(
         self,
         *blocks: nn.Module | OrderedDict[str, nn.Module],
@@ -114,17 +120,18 @@ class CoupledSequential(nn.Sequential):
         coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None,
         stream_dtype: torch.dtype | None = None,
         residual: bool = False,
-        path: str = "block",
     ) -> None:
         """Check and set all options but the blocks; `swap` calls it on an existing container."""
         if len(self) == 0:
             raise ValueError(f"{type(self).__name__} got no blocks; pass at least one module")
         if split_dim is not None and (not isinstance(split_dim, int) or isinstance(split_dim, bool)):
             raise TypeError(f"split_dim={split_dim!r}: pass the dimension to halve as an int, or None")
-        self.split_dim, self.stream_dtype, self.residual, self.path = split_dim, stream_dtype, residual, path
+        self.split_dim, self.stream_dtype, self.residual = split_dim, stream_dtype, residual
         self.couplings = _couplings(coupling, coupling_forward, coupling_inverse)
 
-    def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any
+    ) -> Tensor:
         """The stack's output, of x's shape and dtype unless an invertible step changes the shape.
 
         `args` and `kwargs` reach every block; `layerwise` holds one ``(args, kwargs)`` for each,
@@ -201,7 +208,7 @@ class CoupledSequential(nn.Sequential):
                 coupling = Invertible(module)
             else:
                 coupling, blocks = self.couplings[blocks % len(self.couplings)], blocks + 1
-            steps.append(Step(f"{self.path} {name}", module, coupling, dtype, self.residual, call))  # type: ignore[arg-type]
+            steps.append(Step(f"{self.path}.{name}", module, coupling, dtype, self.residual, call))
         return steps
 
 
@@ -228,12 +235,16 @@ class ReversibleSequential(CoupledSequential):
     def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
-        a, b = self._split(x)
-        tape = Tape(x.device.type, self._read, self._arrived(Sentinel(a, b)))
-        a, b = tape.run(self._steps(x.dtype, args, kwargs, layerwise), a, b)
-        if self.split_dim is None:
-            return self._join(*tape.fix(a, b)).to(x.dtype)
-        return tape.fix(self._join(a, b))[0].to(x.dtype)
+        compiler = set_eval_frame(None)  # the engine is not compiled; its blocks are
+        try:
+            a, b = self._split(x)
+            tape = Tape(x.device.type, self._read, self._arrived(Sentinel(a, b)), compiler)
+            a, b = tape.run(self._steps(x.dtype, args, kwargs, layerwise), a, b)
+            if self.split_dim is None:
+                return self._join(*tape.fix(a, b)).to(x.dtype)
+            return tape.fix(self._join(a, b))[0].to(x.dtype)
+        finally:
+            set_eval_frame(compiler)
 
     def _read(self, tensors: tuple[Tensor, ...]) -> Streams:
         a, b = tensors if self.split_dim is None else tensors[0].chunk(2, self.split_dim)

@@ -15,6 +15,9 @@
 6. A backward that does not come through the anchor (a loss on something that a block has left
    elsewhere, a double backward) finds no streams, and fetches the anchor's tensors by itself.
 
+Under `torch.compile` the engine stays eager and each block compiles by itself: its second run is
+compiled as the first was, whoever calls backward.
+
 Gradients flow through the graph of the forward. The second graph only yields its saved tensors and
 is dropped, so that hooks, DDP, FSDP and `autograd.grad` meet nothing unusual.
 """
@@ -29,10 +32,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
-from lightning_revlib.nn.replay import Environment, ModuleState, RandomState, version
+from lightning_revlib.nn.replay import Environment, ModuleState, RandomState
 
 
 class Step(Protocol):
@@ -42,8 +46,27 @@ class Step(Protocol):
     module: nn.Module
     coupling: Coupling
 
-    def branch(self, b: Tensor) -> Any:
-        """The block's output for stream b, or None where the step has no block."""
+    def branch(self, b: Tensor, call: Callable[..., Any]) -> Any:
+        """The block's output for stream b by `call(block, ...)`, or None where the step has no block."""
+
+
+eager = torch.compiler.disable(recursive=False)  # for what autograd calls while a compiled block runs
+
+
+class Catch:
+    """Collects, in order, what autograd saves."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[Tensor, int]] = []
+
+    @eager
+    def pack(self, tensor: Tensor) -> int:
+        self.tensors.append((tensor.detach(), tensor._version))
+        return len(self.tensors) - 1
+
+    @eager
+    def unpack(self, number: int) -> Tensor:
+        return self.tensors[number][0]
 
 
 class Frame:
@@ -65,7 +88,7 @@ class Frame:
         self.state = ModuleState(self.step.module)
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
-                f = self.step.branch(b)
+                f = self.step.branch(b, self.tape.call)
                 self.saved_by_block = len(self.saved)
                 streams = self.step.coupling.forward(a, b, f)
         finally:
@@ -80,39 +103,40 @@ class Frame:
 
     def replay(self, b: Tensor, solve: Callable[[Any], Tensor]) -> Tensor:
         """Run the step again on stream b and return stream a, which `solve` finds from the block's output."""
-        caught: list[tuple[Tensor, int]] = []
-
-        def catch(tensor: Tensor) -> int:
-            caught.append((tensor.detach(), version(tensor)))
-            return len(caught) - 1
-
-        hooks = saved_tensors_hooks(catch, lambda number: caught[number][0])
+        caught = Catch()
+        hooks = saved_tensors_hooks(caught.pack, caught.unpack)
         a_needs_grad, b_needs_grad = self.needs_grad
         with self.state.again(), self.random.again(b) if self.random else nullcontext():
             # The same tensors require grad as in forward: else the block would save others.
             b = b.detach().requires_grad_(b_needs_grad)
             with torch.enable_grad(), hooks:
-                f = self.step.branch(b)
+                f = self.step.branch(b, self.tape.call)
             a = solve(None if f is None else f.detach())
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
                 with torch.enable_grad(), hooks:
                     self.step.coupling.forward(a.detach().requires_grad_(a_needs_grad), b, f)
-        self._check([(t.dtype, t.shape) for t, _ in caught])
-        self.caught = dict(enumerate(caught))
+        self._check([(t.dtype, t.shape) for t, _ in caught.tensors])
+        self.caught = dict(enumerate(caught.tensors))
         return a
 
+    @eager
     def _pack(self, tensor: Tensor) -> int:
         self.saved.append((tensor.dtype, tensor.shape))
         self.running.append(tensor)
         return len(self.saved) - 1
 
+    @eager
     def _unpack(self, number: int) -> Tensor:
         if self.running:
             return self.running[number]
         if number not in self.caught:
-            self.tape.rewind(self)
+            compiler = set_eval_frame(None)
+            try:
+                self.tape.rewind(self)
+            finally:
+                set_eval_frame(compiler)
         tensor, count = self.caught.pop(number)
-        if version(tensor) != count:
+        if tensor._version != count:
             raise RuntimeError(
                 f"{self.step.name}: a tensor of shape {list(tensor.shape)} needed for its gradient has been modified"
                 " by an inplace operation inside the block; use the operation that is not in-place"
@@ -141,9 +165,11 @@ class Tape:
         device_type: str,
         read: Callable[[tuple[Tensor, ...]], Streams],
         arrived: Callable[[Tensor, Tensor], None] | None = None,
+        compiler: Any = None,
     ) -> None:
         self.read = read  # the anchor's tensors -> streams
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
+        self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.frames: list[Frame] = []
         self.streams: Streams | None = None
         self.position = 0  # the streams are those before the frame of this index
@@ -162,6 +188,13 @@ class Tape:
                 frame.random, random = random, after
         return a, b
 
+    def call(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        engine = set_eval_frame(self.compiler)
+        try:
+            return block(*args, **kwargs)
+        finally:
+            set_eval_frame(engine)
+
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Pass what came out through the anchor: `read` must give the last streams from it."""
         return Anchor.apply(self, *tensors)
@@ -176,10 +209,11 @@ class Tape:
     def rewind(self, frame: Frame) -> None:
         with self.lock:
             if self.streams is None or self.position < frame.index:
-                anchor = self.anchor and self.anchor()
+                anchor = self.anchor() if self.anchor else None
                 if anchor is None:
                     raise RuntimeError(f"{frame.step.name}: its stack has been freed; keep the output until backward")
                 self.start(anchor.saved_tensors)
+            assert self.streams is not None
             a, b = self.streams
             self.streams = None  # after an error the next call starts afresh
             with torch.no_grad():
@@ -206,6 +240,7 @@ class Anchor(torch.autograd.Function):
         return tensors
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.tape.start(ctx.saved_tensors)
         return None, *grads

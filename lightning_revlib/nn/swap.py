@@ -1,0 +1,138 @@
+"""Swapping: which modules of a model run reversibly. Classes change; objects, names and parameters stay.
+
+swap(model)      every CoupledSequential -> ReversibleSequential
+swap(model, {"encoder.layers": {"coupling": "momentum"}})    existing containers, by path or glob
+restore(model)   back to the classes from before
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
+
+Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
+Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
+Record: TypeAlias = tuple[nn.Module, type[nn.Module], dict[str, Any]]
+
+
+def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[str]:
+    """Make stacks of `model` reversible, in place, and return their paths.
+
+    >>> swap(model)                                                     # every CoupledSequential
+    >>> swap(model, {"net.blocks": {"coupling": "additive", "split_dim": 1}})
+
+    Objects, children's names, parameters and their order stay, so that optimizers, checkpoints and
+    averages made before remain valid. What is reversible already is left alone and counted. A
+    CoupledSequential keeps its function; another container becomes a stack with the options given.
+
+    Args:
+        model: any module; the path "" is the model itself.
+        targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
+            `CoupledSequential`, or None for its defaults. Without, every CoupledSequential.
+        strict: a target that matches nothing is an error; else it is passed over.
+
+    Raises:
+        ValueError: for a target that matches nothing, an invalid option, or nothing to swap at all.
+        TypeError: for a target that is no container of blocks.
+        In either case `model` is left as it was.
+    """
+    found = find(model, targets, strict=strict)
+    if strict and not found:
+        raise ValueError(
+            f"nothing to swap: {type(model).__name__} has no CoupledSequential; build its stack from one, or name an"
+            " nn.Sequential by targets={'path.to.it': {'coupling': 'additive'}}"
+        )
+    before = [record(module) for _, module, _ in found]
+    try:
+        for path, module, options in found:
+            _swap_one(path, module, options)
+    except Exception:
+        put_back(before)
+        raise
+    return [path for path, _, _ in found]
+
+
+def record(module: nn.Module) -> Record:
+    """All that swapping changes of a module, for `put_back`."""
+    return module, module.__class__, dict(module.__dict__)
+
+
+def put_back(records: list[Record]) -> None:
+    for module, cls, attributes in records:
+        module.__class__ = cls
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo `swap` and return the paths restored: ordinary autograd, keys and parameters untouched.
+
+    A ReversibleSequential that was built as such becomes a CoupledSequential, the same function.
+    """
+    restored = stacks(model)
+    for module in restored.values():
+        original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
+        for name in (*CoupledSequential.OPTIONS, "path", "_drift"):
+            module.__dict__.pop(name, None)
+        module.__class__, options = original
+        module.__dict__.update(options)
+    return list(restored)
+
+
+def stacks(model: nn.Module) -> dict[str, ReversibleSequential]:
+    """The reversible stacks of a model by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, ReversibleSequential)}
+
+
+def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[Match]:
+    """What `swap` would swap: (path, module, options) of each stack."""
+    modules = dict(model.named_modules())
+    if targets is None:
+        return [(path, m, None) for path, m in modules.items() if isinstance(m, CoupledSequential)]
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for pattern, options in targets.items():
+        paths = [pattern] if pattern in modules else _glob(pattern, modules)
+        if strict and not paths:
+            containers = [path for path, m in modules.items() if _is_container(m)]
+            near = difflib.get_close_matches(pattern, containers, cutoff=0.4) or containers[:5]
+            hint = f"near it: {', '.join(map(repr, near))}" if near else "and has none at all"
+            raise ValueError(f"target {pattern!r} matches no nn.Sequential of {type(model).__name__}; {hint}")
+        found.update(dict.fromkeys(paths, options))
+    return [(path, modules[path], options) for path, options in found.items()]
+
+
+def options_of(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in CoupledSequential.OPTIONS if name in module.__dict__}
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module) is nn.Sequential or isinstance(module, CoupledSequential)
+
+
+def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    return [path for path, m in modules.items() if fnmatch.fnmatchcase(path, pattern) and _is_container(m)]
+
+
+def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -> None:
+    original = type(module)
+    if original is not ReversibleSequential:
+        if original not in (CoupledSequential, nn.Sequential):
+            raise TypeError(
+                f"target {path!r} is a {original.__name__}, which cannot be swapped: a target is an nn.Sequential or a"
+                " CoupledSequential itself, since a subclass may do anything in its forward"
+            )
+        swapped_from = original, options_of(module)
+        module.__class__ = ReversibleSequential
+        module.path, module._swapped_from = path, swapped_from  # type: ignore[assignment]
+    assert isinstance(module, ReversibleSequential)
+    if options is not None or original is nn.Sequential:
+        try:
+            module.configure(**(options or {}))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {path!r}: {error}") from None
