@@ -88,19 +88,22 @@ def version(tensor: Tensor) -> int:
 
 
 class ModuleState:
-    """Training flags of a module's parts, and the values its changing buffers had before the call.
+    """Training flags and parameters of a module's parts, and the former values of buffers that its call changes.
 
-    Made before the call, closed after it. `again` lends the module copies of those values, so
-    that a second call sees what the first saw and leaves no trace: the buffers themselves are
-    put back untouched, whatever has happened to them since.
+    Made before the call, closed after it. `again` lends the module what the call has met, so that a
+    second call computes the same and leaves no trace: flags, parameters and buffers are put back,
+    whatever has happened to them since.
     """
 
-    __slots__ = ("buffers", "modules", "training")
+    __slots__ = ("buffers", "modules", "parameters", "training")
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())
         self.training = [m.training for m in self.modules]
-        self.buffers: Sequence[tuple[Any, ...]] = [
+        self.parameters: list[tuple[Any, ...]] = [
+            (m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None
+        ]
+        self.buffers: list[tuple[Any, ...]] = [
             (m, name, _copy(m, buffer), buffer, version(buffer))
             for m in self.modules
             for name, buffer in m._buffers.items()
@@ -109,31 +112,40 @@ class ModuleState:
 
     def close(self) -> None:
         """Keep only the buffers which the call has changed, in place or by a new tensor."""
-        if self.buffers:
-            self.buffers = [
-                (m, name, before)
-                for m, name, before, buffer, count in self.buffers
-                if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
-            ]
+        self.parameters = [(m, name, p, version(p), p.requires_grad) for m, name, p in self.parameters]
+        self.buffers = [
+            (m, name, before)
+            for m, name, before, buffer, count in self.buffers
+            if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
+        ]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        switched = [m for m, flag in zip(self.modules, self.training, strict=True) if m.training != flag]
-        if not switched and not self.buffers:
+    def again(self, name_of_step: str) -> Iterator[None]:
+        with ExitStack() as undo:
+            for m, flag in zip(self.modules, self.training, strict=True):
+                if m.training != flag:
+                    undo.callback(setattr, m, "training", m.training)
+                    m.training = flag
+            for m, name, p, count, requires_grad in self.parameters:
+                if version(p) != count:
+                    raise RuntimeError(
+                        f"{name_of_step}: parameter {name!r} of {type(m).__name__} has been modified in place since the"
+                        " forward, which backward has to run again; step the optimizer after backward"
+                    )
+                if (now := m._parameters.get(name)) is not p and type(p) in PLAIN and type(now) in PLAIN:
+                    undo.callback(m._parameters.__setitem__, name, now)  # lent by torch.func.functional_call
+                    m._parameters[name] = p
+                if p.requires_grad != requires_grad and p.is_leaf:
+                    undo.callback(p.requires_grad_, p.requires_grad)
+                    p.requires_grad_(requires_grad)
+            for m, name, before in self.buffers:
+                now = m._buffers[name]
+                undo.callback(m._buffers.__setitem__, name, now)
+                m._buffers[name] = (now if before is None else before).clone()
             yield
-            return
-        now = [(m, name, m._buffers[name]) for m, name, _ in self.buffers]
-        try:
-            for m in switched:
-                m.training = not m.training
-            for (m, name, before), (_, _, current) in zip(self.buffers, now, strict=True):
-                m._buffers[name] = (current if before is None else before).clone()
-            yield
-        finally:
-            for m in switched:
-                m.training = not m.training
-            for m, name, current in now:
-                m._buffers[name] = current
+
+
+PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
 
 
 def _copy(module: nn.Module, buffer: Tensor) -> Tensor | None:

@@ -106,7 +106,7 @@ class Frame:
         caught = Catch()
         hooks = saved_tensors_hooks(caught.pack, caught.unpack)
         a_needs_grad, b_needs_grad = self.needs_grad
-        with self.state.again(), self.random.again(b) if self.random else nullcontext():
+        with self.state.again(self.step.name), self.random.again(b) if self.random else nullcontext():
             # The same tensors require grad as in forward: else the block would save others.
             b = b.detach().requires_grad_(b_needs_grad)
             with torch.enable_grad(), hooks:

@@ -1,0 +1,574 @@
+"""What users do with a stack, one function a condition; `test_matrix` runs each with every coupling and dtype.
+
+A condition gets a `Case` and returns the tensors to compare. It is run twice, with the case's
+`stack(...)` building a CoupledSequential and then a ReversibleSequential of the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
+
+import lightning_revlib as revlib
+
+CONDITIONS: dict[str, Callable[[Case], list[Tensor | None]]] = {}
+WIDTH, BATCH = 6, 4
+
+
+def condition(run: Callable[[Case], list[Tensor | None]]) -> Callable[[Case], list[Tensor | None]]:
+    CONDITIONS[run.__name__] = run
+    return run
+
+
+@dataclass
+class Case:
+    cls: type[nn.Module]
+    coupling: Any
+    dtype: torch.dtype
+    autocast: bool
+
+    def forward_context(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+
+    @property
+    def out_width(self) -> int:
+        """What a block has to return for a stream of WIDTH."""
+        coupling = self.coupling[0] if isinstance(self.coupling, list) else self.coupling
+        if isinstance(coupling, dict):  # a pair of callables
+            return WIDTH
+        return revlib.get_coupling(coupling).branch_shape(torch.Size([BATCH, WIDTH]))[1]
+
+    def block(self, *before: nn.Module, after: tuple[nn.Module, ...] = ()) -> nn.Module:
+        return nn.Sequential(*before, nn.Linear(WIDTH, self.out_width), *after)
+
+    def stack(self, *blocks: nn.Module, **options: Any) -> nn.Module:
+        coupling = self.coupling if isinstance(self.coupling, dict) else {"coupling": self.coupling}
+        return self.cls(*blocks, **coupling, **options).to(self.dtype)
+
+    def mlp(self, depth: int = 4) -> nn.Module:
+        return self.stack(*[self.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth)])
+
+    def input(self, requires_grad: bool = True, *, width: int = 2 * WIDTH) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return torch.randn(BATCH, width, generator=generator, dtype=self.dtype).requires_grad_(requires_grad)
+
+    def call(self, stack: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self.forward_context():
+            return stack(x, *args, **kwargs)
+
+    def loss(self, y: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(8)
+        return (y * torch.randn(y.shape, generator=generator, dtype=self.dtype)).sum() + y.square().mean()
+
+    def train(self, stack: nn.Module, x: Tensor | None = None, *args: Any, **kwargs: Any) -> list[Tensor | None]:
+        """One forward and backward; output, gradients and buffers."""
+        x = self.input() if x is None else x
+        y = self.call(stack, x, *args, **kwargs)
+        if y.requires_grad:
+            self.loss(y).backward()
+        return [y, x.grad, *gradients(stack)]
+
+
+def gradients(stack: nn.Module) -> list[Tensor | None]:
+    return [*[p.grad for p in stack.parameters()], *[b.double() for b in stack.buffers()]]
+
+
+# --- what blocks are made of ---------------------------------------------------------------------
+
+
+@condition
+def mlp(case: Case) -> list[Tensor | None]:
+    return case.train(case.mlp())
+
+
+@condition
+def odd_depth(case: Case) -> list[Tensor | None]:
+    return case.train(case.mlp(5))
+
+
+@condition
+def one_block(case: Case) -> list[Tensor | None]:
+    return case.train(case.mlp(1))
+
+
+@condition
+def bare_linear(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[nn.Linear(WIDTH, case.out_width) for _ in range(4)]))
+
+
+class Wide(nn.Module):
+    """The identity, repeated where the coupling needs a wider branch; saves nothing, has no parameters."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.times, 1) if self.times > 1 else x
+
+
+@condition
+def identity_between(case: Case) -> list[Tensor | None]:
+    wide = Wide(case.out_width // WIDTH)
+    return case.train(case.stack(wide, case.block(nn.Tanh()), wide, case.block(nn.Tanh()), wide))
+
+
+@condition
+def identity_only(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[Wide(case.out_width // WIDTH) for _ in range(3)]))
+
+
+@condition
+def dropout(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(nn.Dropout(0.5), after=(nn.Dropout(0.2),)) for _ in range(4)]))
+
+
+@condition
+def dropout_in_some(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(case.block(), case.block(nn.Dropout(0.5)), case.block(nn.Tanh()), case.block()))
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand_like(x) + torch.randn(x.shape, dtype=x.dtype)
+
+
+@condition
+def functional_noise(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(Noisy(), nn.Tanh()) for _ in range(3)]))
+
+
+@condition
+def batch_norm(case: Case) -> list[Tensor | None]:
+    return case.train(
+        case.stack(*[case.block(nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)) for _ in range(4)])
+    )
+
+
+@condition
+def batch_norm_cumulative(case: Case) -> list[Tensor | None]:
+    stack = case.stack(*[case.block(nn.BatchNorm1d(WIDTH, momentum=None), nn.Tanh()) for _ in range(3)])
+    return [*case.train(stack), *case.train(stack)]
+
+
+@condition
+def batch_norm_eval(case: Case) -> list[Tensor | None]:
+    stack = case.stack(*[case.block(nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(3)])
+    case.train(stack)
+    return case.train(stack.eval())
+
+
+@condition
+def batch_norm_shared(case: Case) -> list[Tensor | None]:
+    norm = nn.BatchNorm1d(WIDTH)
+    return case.train(case.stack(*[case.block(norm, nn.Tanh()) for _ in range(3)]))
+
+
+@condition
+def spectral(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(spectral_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh()) for _ in range(3)]))
+
+
+class Counter(nn.Module):
+    """Changes what it reads: a counter in place, an average by a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x * (1 + 0.1 * self.calls.to(x.dtype)) + self.mean.to(x.dtype)
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0).to(self.mean.dtype)
+        return out
+
+
+@condition
+def changing_buffers(case: Case) -> list[Tensor | None]:
+    stack = case.stack(*[case.block(Counter(), nn.Tanh()) for _ in range(3)])
+    first, second = case.call(stack, case.input()), case.call(stack, case.input())
+    (case.loss(first) + case.loss(second)).backward()
+    return [first, second, *gradients(stack)]
+
+
+@condition
+def tied_weights(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(nn.Tanh())] * 4))
+
+
+@condition
+def inplace_inside(case: Case) -> list[Tensor | None]:
+    blocks = [case.block(nn.Linear(WIDTH, WIDTH), nn.ELU(inplace=True)) for _ in range(3)]
+    return case.train(case.stack(*blocks))
+
+
+class Twice(torch.autograd.Function):
+    """x^2 y; its backward asks for its saved tensors twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x * x * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return 2 * ctx.saved_tensors[0] * ctx.saved_tensors[1] * grad, ctx.saved_tensors[0] ** 2 * grad
+
+
+class UsesTwice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Twice.apply(x, x.tanh())
+
+
+@condition
+def saved_tensors_asked_twice(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(UsesTwice(), nn.Tanh()) for _ in range(3)]))
+
+
+class Force(nn.Module):
+    """The gradient of a potential, by autograd inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            position = x if x.requires_grad else x.detach().requires_grad_()
+            energy = self.potential(position).tanh().square().sum()
+            return torch.autograd.grad(energy, position, create_graph=True)[0]
+
+
+@condition
+def autograd_inside_a_block(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(Force()) for _ in range(3)]))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.module, x, use_reentrant=False)
+
+
+@condition
+def checkpoint_inside(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[Checkpointed(case.block(nn.Dropout(0.3), nn.Tanh())) for _ in range(3)]))
+
+
+@condition
+def checkpoint_around(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(), case.input()
+    with case.forward_context():
+        y = checkpoint(stack, x, use_reentrant=False)
+    case.loss(y).backward()
+    return [y, x.grad, *gradients(stack)]
+
+
+@condition
+def stack_in_a_stack(case: Case) -> list[Tensor | None]:
+    def inner() -> nn.Module:
+        parts = [nn.Sequential(nn.Linear(WIDTH // 2, WIDTH // 2), nn.Tanh()) for _ in range(3)]
+        return nn.Sequential(case.cls(*parts), nn.Dropout(0.3), nn.Linear(WIDTH, case.out_width))
+
+    return case.train(case.stack(*[inner() for _ in range(3)]))
+
+
+class Roll(nn.Module):
+    """An invertible step: a fixed permutation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, dims=-1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.roll(-1, dims=-1)
+
+
+class Stretch(nn.Module):
+    """An invertible step with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.linspace(-0.3, 0.3, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log.to(x.dtype).exp()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * (-self.log.to(y.dtype)).exp()
+
+
+@condition
+def invertible_steps(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(Roll(), case.block(nn.Tanh()), Stretch(), case.block(nn.Tanh()), Roll()))
+
+
+# --- what requires grad --------------------------------------------------------------------------
+
+
+@condition
+def input_without_grad(case: Case) -> list[Tensor | None]:
+    return case.train(case.mlp(), case.input(requires_grad=False))
+
+
+@condition
+def frozen_first_blocks(case: Case) -> list[Tensor | None]:
+    stack = case.mlp()
+    stack[:2].requires_grad_(False)
+    return case.train(stack, case.input(requires_grad=False))
+
+
+@condition
+def frozen_middle_block(case: Case) -> list[Tensor | None]:
+    stack = case.mlp()
+    stack[1].requires_grad_(False)
+    return case.train(stack)
+
+
+@condition
+def frozen_all_but_input(case: Case) -> list[Tensor | None]:
+    return case.train(case.mlp().requires_grad_(False))
+
+
+@condition
+def nothing_requires_grad(case: Case) -> list[Tensor | None]:
+    return case.train(case.mlp().requires_grad_(False), case.input(requires_grad=False))
+
+
+@condition
+def frozen_between_forward_and_backward(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(), case.input()
+    y = case.call(stack, x)
+    stack.requires_grad_(False)
+    case.loss(y).backward()
+    return [y, x.grad, *gradients(stack)]
+
+
+@condition
+def eval_between_forward_and_backward(case: Case) -> list[Tensor | None]:
+    stack, x = case.stack(*[case.block(nn.Dropout(0.5), nn.BatchNorm1d(WIDTH)) for _ in range(3)]), case.input()
+    y = case.call(stack, x)
+    stack.eval()
+    case.loss(y).backward()
+    assert not any(m.training for m in stack.modules())
+    return [y, x.grad, *gradients(stack)]
+
+
+@condition
+def functional_call(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(), case.input()
+    other = {name: (p.detach() + 0.1).requires_grad_() for name, p in stack.named_parameters()}
+    with case.forward_context():
+        y = torch.func.functional_call(stack, other, (x,))
+    case.loss(y).backward()
+    return [y, x.grad, *[p.grad for p in other.values()], *gradients(stack)]
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+class Conditioned(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.body = case.block(nn.Tanh())
+
+    def forward(self, x: Tensor, *args: Any, scale: Any = None, memory: Any = None) -> Tensor:
+        for arg in args:
+            x = x + arg if arg is not None else x
+        out = self.body(x if memory is None else x * memory["key"].sigmoid())
+        return out if scale is None else out * scale
+
+
+@condition
+def arguments_of_all_kinds(case: Case) -> list[Tensor | None]:
+    stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=WIDTH)
+    shift = torch.ones(WIDTH, dtype=case.dtype)
+    result = case.train(stack, x, shift, None, scale=0.5, memory={"key": leaf * 2, "name": "memory"})
+    return [*result, leaf.grad]
+
+
+@condition
+def layerwise_arguments(case: Case) -> list[Tensor | None]:
+    stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=WIDTH)
+    calls = [((leaf * k,), {"scale": k + 1.0}) for k in range(3)]
+    return [*case.train(stack, x, 0.1, layerwise=calls), leaf.grad]
+
+
+@condition
+def duplicated_input(case: Case) -> list[Tensor | None]:
+    blocks = [case.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+    return case.train(case.stack(*blocks, split_dim=None), case.input(width=WIDTH))
+
+
+@condition
+def negative_split_dim(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(nn.Tanh()) for _ in range(3)], split_dim=-1))
+
+
+# --- what is done with the graph -----------------------------------------------------------------
+
+
+@condition
+def retain_graph(case: Case) -> list[Tensor | None]:
+    stack, x = case.stack(*[case.block(nn.Dropout(0.3), nn.Tanh()) for _ in range(4)]), case.input()
+    loss = case.loss(case.call(stack, x))
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return [x.grad, *gradients(stack)]
+
+
+@condition
+def several_forwards_first(case: Case) -> list[Tensor | None]:
+    stack, x = case.stack(*[case.block(nn.Dropout(0.3), nn.Tanh()) for _ in range(4)]), case.input()
+    losses = [case.loss(case.call(stack, x * k)) for k in (1.0, 2.0, 3.0)]
+    for loss in (losses[1], losses[0], losses[2]):
+        loss.backward()
+    return [x.grad, *gradients(stack)]
+
+
+@condition
+def stack_applied_twice(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(3), case.input()
+    y = case.call(stack, case.call(stack, x))
+    case.loss(y).backward()
+    return [y, x.grad, *gradients(stack)]
+
+
+@condition
+def weights_shared_between_stacks(case: Case) -> list[Tensor | None]:
+    block = case.block(nn.Tanh())
+    first, second, x = case.stack(block, block), case.stack(block, case.block(nn.Tanh())), case.input()
+    y = case.call(second, case.call(first, x).tanh())
+    case.loss(y).backward()
+    return [y, x.grad, *gradients(first), *gradients(second)]
+
+
+@condition
+def grad_of_input_only(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(), case.input()
+    return [*torch.autograd.grad(case.loss(case.call(stack, x)), x), *gradients(stack)]
+
+
+@condition
+def grad_of_parameters_only(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(), case.input()
+    return [*torch.autograd.grad(case.loss(case.call(stack, x)), list(stack.parameters())), x.grad]
+
+
+@condition
+def grad_of_one_block(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(), case.input()
+    return list(torch.autograd.grad(case.loss(case.call(stack, x)), list(stack[1].parameters())))
+
+
+@condition
+def double_backward(case: Case) -> list[Tensor | None]:
+    stack, x = case.mlp(3), case.input()
+    (grad,) = torch.autograd.grad(case.loss(case.call(stack, x)), x, create_graph=True)
+    grad.square().sum().backward()
+    return [grad, x.grad, *gradients(stack)]
+
+
+@condition
+def anomaly_mode(case: Case) -> list[Tensor | None]:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        return case.train(case.mlp(3))
+
+
+@condition
+def hooks(case: Case) -> list[Tensor | None]:
+    stack, x, seen = case.mlp(3), case.input(), []
+    stack[1].register_full_backward_hook(lambda m, grad_in, grad_out: seen.extend(grad_in))
+    stack[2][0].weight.register_hook(lambda grad: 2 * grad)
+    y = case.call(stack, x)
+    y.register_hook(lambda grad: 3 * grad)
+    case.loss(y).backward()
+    return [y, x.grad, *gradients(stack), *seen]
+
+
+class Leaves(nn.Module):
+    """Leaves a loss on itself, as mixtures of experts do."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.body = case.block(nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        self.aux = out.float().square().mean() if not torch.is_inference_mode_enabled() else None
+        return out
+
+
+def _with_auxiliary(case: Case, order: str) -> list[Tensor | None]:
+    stack, x = case.stack(*[Leaves(case) for _ in range(3)]), case.input()
+    y = case.call(stack, x)
+    main, aux = case.loss(y), torch.stack([block.aux for block in stack]).sum()
+    losses = {"m": main, "a": aux, "s": main + aux}
+    for k, which in enumerate(order):
+        losses[which].backward(retain_graph=k + 1 < len(order))
+    return [y, x.grad, *gradients(stack)]
+
+
+@condition
+def auxiliary_loss_summed(case: Case) -> list[Tensor | None]:
+    return _with_auxiliary(case, "s")
+
+
+@condition
+def auxiliary_loss_first(case: Case) -> list[Tensor | None]:
+    return _with_auxiliary(case, "am")
+
+
+@condition
+def auxiliary_loss_last(case: Case) -> list[Tensor | None]:
+    return _with_auxiliary(case, "ma")
+
+
+@condition
+def auxiliary_loss_alone(case: Case) -> list[Tensor | None]:
+    return _with_auxiliary(case, "a")
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+@condition
+def deep_copy(case: Case) -> list[Tensor | None]:
+    stack = case.mlp(3)
+    case.train(stack)
+    stack.zero_grad()
+    return case.train(copy.deepcopy(stack))
+
+
+@condition
+def pickled(case: Case) -> list[Tensor | None]:
+    stack, file = case.mlp(3), io.BytesIO()
+    case.train(stack)
+    torch.save(stack, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    again.zero_grad()
+    return case.train(again)
+
+
+@condition
+def no_grad_between(case: Case) -> list[Tensor | None]:
+    stack = case.mlp(3)
+    with torch.no_grad():
+        plain = case.call(stack, case.input())
+    with torch.inference_mode():
+        case.call(stack, case.input())
+    return [plain, *case.train(stack)]
