@@ -1,0 +1,136 @@
+"""`revlib train | eval | predict`, with Hydra overrides after the command.
+
+The commands' work is in `lightning_revlib.recipes.run`; their configuration in `lightning_revlib.conf`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+CONFIG = "pkg://lightning_revlib.conf"
+COMMANDS = {
+    "train": ("train", "train a recipe, test its best checkpoint and print what was found"),
+    "eval": ("evaluate", "test a checkpoint: revlib eval ckpt_path=..."),
+    "predict": ("predict", "draw images beside their reconstruction: revlib predict ckpt_path=..."),
+}
+HELP = f"""\
+usage: revlib COMMAND [-m] [group=option] [key=value] ...
+
+{"".join(f"  {name:<9}{what}{chr(10)}" for name, (_, what) in COMMANDS.items())}
+  revlib train                                      i-RevNet on handwritten digits, the default
+  revlib train depth=5 coupling=momentum            deeper, with another coupling
+  revlib train coupling=momentum coupling.gamma=0.95
+  revlib train strategy=auto                        ordinary autograd, to compare
+  revlib train -m depth=2,3,4 seed=0,1              six runs, one after the other
+
+`revlib COMMAND --help` lists groups, options and keys. HYDRA_FULL_ERROR=1 adds the traceback to errors."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from lightning_revlib import __version__
+
+        print(f"revlib {__version__}")
+        return 0
+    command, *overrides = argv
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command!r}{_near(command, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+    from hydra.errors import HydraException
+
+    try:
+        _run(command, overrides)
+    except HydraException as error:
+        if _full_error():
+            raise
+        return _fail(explain(error, command, overrides))
+    return 0
+
+
+def _run(command: str, overrides: Sequence[str]) -> None:
+    """Compose the command's configuration and run it, once or once for each point of a sweep."""
+    import hydra
+    from hydra.errors import InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    users = (ValueError, TypeError, InstantiationException, MisconfigurationException, OmegaConfBaseException)
+    original, traceback = sys.argv, _full_error()
+
+    def task(cfg: DictConfig) -> Any:
+        from lightning_revlib.recipes import run
+
+        sys.argv = original  # what Lightning starts again for each further device
+        try:
+            return getattr(run, COMMANDS[command][0])(cfg)
+        except users as error:
+            if traceback:
+                raise
+            raise SystemExit(_fail(explain(error, command, overrides))) from None
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out of Hydra as they were raised
+    sys.argv = [original[0], *overrides]
+    try:
+        hydra.main(config_path=CONFIG, config_name=command, version_base="1.3")(task)()
+    finally:
+        sys.argv = original
+        if not traceback:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:
+    """One message for the user: what was given, and what can be given instead."""
+    from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        hint = "; experiment=null keeps the recipe's own settings" if group == "experiment" else ""
+        return f"{group}={option}: no such option{_near(option, error.options)}; it is one of {', '.join(error.options)}{hint}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
+    if isinstance(error, InstantiationException) and cause is not None:
+        return str(cause)
+    if (key := getattr(cause, "full_key", None)) and "not in struct" in str(cause):
+        parent, _, name = str(key).rpartition(".")
+        keys = _keys(command, overrides, parent)
+        where = f"{parent} has {', '.join(keys)}" if parent else f"`revlib {command} --help` lists all"
+        return f"{key}: no such key{_near(name, keys, parent)}; {where}; +{key}=... adds a new one"
+    return str(error).strip()
+
+
+def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
+    """The keys below `parent` in the command's configuration, with the groups chosen as in `overrides`."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig, OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG.removeprefix("pkg://"), version_base="1.3"):
+        groups = GlobalHydra.instance().config_loader().get_group_options("")
+        chosen = [o for o in overrides if o.partition("=")[0] in groups]
+        node = OmegaConf.select(compose(command, chosen), parent) if parent else compose(command, chosen)
+    return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+
+
+def _near(name: str, known: Iterable[str], parent: str = "") -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {parent + '.' if parent else ''}{found[0]}?)" if found else ""
+
+
+def _fail(message: str) -> int:
+    print(f"revlib: {message}", file=sys.stderr)
+    return 1
+
+
+def _full_error() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"

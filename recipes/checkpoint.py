@@ -1,0 +1,71 @@
+"""Checkpoints that name the module they belong to, and clear errors for files that are none."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+RECIPE = "revlib_recipe"  # the key under which a checkpoint names its module's class
+
+
+class SignCheckpoint(L.Callback):
+    """Writes the module's class into checkpoints, so that `revlib eval` need not be told it again."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[RECIPE] = f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The checkpoint at `path`, on the CPU. Raises ValueError if there is none, or it is none of Lightning's."""
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"ckpt_path={path} does not exist{_hint(file)}")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling fails in as many ways as there are files
+        raise ValueError(f"ckpt_path={path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"ckpt_path={path} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def load_module(cfg: DictConfig) -> L.LightningModule:
+    """The module of `cfg.ckpt_path`, as it was trained."""
+    if OmegaConf.is_missing(cfg, "ckpt_path") or cfg.ckpt_path is None:
+        found = sorted(Path(cfg.paths.log_dir).glob("train/runs/*/checkpoints/best.ckpt"))
+        example = found[-1] if found else "logs/train/runs/<time>/checkpoints/best.ckpt"
+        raise ValueError(f"ckpt_path is needed: revlib {cfg.task} ckpt_path={example}")
+    checkpoint = read(cfg.ckpt_path)
+    if RECIPE not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={cfg.ckpt_path} was not written by `revlib train`; load it by your module's load_from_checkpoint"
+        )
+    recipe = get_class(checkpoint[RECIPE])
+    if not issubclass(recipe, L.LightningModule):
+        raise ValueError(f"ckpt_path={cfg.ckpt_path} names {checkpoint[RECIPE]}, which is no LightningModule")
+    return recipe.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
+
+
+def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, path: str) -> None:
+    """Raise ValueError if a run cannot go on from this checkpoint."""
+    theirs, ours = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
+    differing = [f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in theirs | ours if theirs.get(k) != ours.get(k)]
+    if differing:
+        raise ValueError(f"ckpt_path={path} was trained with {', '.join(differing)}; set the same to go on from it")
+
+
+def _hint(file: Path) -> str:
+    """The names nearby, if the folder exists."""
+    if not file.parent.is_dir():
+        return f"; nor does the folder {file.parent}"
+    names = [entry.name for entry in file.parent.iterdir()]
+    near = difflib.get_close_matches(file.name, names, n=3, cutoff=0.4) or sorted(
+        n for n in names if n.endswith(".ckpt")
+    )
+    return f"; {file.parent} has {', '.join(near[:3])}" if near else ""

@@ -1,0 +1,111 @@
+"""What the commands of `revlib` do, each from its composed configuration: train, evaluate, predict."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_revlib.nn.report import report
+from lightning_revlib.recipes.checkpoint import SignCheckpoint, load_module, read, same_architecture
+from lightning_revlib.recipes.panel import Row, show, training_rows
+from lightning_revlib.recipes.picture import draw
+
+
+def train(cfg: DictConfig) -> float:
+    """Fit, test the best checkpoint, print the panel; returns that checkpoint's `optimized_metric`."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data: L.LightningDataModule = instantiate(cfg.data)
+    module: L.LightningModule = instantiate(cfg.recipe, **data.model_arguments)  # type: ignore[attr-defined]
+    if cfg.ckpt_path is not None:
+        same_architecture(read(cfg.ckpt_path), module, cfg.ckpt_path)
+    trainer = make_trainer(cfg, [SignCheckpoint()])
+    if trainer.logger:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+        trainer.logger.log_hyperparams(settings)  # type: ignore[arg-type]
+
+    start = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    seconds = time.perf_counter() - start
+    drift = trainer.callback_metrics.get("drift")
+
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    options: Any = {"datamodule": data, "ckpt_path": best, "verbose": False, "weights_only": True}
+    metrics = trainer.validate(module, **options)[0] | trainer.test(module, **options)[0]
+    if cfg.optimized_metric not in metrics:
+        raise ValueError(f"optimized_metric={cfg.optimized_metric}: not among {', '.join(sorted(metrics))}")
+
+    images = next(iter(data.train_dataloader()))[0]
+    module.train()
+    if trainer.is_global_zero:
+        show(
+            "revlib train", training_rows(metrics, report(module, images.to(module.device)), drift, seconds, best, cfg)
+        )
+    return float(metrics[cfg.optimized_metric])
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Test a checkpoint on the held-out data."""
+    data, module, trainer = _restore(cfg)
+    metrics = trainer.test(module, data, verbose=False)[0]
+    show("revlib eval", [*((k, f"{v:.4f}") for k, v in metrics.items()), ("checkpoint", str(cfg.ckpt_path))])
+
+
+def predict(cfg: DictConfig) -> None:
+    """Draw held-out images beside their reconstruction from the network's output."""
+    data, module, trainer = _restore(cfg)
+    batches: Any = trainer.predict(module, data)
+    if "reconstruction" not in batches[0]:
+        raise ValueError(f"{type(module).__name__} gives no reconstruction of its images; take an i-RevNet checkpoint")
+    whole = {k: torch.cat([batch[k] for batch in batches]).cpu() for k in batches[0]}
+    images, again = whole["images"], whole["reconstruction"]
+    error = (again - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1).clamp_min(1e-12)
+    count = min(cfg.images, len(images))
+    path = draw(cfg.picture, images[:count], again[:count], whole["predicted"][:count], worst=error.max().item())
+    rows: list[Row] = [
+        (
+            "largest reconstruction error",
+            f"{error.max().item():.1e} of the image's norm, over {len(images)} held-out images",
+        ),
+        ("picture", str(path)),
+        ("checkpoint", str(cfg.ckpt_path)),
+    ]
+    show("revlib predict", rows)
+
+
+def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.Trainer:
+    """The Trainer of a configuration, with its callbacks and loggers."""
+    _quiet()
+    Path(cfg.paths.output_dir).mkdir(parents=True, exist_ok=True)
+    return instantiate(
+        cfg.trainer,
+        callbacks=[instantiate(one) for one in (cfg.get("callbacks") or {}).values()] + (callbacks or []),
+        logger=[instantiate(one) for one in (cfg.get("logger") or {}).values()],
+        **({} if "callbacks" in cfg else {"enable_progress_bar": False, "enable_checkpointing": False}),
+    )
+
+
+def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule, L.Trainer]:
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = load_module(cfg)
+    return instantiate(cfg.data), module, make_trainer(cfg)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning tells everybody: devices found, and advice on workers for data that lie in memory."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message)
