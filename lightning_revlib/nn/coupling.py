@@ -306,7 +306,7 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
         near = difflib.get_close_matches(str(coupling), COUPLINGS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"coupling={coupling!r} is unknown: {hint}known are {', '.join(COUPLINGS)}, or pass a Coupling"
+            f"coupling={coupling!r} is unknown; {hint}There is {', '.join(COUPLINGS)}, or your own Coupling"
         )
     cls = COUPLINGS[coupling]
     known = inspect.signature(cls).parameters

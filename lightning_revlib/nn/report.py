@@ -74,20 +74,24 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None) -> Re
 
 def _measure(model: nn.Module, inputs: Any) -> tuple[int, int, int]:
     """Bytes held after forward, peak bytes in backward, FLOPs."""
-    with _untouched(model), torch.enable_grad():
+    inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
+    with _untouched(model), torch.enable_grad(), MemoryMeter() as meter:
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
-        with FlopCounterMode(display=False) as flops, MemoryMeter() as meter:
-            outputs = [y for y in tree_leaves(model(*inputs)) if isinstance(y, Tensor) and y.requires_grad]
-            if not outputs:
-                raise ValueError(f"report: no output of {type(model).__name__} requires grad; unfreeze a parameter")
-            held = meter.live
-            grads = [torch.ones_like(y) for y in outputs]
-            meter.reset_peak()
-            torch.autograd.backward(outputs, grads)
-        return held, meter.peak, flops.get_total_flops()
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        before = meter.live
+        outputs = [y for y in tree_leaves(model(*inputs)) if isinstance(y, Tensor) and y.requires_grad]
+        if not outputs:
+            raise ValueError(f"report: no output of {type(model).__name__} requires grad; unfreeze a parameter")
+        held = meter.live - before
+        grads = [torch.ones_like(y) for y in outputs]
+        meter.reset_peak()
+        torch.autograd.backward(outputs, grads)
+        peak = meter.peak - before
+    # A run of its own: the counter's hooks keep tensors alive.
+    with _untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as flops:
+        outputs = [y for y in tree_leaves(model(*inputs)) if isinstance(y, Tensor) and y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    return held, peak, flops.get_total_flops()
 
 
 @contextmanager

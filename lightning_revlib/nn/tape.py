@@ -5,15 +5,17 @@
    autograd a number for every tensor it wants to save, and the tensor itself is let go.
 2. What comes out passes through `Anchor`, an identity that saves it the ordinary way. Its backward
    is the first to run, and gives the streams to the `Tape`. Autograd frees the anchor like any
-   other node: `retain_graph` and a second backward work, and nothing outlives the graph.
+   other node, so that `retain_graph` and a second backward work. References go from the graph to
+   frames, from a frame to the one above it and to the tape: no cycle, and nothing outlives the graph.
 3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on
    the way are inverted, also one that saved nothing and is never asked (`nn.Identity`).
 4. To rewind a frame: recover the stream its block saw; run the block once more in grad mode,
    catching the tensors it saves, in the same order; find the other stream by the coupling's
    inverse. One evaluation serves inversion and gradient: 4/3 of the plain FLOPs in all.
 5. A caught tensor is given away when it is asked for: memory falls as the block's backward proceeds.
-6. A backward that does not come through the anchor (a loss on something that a block has left
-   elsewhere, a double backward) finds no streams, and fetches the anchor's tensors by itself.
+   Under `create_graph` all are kept, as the second graph keeps them anyway.
+6. A backward that does not come through the anchor, such as a loss on something that a block has
+   left elsewhere, finds no streams, and fetches what the anchor has saved by itself.
 
 Under `torch.compile` the engine stays eager and each block compiles by itself: its second run is
 compiled as the first was, whoever calls backward.
@@ -73,11 +75,15 @@ class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "caught", "index", "needs_grad", "random", "running", "saved", "saved_by_block", "state", "step", "tape"
+        "above", "caught", "index", "keep", "needs_grad", "random", "round", "running", "saved", "saved_by_block", "state",
+        "step", "tape",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
         self.tape, self.index, self.step = tape, index, step
+        self.above: Frame | None = None
+        self.keep = False  # the caught tensors are not given away
+        self.round = 0  # of the tape, in which the tensors were caught
         self.random: RandomState | None = None  # set if the step draws
         self.saved: list[tuple[torch.dtype, torch.Size]] = []
         self.running: list[Tensor] = []  # until the step ends, for a block that calls autograd itself
@@ -116,7 +122,7 @@ class Frame:
                 with torch.enable_grad(), hooks:
                     self.step.coupling.forward(a.detach().requires_grad_(a_needs_grad), b, f)
         self._check([(t.dtype, t.shape) for t, _ in caught.tensors])
-        self.caught = dict(enumerate(caught.tensors))
+        self.caught, self.round = dict(enumerate(caught.tensors)), self.tape.round
         return a
 
     @eager
@@ -129,13 +135,14 @@ class Frame:
     def _unpack(self, number: int) -> Tensor:
         if self.running:
             return self.running[number]
-        if number not in self.caught:
+        if number not in self.caught or self.round != self.tape.round:
             compiler = set_eval_frame(None)
             try:
                 self.tape.rewind(self)
             finally:
                 set_eval_frame(compiler)
-        tensor, count = self.caught.pop(number)
+        self.keep |= torch.is_grad_enabled()  # create_graph
+        tensor, count = self.caught[number] if self.keep else self.caught.pop(number)
         if tensor._version != count:
             raise RuntimeError(
                 f"{self.step.name}: a tensor of shape {list(tensor.shape)} needed for its gradient has been modified"
@@ -170,19 +177,22 @@ class Tape:
         self.read = read  # the anchor's tensors -> streams
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
-        self.frames: list[Frame] = []
         self.streams: Streams | None = None
-        self.position = 0  # the streams are those before the frame of this index
+        self.position = self.depth = 0  # the streams are those before the frame of this index
+        self.round = 0  # counts the starts
         self.environment = Environment(device_type)
+        self.output: tuple[tuple[Tensor, int], ...] = ()  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
         self.lock = threading.RLock()  # CUDA backward runs in threads of its own
 
     def run(self, steps: Iterable[Step], a: Tensor, b: Tensor) -> Streams:
-        random = RandomState(a)
+        random, below = RandomState(a), None
         for index, step in enumerate(steps):
             frame = Frame(self, index, step)
             a, b = frame.run(a, b)
-            self.frames.append(frame)
+            if below is not None:
+                below.above = frame
+            below, self.depth = frame, index + 1
             after = RandomState(a)
             if after != random:
                 frame.random, random = random, after
@@ -196,37 +206,51 @@ class Tape:
             set_eval_frame(engine)
 
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Pass what came out through the anchor: `read` must give the last streams from it."""
+        """Pass what came out through the anchor; `read` must give the last streams from it."""
+        self.output = tuple((t.detach(), t._version) for t in tensors)
         return Anchor.apply(self, *tensors)
 
     def start(self, tensors: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             self.streams = self.read(tensors)
-        self.position = len(self.frames)
-        for frame in self.frames:
-            frame.caught = {}
+        self.position, self.round = self.depth, self.round + 1
 
     def rewind(self, frame: Frame) -> None:
-        with self.lock:
+        with self.lock, torch.no_grad():
             if self.streams is None or self.position < frame.index:
-                anchor = self.anchor() if self.anchor else None
-                if anchor is None:
-                    raise RuntimeError(f"{frame.step.name}: its stack has been freed; keep the output until backward")
-                self.start(anchor.saved_tensors)
+                self.start(self._output())
             assert self.streams is not None
             a, b = self.streams
             self.streams = None  # after an error the next call starts afresh
-            with torch.no_grad():
-                if self.position == frame.index:  # all is caught and given away: autograd asks a second time
-                    with self.environment.again():
-                        frame.replay(b, lambda f: a)
-                while self.position > frame.index:
-                    with self.environment.again():
-                        a, b = self.frames[self.position - 1].rewind(a, b)
-                    self.position -= 1
-                    if self.position == 0 and self.arrived:
-                        self.arrived(a, b)
+            if self.position == frame.index:  # all was caught and given away: autograd asks a second time
+                with self.environment.again():
+                    frame.replay(b, lambda f: a)
+            for each in reversed(self._between(frame)):
+                with self.environment.again():
+                    a, b = each.rewind(a, b)
+                self.position = each.index
+                if self.position == 0 and self.arrived:
+                    self.arrived(a, b)
             self.streams = a, b
+
+    def _between(self, frame: Frame) -> list[Frame]:
+        """The frames from `frame` up to the tape's position."""
+        frames: list[Frame] = []
+        above: Frame | None = frame
+        while above is not None and above.index < self.position:
+            frames.append(above)
+            above = above.above
+        return frames
+
+    def _output(self) -> tuple[Tensor, ...]:
+        if self.output:
+            if any(t._version != count for t, count in self.output):
+                raise RuntimeError("the output of a reversible stack has been modified by an inplace operation")
+            return tuple(t for t, _ in self.output)
+        anchor = self.anchor() if self.anchor else None
+        if anchor is None:
+            raise RuntimeError("backward through a reversible stack a second time, after its output has been freed")
+        return anchor.saved_tensors
 
 
 class Anchor(torch.autograd.Function):
@@ -243,6 +267,7 @@ class Anchor(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.tape.start(ctx.saved_tensors)
+        ctx.tape.output = ()
         return None, *grads
 
 

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import lightning_revlib as revlib
+
+
+def test_counts_storages_not_views() -> None:
+    x = torch.ones(100)
+    with revlib.MemoryMeter() as meter:
+        y = x * 2
+        z = y[:50].view(5, 10)
+        assert meter.live == 400
+        w = y + 1
+        assert meter.live == 800
+        del w
+        assert (meter.live, meter.peak) == (400, 800)
+        meter.reset_peak()
+        del y
+        assert (meter.live, meter.peak) == (400, 400)
+        del z
+    assert meter.live == 0
+
+
+def test_what_was_alive_before_does_not_count() -> None:
+    x = torch.ones(100)
+    with revlib.MemoryMeter() as meter:
+        x.add_(1)
+        x.view(10, 10)
+        assert meter.live == 0
+
+
+def test_repeats_to_the_byte_and_forgets_gradients() -> None:
+    layer, x, figures = nn.Linear(8, 8), torch.randn(4, 8), []
+    for _ in range(2):
+        layer.zero_grad()
+        with revlib.MemoryMeter() as meter:
+            hooks = [p.register_post_accumulate_grad_hook(meter.forget_gradient) for p in layer.parameters()]
+            layer(x).tanh().sum().backward()
+            figures.append((meter.live, meter.peak))
+        for hook in hooks:
+            hook.remove()
+    assert figures[0] == figures[1]
+    assert figures[0][0] == 0

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_revlib as revlib
+
+BOTH = pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
+
+
+def blocks(depth: int = 4, width: int = 4) -> list[nn.Module]:
+    return [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)]
+
+
+def test_output_and_gradients_equal_revlib() -> None:
+    peer = pytest.importorskip("revlib")
+    body, x = blocks(5), torch.randn(3, 8, requires_grad=True)
+    ours, theirs = revlib.ReversibleSequential(*body), peer.ReversibleSequential(*copy.deepcopy(body), split_dim=1)
+    y, expected = ours(x), theirs(x)
+    assert torch.equal(y, expected)
+    assert torch.allclose(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)), rtol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("coupling", revlib.COUPLINGS)
+def test_inverse(cls: type[Any], coupling: str) -> None:
+    width = revlib.get_coupling(coupling).branch_shape(torch.Size([3, 4]))[1]
+    body = [nn.Sequential(nn.Linear(4, width), nn.Tanh()) for _ in range(5)]
+    stack, x = cls(*body, coupling=coupling).double(), torch.randn(3, 8).double()
+    assert torch.allclose(stack.inverse(stack(x)), x, rtol=1e-10, atol=1e-10)
+
+
+@BOTH
+def test_inverse_changes_shapes_back(cls: type[Any]) -> None:
+    stack = cls(nn.Conv2d(2, 2, 3, padding=1), revlib.SpaceToDepth(2), nn.Conv2d(8, 8, 3, padding=1))
+    x = torch.randn(2, 4, 6, 6)
+    assert stack(x).shape == (2, 16, 3, 3)
+    assert torch.allclose(stack.inverse(stack(x)), x, atol=1e-5)
+
+
+@BOTH
+def test_names_keys_and_slices_are_those_of_sequential(cls: type[Any]) -> None:
+    body = blocks(3)
+    stack = cls(*body, split_dim=-1, coupling="midpoint")
+    assert list(stack.state_dict()) == list(nn.Sequential(*body).state_dict())
+    assert isinstance(stack, nn.Sequential) and len(stack) == 3 and stack[1] is body[1]
+    part = stack[1:]
+    assert type(part) is cls and list(part) == body[1:]
+    assert (part.split_dim, part.couplings) == (stack.split_dim, stack.couplings)
+    assert next(iter(cls(OrderedDict(first=body[0], second=body[1])).state_dict())) == "first.0.weight"
+    assert "split_dim=-1" in repr(stack) and "Midpoint" in repr(stack)
+
+
+@BOTH
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.dtype)
+            return x.tanh() / 3
+
+    x = torch.randn(64, 8, dtype=half, requires_grad=True)
+    stack = cls(*[Watch() for _ in range(24)])
+    y = stack(x)
+    assert y.dtype == half and set(seen) == {half}
+    y.sum().backward()
+    assert x.grad is not None and x.grad.dtype == half
+    assert y.float().sub(cls(*[Watch() for _ in range(24)])(x.float())).norm() / y.float().norm() < 2e-2
+    if isinstance(stack, revlib.ReversibleSequential):
+        assert stack.drift is not None and stack.drift < 1e-6
+        coarse = revlib.ReversibleSequential(*stack, stream_dtype=half)
+        coarse(x).sum().backward()
+        assert coarse.drift is not None and coarse.drift > 1e-4
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"coupling": "aditive"}, ValueError, r"coupling='aditive' is unknown; did you mean 'additive'\?"),
+        ({"coupling": {"name": "momentum", "beta": 0.9}}, ValueError, "'momentum' has no option 'beta'; it has gamma"),
+        ({"coupling": {"gamma": 0.9}}, ValueError, "has no name"),
+        ({"coupling": {"name": "momentum", "gamma": 0}}, ValueError, "gamma=0"),
+        ({"coupling": {"name": "midpoint", "h": 0}}, ValueError, "h=0"),
+        ({"coupling": []}, ValueError, "empty"),
+        ({"coupling_forward": torch.add}, ValueError, "coupling_forward was given without coupling_inverse"),
+        ({"coupling_inverse": torch.sub}, ValueError, "coupling_inverse was given without coupling_forward"),
+        (
+            {"coupling_forward": [torch.add] * 2, "coupling_inverse": [torch.sub]},
+            ValueError,
+            "coupling_forward has 2 entries and coupling_inverse 1",
+        ),
+        ({"split_dim": 1.0}, TypeError, "split_dim=1.0"),
+    ],
+)
+def test_bad_options_are_named(cls: type[Any], options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cls(*blocks(), **options)
+
+
+@BOTH
+def test_bad_stacks_and_inputs_are_named(cls: type[Any]) -> None:
+    with pytest.raises(ValueError, match="got no blocks"):
+        cls()
+    with pytest.raises(TypeError, match="int"):
+        cls(nn.Linear(2, 2), 3)
+    with pytest.raises(ValueError, match=r"split_dim=1: size 7 of an input of shape \[2, 7\] cannot be halved"):
+        cls(*blocks())(torch.randn(2, 7))
+    with pytest.raises(ValueError, match=r"split_dim=2 is out of range for an input of shape \[2, 8\]"):
+        cls(*blocks(), split_dim=2)(torch.randn(2, 8))
+    with pytest.raises(TypeError, match=r"floating-point tensor, not torch\.int64"):
+        cls(*blocks())(torch.ones(2, 8, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match=r"stack\.1 \(Linear\) returned shape \[2, 1\]; for a stream of shape \[2, 4\]"
+    ):
+        cls(nn.Linear(4, 4), nn.Linear(4, 1))(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="layerwise has 1 entries; pass one"):
+        cls(*blocks())(torch.randn(2, 8), layerwise=[((), {})])
+    with pytest.raises(ValueError, match="inverse with split_dim=None"):
+        cls(*blocks(), split_dim=None).inverse(torch.randn(2, 4))
+    with pytest.raises(TypeError, match=r"stack\.0 \(Double\) returned torch\.float64 for a stream of torch\.float32"):
+        cls(Double())(torch.randn(2, 8))
+    with pytest.raises(TypeError, match=r"stack\.0 \(LSTM\) returned tuple; a block returns one tensor"):
+        cls(nn.LSTM(4, 4), split_dim=2)(torch.randn(2, 3, 8))
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def test_couplings_cycle_over_blocks_and_pass_over_invertible_steps() -> None:
+    stack = revlib.CoupledSequential(
+        nn.Identity(), revlib.SpaceToDepth(1), nn.Identity(), nn.Identity(), coupling=["additive", "midpoint"]
+    )
+    names = [type(step.coupling).__name__ for step in stack._steps(torch.float32, (), {}, None)]
+    assert names == ["Additive", "Invertible", "Midpoint", "Additive"]
+
+
+def test_drift_is_that_of_the_last_backward() -> None:
+    stack, x = revlib.ReversibleSequential(*blocks(), coupling={"name": "momentum", "gamma": 0.5}), torch.randn(64, 8)
+    assert stack.drift is None
+    stack(x).sum().backward()
+    assert stack.drift is not None and 0 < stack.drift < 1e-4
+    bad = revlib.ReversibleSequential(*blocks(), coupling_forward=torch.add, coupling_inverse=_wrong)
+    bad(x).sum().backward()
+    assert bad.drift is not None and bad.drift > 1e-2
+
+
+def _wrong(out: Tensor, f: Tensor) -> Tensor:
+    return out - 0.9 * f

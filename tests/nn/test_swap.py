@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_revlib as revlib
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.first = revlib.CoupledSequential(*[nn.Linear(4, 4) for _ in range(3)], coupling="midpoint")
+        self.second = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)])
+        self.listed = nn.ModuleList([nn.Linear(4, 4)])
+
+
+def snapshot(model: nn.Module) -> Any:
+    return (
+        [(name, type(m), {k: v for k, v in m.__dict__.items() if k[0] != "_"}) for name, m in model.named_modules()],
+        [(name, id(p)) for name, p in model.named_parameters()],
+        list(model.state_dict()),
+    )
+
+
+def test_swap_changes_the_class_and_nothing_else() -> None:
+    model = Net()
+    before, first = snapshot(model), model.first
+    assert revlib.swap(model) == ["first"]
+    assert model.first is first and type(first) is revlib.ReversibleSequential
+    assert snapshot(model)[1:] == before[1:]
+    assert first.couplings == (revlib.Midpoint(),)
+    assert revlib.swap(model) == ["first"]
+    assert revlib.restore(model) == ["first"]
+    assert snapshot(model) == before
+    assert revlib.restore(model) == []
+
+
+def test_targets_by_path_and_glob_with_options() -> None:
+    model = Net()
+    before = snapshot(model)
+    options = {"coupling": {"name": "momentum", "gamma": 0.8}, "split_dim": -1}
+    assert revlib.swap(model, {"sec*": options, "first": None}) == ["second", "first"]
+    assert isinstance(model.second, revlib.ReversibleSequential)
+    assert (model.second.couplings, model.second.split_dim) == ((revlib.Momentum(0.8),), -1)
+    assert model.first.couplings == (revlib.Midpoint(),)
+    assert model.second(torch.randn(2, 8)).shape == (2, 8)
+    revlib.swap(model, {"first": {"coupling": "leapfrog"}})
+    assert model.first.couplings == (revlib.Leapfrog(),)
+    revlib.restore(model)
+    assert snapshot(model) == before
+
+
+def test_the_model_itself_can_be_the_stack() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert revlib.swap(model, {"": {}}) == [""]
+    assert isinstance(model, revlib.ReversibleSequential)
+
+
+def test_residual_blocks_compute_their_branch() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.layer(x)
+
+    body = [Residual() for _ in range(3)]
+    model, x = nn.Sequential(*body).double(), torch.randn(2, 8).double()
+    expected = revlib.CoupledSequential(*[block.layer for block in body]).double()(x)
+    revlib.swap(model, {"": {"residual": True}})
+    assert torch.allclose(model(x), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ({"secnd": None}, ValueError, r"target 'secnd' matches no nn\.Sequential of Net; near it: 'second'"),
+        ({"x.*": None}, ValueError, r"target 'x\.\*' matches no nn\.Sequential of Net; near it: 'first', 'second'"),
+        ({"stem": None}, TypeError, "target 'stem' is a Linear, which cannot be swapped"),
+        ({"first": None, "second": {"coupling": "affin"}}, ValueError, "target 'second': coupling='affin' is unknown"),
+        ({"first": None, "second": {"dim": 2}}, TypeError, "target 'second': .*unexpected keyword argument 'dim'"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(targets: Any, error: type[Exception], message: str) -> None:
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        revlib.swap(model, targets)
+    assert snapshot(model) == before
+
+
+def test_nothing_to_swap_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to swap: Linear has no CoupledSequential"):
+        revlib.swap(nn.Linear(2, 2))
+
+
+def test_a_subclass_is_refused_and_left() -> None:
+    class Mine(nn.Sequential):
+        pass
+
+    model = nn.ModuleDict({"mine": Mine(nn.Linear(2, 2))})
+    with pytest.raises(TypeError, match="target 'mine' is a Mine"):
+        revlib.swap(model, {"mine": None})
+
+
+def test_a_swapped_model_can_be_copied_and_restored() -> None:
+    model = Net()
+    revlib.swap(model, {"second": {"coupling": "additive"}})
+    again = copy.deepcopy(model)
+    assert revlib.restore(again) == ["second"]
+    assert type(again.second) is nn.Sequential and isinstance(model.second, revlib.ReversibleSequential)
+
+
+def test_errors_in_a_run_name_the_path_in_the_model() -> None:
+    model = Net()
+    model.first[1] = nn.Linear(4, 3)
+    revlib.swap(model)
+    with pytest.raises(ValueError, match=r"first\.1 \(Linear\) returned shape \[2, 3\]"):
+        model.first(torch.randn(2, 8))

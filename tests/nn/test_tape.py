@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lightning_revlib as revlib
+from lightning_revlib.nn.tape import Tape
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def conv(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+
+
+KINDS = {"mlp": (mlp, (128, 128)), "conv": (conv, (4, 16, 16, 16))}
+
+
+def measure(stack: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Bytes held after forward and peak in backward, over the output's bytes."""
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+    with revlib.MemoryMeter() as meter:
+        y = stack(x)
+        held = meter.live
+        g = torch.ones_like(y)
+        meter.reset_peak()
+        y.backward(g)
+        return held / y.nbytes, meter.peak / y.nbytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_the_output_at_any_depth(kind: str) -> None:
+    make, shape = KINDS[kind]
+    x = torch.randn(shape, requires_grad=True)
+    figures = [measure(revlib.ReversibleSequential(*[make(shape[1] // 2)] * depth), x) for depth in (4, 16, 64, 256)]
+    assert all(held == pytest.approx(1.0, rel=0.01) for held, _ in figures)
+    assert all(peak == pytest.approx(figures[0][1], rel=0.01) for _, peak in figures)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peak_is_below_revlib(kind: str) -> None:
+    peer = pytest.importorskip("revlib")
+    make, shape = KINDS[kind]
+    x, blocks = torch.randn(shape, requires_grad=True), [make(shape[1] // 2) for _ in range(8)]
+    held, peak = measure(revlib.ReversibleSequential(*blocks), x)
+    peer_held, peer_peak = measure(peer.ReversibleSequential(*copy.deepcopy(blocks), split_dim=1), x)
+    assert held < peer_held
+    assert peak < 0.86 * peer_peak
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("coupling", revlib.COUPLINGS)
+def test_flops_are_four_thirds(kind: str, coupling: str) -> None:
+    make, shape = KINDS[kind]
+    blocks = [make(shape[1] // 2) for _ in range(6)]
+    if coupling == "affine":
+        blocks = [nn.Sequential(block, Repeat()) for block in blocks]
+    x, counts = torch.randn(shape, requires_grad=True), []
+    for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
+        with FlopCounterMode(display=False) as flops:
+            cls(*blocks, coupling=coupling)(x).sum().backward()
+        counts.append(flops.get_total_flops())
+    assert counts[1] <= 1.334 * counts[0]
+
+
+class Repeat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x, x), 1)
+
+
+@pytest.mark.parametrize("split_dim", [1, None])
+@pytest.mark.parametrize("coupling", revlib.COUPLINGS)
+def test_gradcheck_and_gradgradcheck(coupling: str, split_dim: int | None) -> None:
+    width = revlib.get_coupling(coupling).branch_shape(torch.Size([2, 3]))[1]
+    blocks = [nn.Sequential(nn.Linear(3, width), nn.Tanh()) for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks, coupling=coupling, split_dim=split_dim).double()
+    x = torch.randn(2, 6 if split_dim else 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(stack, (x,))
+    assert torch.autograd.gradgradcheck(stack, (x,))
+
+
+def test_nothing_outlives_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapes: list[weakref.ref[Tape]] = []
+    init = Tape.__init__
+
+    def spy(self: Tape, *args: object) -> None:
+        tapes.append(weakref.ref(self))
+        init(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tape, "__init__", spy)
+    stack, x = revlib.ReversibleSequential(*[mlp(4) for _ in range(4)]), torch.randn(2, 8, requires_grad=True)
+    gc.disable()  # what has to be collected is a cycle, and a leak
+    try:
+        y = stack(x)
+        y.sum().backward()
+        del y
+        stack(x)
+        y = stack(x)
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
+            y.sum().backward()
+        del y
+        assert [tape() for tape in tapes] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_memory_falls_while_a_block_is_differentiated() -> None:
+    live: list[int] = []
+    meter = revlib.MemoryMeter()
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            live.append(meter.live)
+            return grad
+
+    class Probed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = Probe.apply(part(x))
+            return x
+
+    with meter:
+        revlib.ReversibleSequential(Probed())(torch.randn(256, 16)).sum().backward()
+    assert live[1:] == sorted(live[1:], reverse=True)
+    assert live[-1] < live[1]
+
+
+class Fickle(nn.Module):
+    """Saves more tensors each time it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for _ in range(self.calls):
+            x = self.layer(x).tanh()
+        return x
+
+
+def test_a_block_that_is_not_repeatable_is_named() -> None:
+    stack = revlib.ReversibleSequential(nn.Linear(4, 4), Fickle())
+    with pytest.raises(RuntimeError, match=r"stack\.1 \(Fickle\) computes something else in backward"):
+        stack(torch.randn(2, 8)).sum().backward()
+
+
+class ChangesItsInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
+def test_a_block_that_changes_its_input_in_place_is_named(cls: type[nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match=r"stack\.1 \(ChangesItsInput\) changes its input in place"):
+        cls(nn.Linear(4, 4), ChangesItsInput())(torch.randn(2, 8))
+
+
+class SpoilsItsOwn(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.exp()
+        y.add_(1)
+        return y
+
+
+@pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
+def test_what_autograd_refuses_is_refused(cls: type[nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cls(nn.Linear(4, 4), SpoilsItsOwn())(torch.randn(2, 8)).sum().backward()
+
+
+def test_a_parameter_changed_before_backward_is_named() -> None:
+    stack = revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    loss = stack(torch.randn(2, 8)).sum()
+    with torch.no_grad():
+        stack[1].bias.add_(1)  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError, match=r"stack\.1 \(Linear\): parameter 'bias' of Linear has been modified"):
+        loss.backward()
+
+
+def test_changing_the_output_in_place_is_refused() -> None:
+    y = revlib.ReversibleSequential(nn.Linear(4, 4))(torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        y.add_(1)
+
+
+def test_backward_can_be_repeated_after_an_error() -> None:
+    class Fails(nn.Module):
+        fail = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fail:
+                raise MemoryError
+            return x.tanh()
+
+    stack, x = (
+        revlib.ReversibleSequential(nn.Linear(4, 4), Fails(), nn.Linear(4, 4)).double(),
+        torch.randn(2, 8).double(),
+    )
+    x.requires_grad_()
+    loss = stack(x).square().sum()
+    stack[1].fail = True  # type: ignore[union-attr]
+    with pytest.raises(MemoryError):
+        loss.backward(retain_graph=True)
+    stack[1].fail = False  # type: ignore[union-attr]
+    stack.zero_grad()
+    x.grad = None
+    loss.backward()
+    (expected,) = torch.autograd.grad(revlib.CoupledSequential(*stack)(x).square().sum(), x)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, expected, rtol=1e-12)
+
+
+def test_autocast_ends_before_backward() -> None:
+    seen: list[torch.dtype] = []
+
+    class Watch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            seen.append(y.dtype)
+            return y
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = revlib.ReversibleSequential(Watch(), Watch())(torch.randn(2, 8)).sum()
+    loss.backward()
+    assert seen == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("what", ["model", "stack", "block"])
+def test_compile_gives_the_same_gradients_and_compiles_once(what: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 4)) for _ in range(3)]
+    x, results = torch.randn(5, 8), []
+    for cls, compiled in ((revlib.CoupledSequential, False), (revlib.ReversibleSequential, True)):
+        model = nn.Sequential(nn.Linear(8, 8), cls(*copy.deepcopy(body)), nn.Tanh())
+        model[0].load_state_dict(results[0][1]) if results else None
+        start, run = copy.deepcopy(model[0].state_dict()), model
+        if compiled and what == "model":
+            run = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
+        for part in {"stack": [model[1]], "block": list(model[1])}.get(what, []) if compiled else []:
+            part.compile(backend="aot_eager")
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                model.zero_grad()
+                run(x).square().sum().backward()
+        results.append(([p.grad for p in model.parameters()], start, model[1].state_dict()))
+    for expected, got in zip(results[0][0], results[1][0], strict=True):
+        assert torch.allclose(expected, got, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    assert all(torch.allclose(v, results[1][2][k]) for k, v in results[0][2].items())
