@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+import lightning_revlib as revlib
+from tests.test_strategy import Net, data, trainer
+
+
+def logged(tmp_path: Path, **options: Any) -> tuple[Net, Any, str]:
+    net, logger = Net(), CSVLogger(tmp_path, name="", version="")
+    callbacks = [revlib.ActivationMemoryMonitor(every_n_steps=3), revlib.DriftMonitor()]
+    run = trainer(tmp_path, callbacks=callbacks, logger=logger, log_every_n_steps=1, **options)
+    run.fit(net, data())
+    return net, run, (tmp_path / "metrics.csv").read_text()
+
+
+def test_monitors_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
+    _, run, csv = logged(tmp_path, strategy="reversible")
+    names = {"drift", "activation/held_bytes", "activation/peak_bytes"}
+    assert names <= set(csv.splitlines()[0].split(","))
+    assert names <= set(run.progress_bar_metrics)
+    assert 0 < run.callback_metrics["drift"] < 1e-5
+
+
+def test_memory_without_gradients_is_flat_and_below_the_stock_strategy(tmp_path: Path) -> None:
+    figures = {}
+    for strategy in ("auto", "reversible"):
+        _, run, _ = logged(tmp_path / strategy, strategy=strategy, max_epochs=1)
+        figures[strategy] = [int(run.callback_metrics[f"activation/{name}_bytes"]) for name in ("held", "peak")]
+    batch, width = 8, 16
+    assert figures["reversible"][0] < 8 * batch * width * 4
+    assert figures["reversible"][0] < 0.5 * figures["auto"][0]
+
+
+def test_a_failed_step_leaves_no_meter_behind(tmp_path: Path) -> None:
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("no step")
+
+    monitor = revlib.ActivationMemoryMonitor()
+    with pytest.raises(RuntimeError, match="no step"):
+        trainer(tmp_path, callbacks=[monitor]).fit(Fails(), data())
+    assert monitor._meter is None and not monitor._hooks
+    torch.ones(2)
+
+
+def test_skipped_steps_are_passed_over(tmp_path: Path) -> None:
+    class Skips(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None
+
+    trainer(tmp_path, callbacks=[revlib.ActivationMemoryMonitor(1), revlib.DriftMonitor()], max_epochs=1).fit(
+        Skips(), data()
+    )
+
+
+def test_every_n_steps_is_checked() -> None:
+    with pytest.raises(ValueError, match="every_n_steps=0"):
+        revlib.ActivationMemoryMonitor(0)
