@@ -90,18 +90,22 @@ def _run(command: str, overrides: Sequence[str]) -> None:
 def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:
     """One message for the user: what was given, and what can be given instead."""
     from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
 
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        hint = "; experiment=null keeps the recipe's own settings" if group == "experiment" else ""
-        return f"{group}={option}: no such option{_near(option, error.options)}; it is one of {', '.join(error.options)}{hint}"
+        return f"{group}={option}: no such option{_near(option, error.options)}; it has {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
+    if str(error).startswith("Ambiguous value for argument"):
+        given = str(error).split("'")[1]
+        name, _, value = given.partition("=")
+        return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
     if isinstance(error, InstantiationException) and cause is not None:
         return str(cause)
-    if (key := getattr(cause, "full_key", None)) and "not in struct" in str(cause):
-        parent, _, name = str(key).rpartition(".")
+    if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
+        parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent else f"`revlib {command} --help` lists all"
         return f"{key}: no such key{_near(name, keys, parent)}; {where}; +{key}=... adds a new one"
@@ -112,18 +116,19 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
     """The keys below `parent` in the command's configuration, with the groups chosen as in `overrides`."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
     from omegaconf import DictConfig, OmegaConf
 
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG.removeprefix("pkg://"), version_base="1.3"):
-        groups = GlobalHydra.instance().config_loader().get_group_options("")
+        groups = GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
         chosen = [o for o in overrides if o.partition("=")[0] in groups]
         node = OmegaConf.select(compose(command, chosen), parent) if parent else compose(command, chosen)
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
 
 
 def _near(name: str, known: Iterable[str], parent: str = "") -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {parent + '.' if parent else ''}{found[0]}?)" if found else ""
 
 

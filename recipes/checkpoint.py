@@ -26,10 +26,12 @@ def read(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.exists():
         raise ValueError(f"ckpt_path={path} does not exist{_hint(file)}")
+    if file.is_dir():
+        raise ValueError(f"ckpt_path={path} is a folder{_hint(file / 'best.ckpt')}")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in as many ways as there are files
-        raise ValueError(f"ckpt_path={path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"ckpt_path={path} is not a checkpoint: torch.load cannot read it") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"ckpt_path={path} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint
@@ -44,7 +46,7 @@ def load_module(cfg: DictConfig) -> L.LightningModule:
     checkpoint = read(cfg.ckpt_path)
     if RECIPE not in checkpoint:
         raise ValueError(
-            f"ckpt_path={cfg.ckpt_path} was not written by `revlib train`; load it by your module's load_from_checkpoint"
+            f"ckpt_path={cfg.ckpt_path} is not from `revlib train`; load it by your module's load_from_checkpoint"
         )
     recipe = get_class(checkpoint[RECIPE])
     if not issubclass(recipe, L.LightningModule):

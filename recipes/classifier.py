@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import lightning as L
 import torch
@@ -73,7 +73,7 @@ class ImageClassifier(L.LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
-        metrics = self.accuracy[f"{stage}_"]
+        metrics = cast(MetricCollection, self.accuracy[f"{stage}_"])
         metrics.update(logits, labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))

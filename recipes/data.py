@@ -13,15 +13,17 @@ from torch.utils.data import DataLoader, TensorDataset
 class Digits(L.LightningDataModule):
     """1,797 handwritten digits, 8 x 8 pixels in [0, 1], 10 classes; bundled with scikit-learn.
 
-    >>> data = Digits(batch_size=64)
+    >>> data = Digits(batch_size=32)
     >>> data.setup("fit")
-    >>> images, labels = next(iter(data.train_dataloader()))    # (64, 1, 8, 8), (64,)
+    >>> images, labels = next(iter(data.train_dataloader()))    # (32, 1, 8, 8), (32,)
 
     1,293 images train, 144 choose the checkpoint, and 360 are held out: they are seen by `test` and
     `predict` only. All classes are in each part in the same proportion.
 
     Args:
         batch_size: images a step.
+        noise: standard deviation of what is added to training images, anew each time; a thousand
+            images of 8 x 8 pixels bear no shifts.
         num_workers: processes that load; 0 is fastest, as all images are in memory.
         split_seed: of the division into parts. Not the run's seed, so that what one run has held
             out, no other has trained on.
@@ -29,7 +31,7 @@ class Digits(L.LightningDataModule):
 
     SHAPE, CLASSES, HELD_OUT, VALIDATION = (1, 8, 8), 10, 360, 144
 
-    def __init__(self, batch_size: int = 64, num_workers: int = 0, split_seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 32, noise: float = 0.15, num_workers: int = 0, split_seed: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.parts: dict[str, TensorDataset] = {}
@@ -57,8 +59,14 @@ class Digits(L.LightningDataModule):
             k: TensorDataset(images[i], labels[i]) for k, i in {"train": train, "val": val, "test": test}.items()
         }
 
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        images, labels = batch
+        if self.trainer is not None and self.trainer.training and (noise := self.hparams["noise"]):
+            images = images + noise * torch.randn_like(images)
+        return [images, labels]
+
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True, drop_last=True)  # a last batch of 13 would upset BatchNorm
+        return self._loader("train", shuffle=True, drop_last=True)  # a small last batch would upset BatchNorm
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")

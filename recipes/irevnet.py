@@ -118,9 +118,9 @@ class IRevNet(nn.Module):
         seen, width = shape[0] * max(1, initial_psi) ** 2, channels[0] // strides[0] ** 2
         if seen > streams * width:
             raise ValueError(
-                f"channels={list(channels)}: a network with split_dim={split_dim} starts with {streams * width} channels,"
-                f" the image has {seen} (shape={list(shape)}, initial_psi={initial_psi}), and none may be lost;"
-                f" set channels[0] to {math.ceil(seen / streams) * strides[0] ** 2} or more"
+                f"channels={list(channels)}: with split_dim={split_dim} the network starts with {streams * width}"
+                f" channels, the image has {seen} (shape={list(shape)}, initial_psi={initial_psi}), and none may be"
+                f" lost; set channels[0] to {math.ceil(seen / streams) * strides[0] ** 2} or more"
             )
         self.psi = SpaceToDepth(max(1, initial_psi))
         self.pad = SplitPad(seen, width, streams)
@@ -192,7 +192,7 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
             )
     if channels[0] % strides[0] ** 2 or channels[0] < bottleneck:
         raise ValueError(
-            f"channels[0]={channels[0]} must be a multiple of {strides[0] ** 2} and no less than bottleneck={bottleneck}"
+            f"channels[0]={channels[0]} is to be a multiple of {strides[0] ** 2} and at least bottleneck={bottleneck}"
         )
 
 

@@ -25,7 +25,7 @@ def draw(path: str | Path, images: Tensor, reconstruction: Tensor, predicted: Te
     figure = Figure(figsize=(2.1 * PAIRS, 1.35 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"original | reconstruction from the network's output (error at most {worst:.1e})")
-    axes = figure.subplots(rows, PAIRS, squeeze=False).flat
+    axes = list(figure.subplots(rows, PAIRS, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, left, right, label in zip(axes, images, reconstruction, predicted, strict=False):

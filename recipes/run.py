@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_revlib.nn.report import report
 from lightning_revlib.recipes.checkpoint import SignCheckpoint, load_module, read, same_architecture
-from lightning_revlib.recipes.panel import Row, show, training_rows
+from lightning_revlib.recipes.panel import Row, show, show_training
 from lightning_revlib.recipes.picture import draw
 
 
@@ -28,9 +29,8 @@ def train(cfg: DictConfig) -> float:
     if cfg.ckpt_path is not None:
         same_architecture(read(cfg.ckpt_path), module, cfg.ckpt_path)
     trainer = make_trainer(cfg, [SignCheckpoint()])
-    if trainer.logger:
-        settings = OmegaConf.to_container(cfg, resolve=True)
-        trainer.logger.log_hyperparams(settings)  # type: ignore[arg-type]
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
     start = time.perf_counter()
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
@@ -38,17 +38,16 @@ def train(cfg: DictConfig) -> float:
     drift = trainer.callback_metrics.get("drift")
 
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    if isinstance(trainer.progress_bar_callback, RichProgressBar):
+        trainer.progress_bar_callback.disable()
+        trainer.progress_bar_callback.progress = None  # else it is stopped again, and leaves an empty line each time
     options: Any = {"datamodule": data, "ckpt_path": best, "verbose": False, "weights_only": True}
-    metrics = trainer.validate(module, **options)[0] | trainer.test(module, **options)[0]
-    if cfg.optimized_metric not in metrics:
-        raise ValueError(f"optimized_metric={cfg.optimized_metric}: not among {', '.join(sorted(metrics))}")
-
-    images = next(iter(data.train_dataloader()))[0]
-    module.train()
+    metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
+    images = next(iter(data.train_dataloader()))[0].to(module.device)
     if trainer.is_global_zero:
-        show(
-            "revlib train", training_rows(metrics, report(module, images.to(module.device)), drift, seconds, best, cfg)
-        )
+        show_training(metrics, report(module.train(), images), drift, seconds, cfg.paths.output_dir, best)
+    if cfg.optimized_metric not in metrics:
+        raise ValueError(f"optimized_metric={cfg.optimized_metric} is none of {', '.join(sorted(metrics))}")
     return float(metrics[cfg.optimized_metric])
 
 
@@ -71,11 +70,8 @@ def predict(cfg: DictConfig) -> None:
     count = min(cfg.images, len(images))
     path = draw(cfg.picture, images[:count], again[:count], whole["predicted"][:count], worst=error.max().item())
     rows: list[Row] = [
-        (
-            "largest reconstruction error",
-            f"{error.max().item():.1e} of the image's norm, over {len(images)} held-out images",
-        ),
-        ("picture", str(path)),
+        ("reconstruction", f"off by {error.max().item():.1e} at most, relative, over {len(images)} images"),
+        ("picture", os.path.relpath(path)),
         ("checkpoint", str(cfg.ckpt_path)),
     ]
     show("revlib predict", rows)
@@ -89,7 +85,6 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
         cfg.trainer,
         callbacks=[instantiate(one) for one in (cfg.get("callbacks") or {}).values()] + (callbacks or []),
         logger=[instantiate(one) for one in (cfg.get("logger") or {}).values()],
-        **({} if "callbacks" in cfg else {"enable_progress_bar": False, "enable_checkpointing": False}),
     )
 
 
@@ -100,12 +95,8 @@ def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule,
 
 
 def _quiet() -> None:
-    """Leave out what Lightning tells everybody: devices found, and advice on workers for data that lie in memory."""
+    """Leave out what Lightning tells everybody: devices found, and advice for data that do not lie in memory."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*The number of training batches.*",
-        ".*GPU available but not used.*",
-    ):
+    for message in (".*does not have many workers.*", ".*The number of training batches.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
