@@ -30,6 +30,10 @@ usage: revlib COMMAND [-m] [group=option] [key=value] ...
 `revlib COMMAND --help` lists groups, options and keys. HYDRA_FULL_ERROR=1 adds the traceback to errors."""
 
 
+class _Mistake(BaseException):
+    """A user's error on its way out. Hydra lets it pass, since it is no Exception, and says nothing of its own."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         _run(command, overrides)
+    except _Mistake as mistake:
+        return _fail(str(mistake))
     except HydraException as error:
         if _full_error():
             raise
@@ -75,7 +81,7 @@ def _run(command: str, overrides: Sequence[str]) -> None:
         except users as error:
             if traceback:
                 raise
-            raise SystemExit(_fail(explain(error, command, overrides))) from None
+            raise _Mistake(explain(error, command, overrides)) from None
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out of Hydra as they were raised
     sys.argv = [original[0], *overrides]

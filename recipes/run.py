@@ -98,5 +98,10 @@ def _quiet() -> None:
     """Leave out what Lightning tells everybody: devices found, and advice for data that do not lie in memory."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*The number of training batches.*", ".*LeafSpec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*LeafSpec.*",
+        ".*dirpath has changed.*",
+    ):
         warnings.filterwarnings("ignore", message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from lightning_revlib.recipes.data import Digits
 
 
@@ -42,4 +43,4 @@ def test_batches():
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (16, 1, 8, 8) and labels.shape == (16,) and labels.dtype == torch.long
     untouched, _ = data.on_after_batch_transfer([images, labels], 0)
-    assert torch.equal(untouched, images)  # noise is for training only
+    assert torch.equal(untouched, images)  # jitter is for training only

@@ -1,0 +1,129 @@
+"""Every file of the configuration composes, says how it is used, and instantiates what it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import OmegaConf, open_dict
+
+from lightning_revlib import COUPLINGS, CoupledSequential, conf, get_coupling
+
+ROOT = Path(conf.__file__).parent
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
+COMMANDS = ["train", "eval", "predict"]
+# callbacks and loggers are dictionaries of their own, and hydra and paths have one option each
+CHOICES = [f"{p.parent}={p.stem}" for p in FILES if p.parent.name not in ("", "hydra", "paths")]
+
+
+def configuration(command, *overrides):
+    with initialize_config_module("lightning_revlib.conf", version_base="1.3"):
+        cfg = compose(command, [*overrides], return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = "unused"
+    HydraConfig.instance().set_config(cfg)  # as `${hydra:...}` is looked up there
+    return cfg
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_opens_with_what_it_is_and_a_launch_line(file):
+    head = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("# @package")]
+    comment = head[: next(i for i, line in enumerate(head) if not line.startswith("#"))]
+    assert comment and not comment[0].startswith("#   ")
+    assert any(line.startswith("#   revlib ") for line in comment), f"{file} has no launch line"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose_and_resolve(command):
+    cfg = configuration(command, "ckpt_path=x")
+    assert cfg.task == command
+    for key in cfg:
+        if key != "hydra":
+            assert isinstance(str(OmegaConf.to_container(OmegaConf.create({key: cfg[key]}), resolve=False)), str)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_option_composes_and_instantiates(choice):
+    cfg = configuration("train", choice)
+    group = choice.split("=")[0]
+    data = instantiate(cfg.data)
+    module = instantiate(cfg.recipe, **data.model_arguments)
+    assert isinstance(module, lightning.LightningModule)
+    if group in ("callbacks", "logger"):
+        assert cfg[group]
+        assert [instantiate(one) for one in cfg[group].values()]
+    assert isinstance(instantiate(cfg.trainer, logger=False, enable_progress_bar=False), lightning.Trainer)
+
+
+def test_groups_are_those_documented():
+    groups = {p.parent.name for p in FILES} - {""}
+    assert groups == {
+        "recipe", "data", "coupling", "scheduler", "strategy", "trainer", "callbacks", "logger", "experiment", "paths",
+        "hydra",
+    }  # fmt: skip
+
+
+def test_every_coupling_has_its_file():
+    assert {p.stem for p in FILES if p.parent.name == "coupling"} == set(COUPLINGS)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_a_couplings_file_states_its_defaults(name):
+    options = OmegaConf.to_container(configuration("train", f"coupling={name}").coupling)
+    assert get_coupling(options) == get_coupling(name)
+    assert "https://" in (ROOT / f"coupling/{name}.yaml").read_text()
+
+
+def test_the_default_is_the_experiment_on_digits():
+    cfg = configuration("train")
+    choices = cfg.hydra.runtime.choices
+    assert (choices.experiment, choices.recipe, choices.data) == ("irevnet_digits", "irevnet", "digits")
+    assert (choices.coupling, choices.strategy) == ("additive", "reversible")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "check"),
+    [
+        (["depth=5"], lambda stack: len(stack) == 11),
+        (["depth=[2,4]"], lambda stack: len(stack) == 7),
+        (["split_dim=2"], lambda stack: stack.split_dim == 2),
+        (["coupling=momentum"], lambda stack: stack.couplings[0].gamma == 0.9),
+        (["coupling=momentum", "coupling.gamma=0.95"], lambda stack: stack.couplings[0].gamma == 0.95),
+        (["experiment=irevnet_paper"], lambda stack: len(stack) == 56),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_overrides_reach_the_network(overrides, check):
+    cfg = configuration("train", *overrides)
+    module = instantiate(cfg.recipe, **instantiate(cfg.data).model_arguments)
+    assert isinstance(module.net.stack, CoupledSequential) and check(module.net.stack)
+
+
+def test_hyperparameters_are_plain_python():
+    cfg = configuration("train", "depth=[2,4]", "coupling=momentum")
+    module = instantiate(cfg.recipe, **instantiate(cfg.data).model_arguments)
+    assert _types(dict(module.hparams)) <= {dict, list, tuple, int, float, str, type(None)}
+
+
+def test_the_strategy_reaches_the_trainer():
+    assert instantiate(configuration("train", "strategy=auto").strategy) == "auto"
+    assert type(instantiate(configuration("train").strategy)).__name__ == "ReversibleStrategy"
+
+
+def test_a_program_of_ones_own_can_use_the_groups(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "hydra:\n  searchpath: [pkg://lightning_revlib.conf]\ndefaults:\n  - coupling: momentum\n  - _self_\n"
+    )
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("mine", ["coupling.gamma=0.5"]) == {"coupling": {"name": "momentum", "gamma": 0.5}}
+
+
+def _types(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return {type(value)}.union(*map(_types, inner))

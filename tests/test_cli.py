@@ -1,0 +1,195 @@
+"""The command line as a user meets it: runs of one epoch, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_revlib.cli import COMMANDS, main
+from lightning_revlib.nn import CoupledSequential
+from lightning_revlib.recipes.irevnet import IRevNetModule
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short training."""
+    folder = tmp_path_factory.mktemp("revlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "trainer.max_epochs=2", "hydra.run.dir=logs/train/runs/one"]) == 0
+    return folder / "logs/train/runs/one"
+
+
+@pytest.fixture
+def best(trained):
+    return trained / "checkpoints/best.ckpt"
+
+
+def test_training_leaves_logs_and_checkpoints(trained, best):
+    rows = list(csv.DictReader((trained / "csv/metrics.csv").open()))
+    assert {"train/loss", "train/acc", "val/loss", "val/acc", "test/acc", "drift", "activation/held_bytes"} <= set(
+        rows[0]
+    )
+    assert list((trained / "tensorboard").glob("events.*"))
+    assert best.exists() and (trained / "checkpoints/last.ckpt").exists()
+    assert (trained / ".hydra/config.yaml").exists()
+    assert "coupling" in (trained / "csv/hparams.yaml").read_text()
+
+
+def test_a_checkpoint_loads_as_plain_data_into_a_module_of_ones_own(best):
+    torch.load(best, weights_only=True)
+    module = IRevNetModule.load_from_checkpoint(best, weights_only=True)
+    assert type(module.net.stack) is CoupledSequential
+
+
+def test_training_closes_with_the_panel(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "trainer.max_epochs=1", "depth=1", "strategy=auto", "logger=csv"]) == 0
+    out = capsys.readouterr().out
+    for row in (
+        "held-out accuracy",
+        "activations held",
+        "reversible",
+        "drift",
+        "none: ordinary autograd",
+        "logs/train/",
+    ):
+        assert row in out
+    assert "Warning" not in out and "treespec" not in out
+
+
+def test_evaluation_needs_only_the_checkpoint(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", f"ckpt_path={best}"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+    with next(tmp_path.glob("logs/eval/runs/*/csv/metrics.csv")).open() as file:
+        after = float(next(csv.DictReader(file))["test/acc"])
+    with (best.parent.parent / "csv/metrics.csv").open() as file:
+        before = [float(row["test/acc"]) for row in csv.DictReader(file) if row["test/acc"]]
+    assert before == [pytest.approx(after)]
+
+
+def test_prediction_draws_images_beside_their_reconstruction(best, tmp_path, monkeypatch, capsys):
+    from matplotlib.image import imread
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", f"ckpt_path={best}", "images=8", "picture=pictures/digits.png"]) == 0
+    assert "reconstruction" in capsys.readouterr().out
+    pixels = imread(tmp_path / "pictures/digits.png")
+    assert pixels.shape[0] > 200 and pixels.shape[1] > 1000
+    assert (pixels[..., :3] < 0.1).all(axis=-1).mean() > 0.05  # the digits are on a black ground
+
+
+def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = trained / "checkpoints/last.ckpt"
+    assert main(["train", "trainer.max_epochs=2", f"ckpt_path={last}"]) == 0  # nothing is left to do
+    assert main(["train", "depth=2", f"ckpt_path={last}"]) == 1
+    assert "was trained with depth=3 (now 2)" in capsys.readouterr().err
+
+
+def test_a_sweep_runs_once_for_each_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "callbacks=checkpoint", "logger=csv"]
+    assert main(["train", "-m", "depth=1,[1,2]", *short]) == 0
+    assert len(list(tmp_path.glob("logs/train/multiruns/*/*/checkpoints/best.ckpt"))) == 2
+
+
+@pytest.mark.slow
+def test_the_default_training_reaches_its_accuracy_and_can_be_inverted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train"]) == 0
+    (folder,) = tmp_path.glob("logs/train/runs/*")
+    with (folder / "csv/metrics.csv").open() as file:
+        (accuracy,) = [float(row["test/acc"]) for row in csv.DictReader(file) if row["test/acc"]]
+    assert accuracy >= 0.97
+    from lightning_revlib.recipes.data import Digits
+
+    data = Digits()
+    data.setup()
+    images = data.parts["test"].tensors[0]
+    module = IRevNetModule.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True).eval()
+    with torch.no_grad():
+        again = module.predict_step([images], 0)["reconstruction"]
+    error = (again - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1)
+    assert error.max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian' (did you mean train?); commands are train, eval, predict"),
+        (["train", "dpeth=5"], "dpeth: no such key (did you mean depth?)"),
+        (["train", "couplng=momentum"], "couplng: no such key (did you mean coupling?)"),
+        (["train", "recipe.dropuot=0"], "recipe.dropuot: no such key (did you mean recipe.dropout?); recipe has"),
+        (["train", "coupling=momentum", "coupling.gama=1"], "(did you mean coupling.gamma?); coupling has name, gamma"),
+        (["train", "coupling=addtive"], "coupling=addtive: no such option (did you mean additive?); it has additive,"),
+        (["train", "experiment=none"], "experiment=none: no such option; it has irevnet_digits"),
+        (["train", "depth"], "depth: cannot be read; write key=value"),
+        (["train", "depth=5,6"], "depth=5,6: for one run after the other add -m; a list is written depth=[5,6]"),
+        (["train", "++coupling.name=momentun"], "coupling='momentun' is unknown"),
+        (["train", "coupling=momentum", "coupling.gamma=3"], "gamma=3"),
+        (["train", "depth=[1,2,3]"], "depth=[1, 2, 3]"),
+        (["train", "split_dim=0"], "split_dim=0: the streams would be different images"),
+        (["train", "recipe.initial_psi=3"], "8 is not a multiple of 6"),
+        (["train", "ckpt_path=missing/x.ckpt"], "ckpt_path=missing/x.ckpt does not exist; nor does the folder missing"),
+        (["eval"], "ckpt_path is needed: revlib eval ckpt_path="),
+        (["eval", "depth=5"], "depth: no such key"),
+        (["eval", "ckpt_path=bset.ckpt"], "ckpt_path=bset.ckpt does not exist; . has best.ckpt"),
+        (["predict", "ckpt_path=best.ckpt"], "ckpt_path=best.ckpt is not a checkpoint"),
+        (
+            ["predict", "ckpt_path=weights.pt"],
+            "ckpt_path=weights.pt is not a Lightning checkpoint: it has no state_dict",
+        ),
+        (["predict", "ckpt_path=other.ckpt"], "ckpt_path=other.ckpt is not from `revlib train`"),
+        (["predict", "ckpt_path=folder"], "ckpt_path=folder is a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_gets_one_clear_message(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.ckpt").write_text("no checkpoint")
+    (tmp_path / "folder").mkdir()
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("revlib: ") and message in err and "Traceback" not in err and len(err.splitlines()) == 1
+
+
+def test_help(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("revlib 0.")
+
+
+def test_help_of_a_command_lists_groups_and_keys(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "revlib train [-m]" in out
+    assert "coupling: additive" in out and "split_dim: 1" in out and "hydra:" not in out
+
+
+def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="ckpt_path is needed"):
+        main(["eval"])
+
+
+def test_the_installed_command(tmp_path):
+    revlib = shutil.which("revlib", path=os.path.dirname(sys.executable))
+    if revlib is None:
+        pytest.skip("the package is not installed beside this Python")
+    done = subprocess.run([revlib, "trian"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("revlib: unknown command 'trian'")
