@@ -1,14 +1,16 @@
 """What a block's call depends on besides its input, and how to meet the same again in backward.
 
-Environment      autocast and the default dtype          one a forward
-random_state     generators of the CPU and the devices   one a step, shared while nothing is drawn
-ModuleState      training flags, buffers a block changes one a step
+Environment      autocast and the default dtype             one a forward
+RandomState      generators of the CPU and the devices      one a step, if it draws
+ModuleState      flags, parameters, buffers that it changes one a step
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,132 +19,140 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+NOTHING: AbstractContextManager[None] = nullcontext()
+
 
 class Environment:
     """Autocast and default dtype at the time it was made; `with environment.again():` restores them."""
 
     def __init__(self, device_type: str) -> None:
         self.types = ("cpu",) if device_type == "cpu" else ("cpu", device_type)
-        self.then = self._now()
+        self.default_dtype = torch.get_default_dtype()
+        self.autocast = any(map(torch.is_autocast_enabled, self.types))
+        self.settings = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in self.types]
+        self.cache = torch.is_autocast_cache_enabled()
 
-    def _now(self) -> tuple[Any, ...]:
-        autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in self.types]
-        return torch.get_default_dtype(), torch.is_autocast_cache_enabled(), autocast
+    def again(self) -> AbstractContextManager[None]:
+        if self.autocast or torch.get_default_dtype() is not self.default_dtype:
+            return self._restored()
+        return self._restored() if any(map(torch.is_autocast_enabled, self.types)) else NOTHING
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        now = self._now()
-        if now == self.then:  # the usual case outside autocast: nothing to pay
-            yield
-            return
-        default, cache, autocast = self.then
+    def _restored(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.callback(torch.set_default_dtype, now[0])
-            torch.set_default_dtype(default)
-            for device_type, enabled, dtype in autocast:
-                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(self.default_dtype)
+            for t, enabled, dtype in self.settings:
+                stack.enter_context(torch.autocast(t, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
             yield
 
 
 class RandomState:
-    """The states of the CPU's generator and of the generators of the tensors' devices."""
+    """The states of the CPU's generator and of the generators of a tensor's device."""
 
     __slots__ = ("cpu", "device_type", "devices", "states")
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self.cpu = torch.get_rng_state()
-        self.device_type = next((t.device.type for t in tensors if t.device.type not in ("cpu", "meta")), None)
+    def __init__(self, tensor: Tensor) -> None:
+        self.cpu = torch.get_rng_state().view(torch.int64)  # words compare faster than bytes
+        self.device_type = tensor.device.type
         self.devices: Sequence[int] = ()
         self.states: Sequence[Tensor] = ()
-        if self.device_type:
-            self.devices, self.states = get_device_states(*tensors)
+        if self.device_type not in ("cpu", "meta"):
+            self.devices, self.states = get_device_states(tensor)
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, RandomState)
-            and torch.equal(self.cpu, other.cpu)
-            and list(self.devices) == list(other.devices)
-            and all(torch.equal(x, y) for x, y in zip(self.states, other.states, strict=True))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+    def same(self, other: RandomState) -> bool:
+        return torch.equal(self.cpu, other.cpu) and all(map(torch.equal, self.states, other.states))
 
     def set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.device_type:
+        torch.set_rng_state(self.cpu.view(torch.uint8))
+        if self.devices:
             set_device_states(self.devices, self.states, device_type=self.device_type)
 
-    @contextmanager
-    def again(self, *tensors: Tensor) -> Iterator[None]:
-        now = RandomState(*tensors)
+    def lend(self, tensor: Tensor) -> Callable[[], None]:
+        """Set these states; what is returned sets those of before."""
+        now = RandomState(tensor)
         self.set()
-        try:
-            yield
-        finally:
-            now.set()
+        return now.set
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place; inference tensors do not count, nor does a tracing compiler."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    """How often the tensor was changed in place; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class ModuleState:
     """Training flags and parameters of a module's parts, and the former values of buffers that its call changes.
 
-    Made before the call, closed after it. `again` lends the module what the call has met, so that a
-    second call computes the same and leaves no trace: flags, parameters and buffers are put back,
-    whatever has happened to them since.
+    Made before the call, closed after it. `lend` gives the module what the call has met, so that a
+    second call computes the same, and returns calls that put all back, in reverse order, as it was
+    just before, whatever has happened since the first call: a second call leaves no trace.
     """
 
-    __slots__ = ("buffers", "modules", "parameters", "training")
+    __slots__ = ("buffers", "modules", "names", "parameters", "requires_grad", "training", "versions")
 
     def __init__(self, module: nn.Module) -> None:
-        self.modules = list(module.modules())
+        self.modules = [module]
+        for m in self.modules:  # grows on the way
+            if m._modules:
+                self.modules += [child for child in m._modules.values() if child is not None]
         self.training = [m.training for m in self.modules]
-        self.parameters: list[tuple[Any, ...]] = [
-            (m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None
-        ]
+        found = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
+        self.names = [(m, name) for m, name, _ in found]
+        self.parameters = [p for _, _, p in found]
         self.buffers: list[tuple[Any, ...]] = [
             (m, name, _copy(m, buffer), buffer, version(buffer))
             for m in self.modules
+            if m._buffers
             for name, buffer in m._buffers.items()
             if buffer is not None and not is_lazy(buffer)
         ]
 
     def close(self) -> None:
-        """Keep only the buffers which the call has changed, in place or by a new tensor."""
-        self.parameters = [(m, name, p, version(p), p.requires_grad) for m, name, p in self.parameters]
-        self.buffers = [
-            (m, name, before)
-            for m, name, before, buffer, count in self.buffers
-            if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
-        ]
+        """Keep only the buffers that the call has changed, in place or by a new tensor."""
+        self.versions = _versions(self.parameters)
+        self.requires_grad = [p.requires_grad for p in self.parameters]
+        if self.buffers:
+            self.buffers = [
+                (m, name, before)
+                for m, name, before, buffer, count in self.buffers
+                if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
+            ]
 
-    @contextmanager
-    def again(self, name_of_step: str) -> Iterator[None]:
-        with ExitStack() as undo:
-            for m, flag in zip(self.modules, self.training, strict=True):
-                if m.training != flag:
-                    undo.callback(setattr, m, "training", m.training)
-                    m.training = flag
-            for m, name, p, count, requires_grad in self.parameters:
-                if version(p) != count:
-                    raise RuntimeError(
-                        f"{name_of_step}: parameter {name!r} of {type(m).__name__} has been modified in place since the"
-                        " forward, which backward has to run again; step the optimizer after backward"
-                    )
-                if (now := m._parameters.get(name)) is not p and type(p) in PLAIN and type(now) in PLAIN:
-                    undo.callback(m._parameters.__setitem__, name, now)  # lent by torch.func.functional_call
+    def lend(self, step: str) -> list[Callable[[], Any]]:
+        undo: list[Callable[[], Any]] = []
+        if (versions := _versions(self.parameters)) != self.versions:
+            m, name = self.names[[x == y for x, y in zip(versions, self.versions, strict=True)].index(False)]
+            raise RuntimeError(
+                f"{step}: parameter {name!r} of {type(m).__name__} has been modified in place since the forward,"
+                " which backward has to run again; step the optimizer after backward"
+            )
+        now = [m._parameters.get(name) for m, name in self.names]
+        if any(map(operator.is_not, now, self.parameters)):
+            for (m, name), p, other in zip(self.names, self.parameters, now, strict=True):
+                if other is not p and type(p) in PLAIN and type(other) in PLAIN:
+                    undo.append(partial(m._parameters.__setitem__, name, other))  # torch.func.functional_call lent p
                     m._parameters[name] = p
-                if p.requires_grad != requires_grad and p.is_leaf:
-                    undo.callback(p.requires_grad_, p.requires_grad)
+        if [p.requires_grad for p in self.parameters] != self.requires_grad:
+            for p, requires_grad in zip(self.parameters, self.requires_grad, strict=True):
+                if p.is_leaf:
+                    undo.append(partial(p.requires_grad_, p.requires_grad))
                     p.requires_grad_(requires_grad)
-            for m, name, before in self.buffers:
-                now = m._buffers[name]
-                undo.callback(m._buffers.__setitem__, name, now)
-                m._buffers[name] = (now if before is None else before).clone()
-            yield
+        if [m.training for m in self.modules] != self.training:
+            for m, training in zip(self.modules, self.training, strict=True):
+                undo.append(partial(setattr, m, "training", m.training))
+                m.training = training
+        for m, name, before in self.buffers:
+            buffer = m._buffers[name]
+            undo.append(partial(m._buffers.__setitem__, name, buffer))
+            m._buffers[name] = (buffer if before is None else before).clone()
+        return undo
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:  # an inference tensor among them
+        return [version(t) for t in tensors]
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself

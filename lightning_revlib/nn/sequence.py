@@ -26,25 +26,40 @@ Call: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
 class Step:
     """A block with its coupling and the arguments of one call of the stack."""
 
-    __slots__ = ("args", "coupling", "dtype", "kwargs", "module", "name", "residual")
+    __slots__ = ("args", "coupling", "dtype", "key", "kwargs", "module", "stack")
 
     def __init__(
-        self, name: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, residual: bool, call: Call
+        self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call
     ) -> None:
-        self.name, self.module, self.coupling = f"{name} ({type(module).__name__})", module, coupling
-        self.dtype, self.residual = dtype, residual
+        self.stack, self.key, self.module, self.coupling, self.dtype = stack, key, module, coupling, dtype
         self.args, self.kwargs = call
 
-    def branch(
-        self, b: Tensor, call: Callable[..., Any] = lambda module, *args, **kwargs: module(*args, **kwargs)
-    ) -> Any:
-        if isinstance(self.coupling, Invertible):
+    @property
+    def name(self) -> str:
+        return f"{self.stack.path}.{self.key} ({type(self.module).__name__})"
+
+    def branch(self, b: Tensor, compiler: Any = None) -> Any:
+        """The block's output for stream b, compiled if `compiler` is given; None for an invertible step."""
+        if type(self.coupling) is Invertible:
             return None
-        x, count = b.to(self.dtype), version(b)
-        f = call(self.module, x, *self.args, **self.kwargs)
+        x = b if b.dtype is self.dtype else b.to(self.dtype)
+        if compiler is None:
+            f = self.module(x, *self.args, **self.kwargs)
+        else:
+            engine = set_eval_frame(compiler)
+            try:
+                f = self.module(x, *self.args, **self.kwargs)
+            finally:
+                set_eval_frame(engine)
+        return f - x if self.stack.residual and isinstance(f, Tensor) else f
+
+    def check(self, b: Tensor, f: Any, count: int) -> None:
+        """Raise where the block did what a coupling cannot undo; `count` is b's version before it."""
+        if type(self.coupling) is Invertible:
+            return
         if not isinstance(f, Tensor):
             raise TypeError(f"{self.name} returned {type(f).__name__}; a block returns one tensor")
-        if version(b) != count:
+        if _version(b) != count:
             raise RuntimeError(
                 f"{self.name} changes its input in place, and with it the stream that the next block sees;"
                 " use inplace=False in its first operation"
@@ -54,9 +69,12 @@ class Step:
                 f"{self.name} returned shape {list(f.shape)}; for a stream of shape {list(b.shape)} its coupling,"
                 f" {self.coupling}, needs {list(shape)}. An invertible step such as SpaceToDepth may change shapes"
             )
-        if torch.promote_types(f.dtype, b.dtype) != b.dtype:
+        if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
-        return f - x if self.residual else f
+
+
+def _version(stream: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() else version(stream)
 
 
 class CoupledSequential(nn.Sequential):
@@ -139,7 +157,10 @@ class CoupledSequential(nn.Sequential):
         """
         a, b = self._split(x)
         for step in self._steps(x.dtype, args, kwargs, layerwise):
-            a, b = step.coupling.forward(a, b, step.branch(b))
+            count = _version(b)
+            f = step.branch(b)
+            step.check(b, f, count)
+            a, b = step.coupling.forward(a, b, f)
         return self._join(a, b).to(x.dtype)
 
     def inverse(self, y: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Tensor:
@@ -204,11 +225,11 @@ class CoupledSequential(nn.Sequential):
             if layerwise is not None:
                 call = (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
             coupling: Coupling
-            if hasattr(module, "inverse") and not isinstance(module, CoupledSequential):
+            if hasattr(type(module), "inverse") and not isinstance(module, CoupledSequential):
                 coupling = Invertible(module)
             else:
                 coupling, blocks = self.couplings[blocks % len(self.couplings)], blocks + 1
-            steps.append(Step(f"{self.path}.{name}", module, coupling, dtype, self.residual, call))
+            steps.append(Step(self, name, module, coupling, dtype, call))
         return steps
 
 
@@ -225,6 +246,7 @@ class ReversibleSequential(CoupledSequential):
     """
 
     _drift: Tensor | None = None
+    _draws = True  # whether the last forward has drawn random numbers
 
     @property
     def drift(self) -> float | None:
@@ -239,7 +261,8 @@ class ReversibleSequential(CoupledSequential):
         try:
             a, b = self._split(x)
             tape = Tape(x.device.type, self._read, self._arrived(Sentinel(a, b)), compiler)
-            a, b = tape.run(self._steps(x.dtype, args, kwargs, layerwise), a, b)
+            a, b = tape.run(self._steps(x.dtype, args, kwargs, layerwise), a, b, self._draws)
+            self._draws = tape.drew
             if self.split_dim is None:
                 return self._join(*tape.fix(a, b)).to(x.dtype)
             return tape.fix(self._join(a, b))[0].to(x.dtype)

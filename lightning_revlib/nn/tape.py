@@ -28,75 +28,63 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
-from lightning_revlib.nn.replay import Environment, ModuleState, RandomState
+from lightning_revlib.nn.replay import Environment, ModuleState, RandomState, version
 
 
 class Step(Protocol):
     """What the engine asks of a step."""
 
-    name: str
-    module: nn.Module
-    coupling: Coupling
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def coupling(self) -> Coupling: ...
 
-    def branch(self, b: Tensor, call: Callable[..., Any]) -> Any:
-        """The block's output for stream b by `call(block, ...)`, or None where the step has no block."""
+    def branch(self, b: Tensor, compiler: Any) -> Any:
+        """The block's output for stream b, or None where the step has no block."""
 
-
-eager = torch.compiler.disable(recursive=False)  # for what autograd calls while a compiled block runs
-
-
-class Catch:
-    """Collects, in order, what autograd saves."""
-
-    def __init__(self) -> None:
-        self.tensors: list[tuple[Tensor, int]] = []
-
-    @eager
-    def pack(self, tensor: Tensor) -> int:
-        self.tensors.append((tensor.detach(), tensor._version))
-        return len(self.tensors) - 1
-
-    @eager
-    def unpack(self, number: int) -> Tensor:
-        return self.tensors[number][0]
+    def check(self, b: Tensor, f: Any, count: int) -> None:
+        """Raise where the block has misbehaved; `count` is b's version before it."""
 
 
 class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "above", "caught", "index", "keep", "needs_grad", "random", "round", "running", "saved", "saved_by_block", "state",
-        "step", "tape",
+        "above", "caught", "index", "keep", "needs_grad", "random", "round", "running", "saved", "saved_by_block",
+        "state", "step", "tape",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
         self.tape, self.index, self.step = tape, index, step
         self.above: Frame | None = None
-        self.keep = False  # the caught tensors are not given away
-        self.round = 0  # of the tape, in which the tensors were caught
         self.random: RandomState | None = None  # set if the step draws
-        self.saved: list[tuple[torch.dtype, torch.Size]] = []
         self.running: list[Tensor] = []  # until the step ends, for a block that calls autograd itself
         self.caught: dict[int, tuple[Tensor, int]] = {}
+        self.round = 0  # of the tape, in which the tensors were caught
+        self.keep = False  # the caught tensors are not given away
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
+        step = self.step
         self.needs_grad = a.requires_grad, b.requires_grad
-        self.state = ModuleState(self.step.module)
+        self.state, count = ModuleState(step.module), version(b)
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
-                f = self.step.branch(b, self.tape.call)
-                self.saved_by_block = len(self.saved)
-                streams = self.step.coupling.forward(a, b, f)
+                f = step.branch(b, self.tape.compiler)
+                step.check(b, f, count)
+                self.saved_by_block = len(self.running)
+                streams = step.coupling.forward(a, b, f)
+            self.saved = [(t.dtype, t.shape) for t in self.running]
         finally:
             self.running = []
         self.state.close()
@@ -104,38 +92,55 @@ class Frame:
 
     def rewind(self, a_out: Tensor, b_out: Tensor) -> Streams:
         """The streams before the step from those after it, catching what autograd has saved in between."""
-        b = self.step.coupling.recover(a_out, b_out)
-        return self.replay(b, lambda f: self.step.coupling.inverse(a_out, b_out, b, f)), b
+        coupling = self.step.coupling
+        b = coupling.recover(a_out, b_out)
+        return self.replay(b, lambda f: coupling.inverse(a_out, b_out, b, f)), b
 
     def replay(self, b: Tensor, solve: Callable[[Any], Tensor]) -> Tensor:
-        """Run the step again on stream b and return stream a, which `solve` finds from the block's output."""
-        caught = Catch()
-        hooks = saved_tensors_hooks(caught.pack, caught.unpack)
-        a_needs_grad, b_needs_grad = self.needs_grad
-        with self.state.again(self.step.name), self.random.again(b) if self.random else nullcontext():
+        """Run the step again on stream b, catching, and return stream a: `solve` finds it from the block's output."""
+        step, caught = self.step, Catch()
+        undo = self._lend(b)
+        try:
             # The same tensors require grad as in forward: else the block would save others.
-            b = b.detach().requires_grad_(b_needs_grad)
-            with torch.enable_grad(), hooks:
-                f = self.step.branch(b, self.tape.call)
+            again = b.detach().requires_grad_(self.needs_grad[1])
+            with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack):
+                f = step.branch(again, self.tape.compiler)
             a = solve(None if f is None else f.detach())
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
-                with torch.enable_grad(), hooks:
-                    self.step.coupling.forward(a.detach().requires_grad_(a_needs_grad), b, f)
+                with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack):
+                    step.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
+        finally:
+            while undo:
+                undo.pop()()
         self._check([(t.dtype, t.shape) for t, _ in caught.tensors])
         self.caught, self.round = dict(enumerate(caught.tensors)), self.tape.round
         return a
 
-    @eager
-    def _pack(self, tensor: Tensor) -> int:
-        self.saved.append((tensor.dtype, tensor.shape))
-        self.running.append(tensor)
-        return len(self.saved) - 1
+    def repeat(self, a: Tensor, b: Tensor) -> Streams:
+        """The step's forward again, without graph or trace, to learn whether it draws."""
+        random, undo = RandomState(b), self._lend(b)
+        try:
+            streams = self.step.coupling.forward(a, b, self.step.branch(b, self.tape.compiler))
+        finally:
+            while undo:
+                undo.pop()()
+        self.random = None if RandomState(b).same(random) else random
+        return streams
 
-    @eager
+    def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
+        undo = self.state.lend(self.step.name)
+        if self.random:
+            undo.append(self.random.lend(b))
+        return undo
+
+    def _pack(self, tensor: Tensor) -> int:
+        self.running.append(tensor)
+        return len(self.running) - 1
+
     def _unpack(self, number: int) -> Tensor:
         if self.running:
             return self.running[number]
-        if number not in self.caught or self.round != self.tape.round:
+        if self.round != self.tape.round or number not in self.caught:
             compiler = set_eval_frame(None)
             try:
                 self.tape.rewind(self)
@@ -155,17 +160,36 @@ class Frame:
             return
         pairs = enumerate(zip(self.saved, again, strict=False))
         rows = [f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y]
-        raise RuntimeError(
+        lines = [
             f"{self.step.name} computes something else in backward than it did in forward: it saved {len(self.saved)}"
-            f" tensors for its gradient, and {len(again)} when recomputed. "
-            + "".join(f"\n{row}" for row in rows[:3])
-            + "\n"
-            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only."
-        )
+            f" tensors for its gradient, and {len(again)} when recomputed.",
+            *rows[:3],
+            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
+        ]
+        raise RuntimeError("\n".join(lines))
+
+
+class Catch:
+    """Collects, in order, what autograd saves; detached, since an output that is saved refers to its own graph."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[Tensor, int]] = []
+
+    def pack(self, tensor: Tensor) -> int:
+        self.tensors.append((tensor.detach(), tensor._version))
+        return len(self.tensors) - 1
+
+    def unpack(self, number: int) -> Tensor:
+        return self.tensors[number][0]
+
+
+# Autograd calls these while a compiled block runs: they are not to be compiled themselves.
+for function in (Frame._pack, Frame._unpack, Catch.pack, Catch.unpack):
+    skip_code(function.__code__)
 
 
 class Tape:
-    """The frames of one forward, and the streams at the place to which backward has rewound them."""
+    """The streams at the place to which backward has rewound the frames of one forward."""
 
     def __init__(
         self,
@@ -177,33 +201,35 @@ class Tape:
         self.read = read  # the anchor's tensors -> streams
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
+        self.environment = Environment(device_type)
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
         self.round = 0  # counts the starts
-        self.environment = Environment(device_type)
+        self.drew = False  # whether any step has drawn random numbers
+        self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.output: tuple[tuple[Tensor, int], ...] = ()  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
         self.lock = threading.RLock()  # CUDA backward runs in threads of its own
 
-    def run(self, steps: Iterable[Step], a: Tensor, b: Tensor) -> Streams:
-        random, below = RandomState(a), None
-        for index, step in enumerate(steps):
-            frame = Frame(self, index, step)
-            a, b = frame.run(a, b)
-            if below is not None:
-                below.above = frame
-            below, self.depth = frame, index + 1
-            after = RandomState(a)
-            if after != random:
-                frame.random, random = random, after
-        return a, b
+    def run(self, steps: Sequence[Step], a: Tensor, b: Tensor, expect_draws: bool) -> Streams:
+        """Run the steps. If they are expected to draw, the generators are looked at after each; else at the end only.
 
-    def call(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        engine = set_eval_frame(self.compiler)
-        try:
-            return block(*args, **kwargs)
-        finally:
-            set_eval_frame(engine)
+        If they have drawn unexpectedly, the entrance is kept this once, for backward to find out where.
+        """
+        start = random = RandomState(a)
+        frames = [Frame(self, index, step) for index, step in enumerate(steps)]
+        for frame, above in zip(frames, [*frames[1:], None], strict=True):
+            frame.above = above
+        entrance, self.depth = (a.detach(), b.detach()), len(frames)
+        for frame in frames:
+            a, b = frame.run(a, b)
+            if expect_draws:
+                after = RandomState(a)
+                if not after.same(random):
+                    frame.random, random, self.drew = random, after, True
+        if not expect_draws and not RandomState(a).same(start):
+            self.drew, self.surprise = True, (frames[0], start, entrance)
+        return a, b
 
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Pass what came out through the anchor; `read` must give the last streams from it."""
@@ -216,7 +242,10 @@ class Tape:
         self.position, self.round = self.depth, self.round + 1
 
     def rewind(self, frame: Frame) -> None:
+        """Make the frame catch what autograd asks it for."""
         with self.lock, torch.no_grad():
+            if self.surprise:
+                self._find_draws(*self.surprise)
             if self.streams is None or self.position < frame.index:
                 self.start(self._output())
             assert self.streams is not None
@@ -235,8 +264,7 @@ class Tape:
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
-        frames: list[Frame] = []
-        above: Frame | None = frame
+        frames, above = [], frame if frame.index < self.position else None
         while above is not None and above.index < self.position:
             frames.append(above)
             above = above.above
@@ -251,6 +279,17 @@ class Tape:
         if anchor is None:
             raise RuntimeError("backward through a reversible stack a second time, after its output has been freed")
         return anchor.saved_tensors
+
+    def _find_draws(self, frame: Frame | None, start: RandomState, streams: Streams) -> None:
+        self.surprise = None
+        restore = start.lend(streams[0])
+        try:
+            while frame is not None:
+                with self.environment.again():
+                    streams = frame.repeat(*streams)
+                frame = frame.above
+        finally:
+            restore()
 
 
 class Anchor(torch.autograd.Function):

@@ -137,6 +137,15 @@ def dropout_in_some(case: Case) -> list[Tensor | None]:
     return case.train(case.stack(case.block(), case.block(nn.Dropout(0.5)), case.block(nn.Tanh()), case.block()))
 
 
+@condition
+def draws_unexpectedly(case: Case) -> list[Tensor | None]:
+    parts = (nn.BatchNorm1d(WIDTH), nn.Dropout(0.3), nn.Tanh())
+    stack = case.stack(*[case.block(*copy.deepcopy(parts)) for _ in range(4)])
+    quiet = case.train(stack.eval())  # the engine learns that this stack does not draw
+    loud = case.train(stack.train())
+    return [*quiet, *loud, *case.train(stack)]
+
+
 class Noisy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rand_like(x) + torch.randn(x.shape, dtype=x.dtype)

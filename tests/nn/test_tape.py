@@ -21,7 +21,11 @@ def conv(width: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
 
 
-KINDS = {"mlp": (mlp, (128, 128)), "conv": (conv, (4, 16, 16, 16))}
+def noisy(width: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, width), nn.Dropout(0.1), nn.Tanh())
+
+
+KINDS = {"mlp": (mlp, (128, 128)), "conv": (conv, (4, 16, 16, 16)), "noisy": (noisy, (1024, 64))}
 
 
 def measure(stack: nn.Module, x: Tensor) -> tuple[float, float]:
@@ -54,7 +58,7 @@ def test_peak_is_below_revlib(kind: str) -> None:
     held, peak = measure(revlib.ReversibleSequential(*blocks), x)
     peer_held, peer_peak = measure(peer.ReversibleSequential(*copy.deepcopy(blocks), split_dim=1), x)
     assert held < peer_held
-    assert peak < 0.86 * peer_peak
+    assert peak < (0.9 if kind == "noisy" else 0.85) * peer_peak
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +101,8 @@ def test_nothing_outlives_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         init(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Tape, "__init__", spy)
-    stack, x = revlib.ReversibleSequential(*[mlp(4) for _ in range(4)]), torch.randn(2, 8, requires_grad=True)
+    blocks = [mlp(4), noisy(4), nn.Identity(), nn.Tanh()]
+    stack, x = revlib.ReversibleSequential(*blocks), torch.randn(2, 8, requires_grad=True)
     gc.disable()  # what has to be collected is a cycle, and a leak
     try:
         y = stack(x)
