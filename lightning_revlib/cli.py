@@ -115,7 +115,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent else f"`revlib {command} --help` lists all"
         return f"{key}: no such key{_near(name, keys, parent)}; {where}; +{key}=... adds a new one"
-    return str(error).strip()
+    bug = isinstance(error, TypeError)  # perhaps not the user's mistake, but the program's
+    return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if bug else "")
 
 
 def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:

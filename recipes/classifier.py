@@ -76,5 +76,5 @@ class ImageClassifier(L.LightningModule):
         metrics = cast(MetricCollection, self.accuracy[f"{stage}_"])
         metrics.update(logits, labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
         return loss

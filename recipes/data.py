@@ -87,6 +87,6 @@ class Digits(L.LightningDataModule):
 
 def jitter(images: Tensor, amount: float) -> Tensor:
     """Each of the images (B, C, H, W) under an affine map of its own, near the identity."""
-    maps = torch.eye(2, 3, device=images.device) + amount * torch.randn(len(images), 2, 3, device=images.device)
+    maps = (torch.eye(2, 3) + amount * torch.randn(len(images), 2, 3)).to(images)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

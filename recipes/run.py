@@ -6,6 +6,8 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def train(cfg: DictConfig) -> float:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
     start = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    with _threads(cfg.threads):
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     seconds = time.perf_counter() - start
     drift = trainer.callback_metrics.get("drift")
 
@@ -43,7 +46,7 @@ def train(cfg: DictConfig) -> float:
         trainer.progress_bar_callback.progress = None  # else it is stopped again, and leaves an empty line each time
     options: Any = {"datamodule": data, "ckpt_path": best, "verbose": False, "weights_only": True}
     metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
-    images = next(iter(data.train_dataloader()))[0].to(module.device)
+    images = next(iter(data.train_dataloader()))[0].to(next(module.parameters()))
     if trainer.is_global_zero:
         show_training(metrics, report(module.train(), images), drift, seconds, cfg.paths.output_dir, best)
     if cfg.optimized_metric not in metrics:
@@ -92,6 +95,16 @@ def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule,
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     module = load_module(cfg)
     return instantiate(cfg.data), module, make_trainer(cfg)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quiet() -> None:

@@ -94,6 +94,19 @@ def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch
     assert "was trained with depth=3 (now 2)" in capsys.readouterr().err
 
 
+def test_both_strategies_train_alike(tmp_path, monkeypatch):
+    curves = []
+    monkeypatch.chdir(tmp_path)
+    for strategy in ("auto", "reversible"):
+        short = ["trainer.max_epochs=2", "+trainer.limit_train_batches=6", "trainer.log_every_n_steps=1", "logger=csv"]
+        double = ["+trainer.precision=64-true", "callbacks=checkpoint", f"hydra.run.dir={strategy}"]
+        assert main(["train", f"strategy={strategy}", *short, *double]) == 0
+        rows = csv.DictReader((tmp_path / strategy / "csv/metrics.csv").open())
+        curves.append([float(row[k]) for row in rows for k in ("train/loss", "val/loss", "test/loss") if row[k]])
+    assert len(curves[0]) == 6  # two epochs of each; the best checkpoint is validated and tested
+    assert curves[0] == pytest.approx(curves[1], rel=1e-10)
+
+
 def test_a_sweep_runs_once_for_each_value(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "callbacks=checkpoint", "logger=csv"]
@@ -177,7 +190,7 @@ def test_help_of_a_command_lists_groups_and_keys(capsys):
         main(["train", "--help"])
     out = capsys.readouterr().out
     assert "revlib train [-m]" in out
-    assert "coupling: additive" in out and "split_dim: 1" in out and "hydra:" not in out
+    assert "coupling: additive" in out and "split_dim: 1" in out and "\nhydra:" not in out
 
 
 def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):
