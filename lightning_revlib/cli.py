@@ -113,7 +113,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
-        where = f"{parent} has {', '.join(keys)}" if parent else f"`revlib {command} --help` lists all"
+        where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
         return f"{key}: no such key{_near(name, keys, parent)}; {where}; +{key}=... adds a new one"
     bug = isinstance(error, TypeError)  # perhaps not the user's mistake, but the program's
     return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if bug else "")
@@ -124,13 +124,18 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
+    from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
 
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG.removeprefix("pkg://"), version_base="1.3"):
         groups = GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
         chosen = [o for o in overrides if o.partition("=")[0] in groups]
-        node = OmegaConf.select(compose(command, chosen), parent) if parent else compose(command, chosen)
+        try:
+            cfg = compose(command, chosen)
+        except HydraException:  # options of a folder of the user's own
+            cfg = compose(command)
+        node = OmegaConf.select(cfg, parent) if parent else cfg
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
 
 

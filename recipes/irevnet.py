@@ -2,7 +2,8 @@
 
     z = stack(pad(psi(x))),  x = psi^-1(unpad(stack^-1(z))),  logits = linear(pool(relu(bn(z))))
 
-i-RevNet: Deep Invertible Networks, https://arxiv.org/abs/1802.07088.
+i-RevNet: Deep Invertible Networks, https://arxiv.org/abs/1802.07088. A fifth of this file says which
+sizes do not go together, and why.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class ProgressBar(RichProgressBar):
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         return [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=12),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         ]
 

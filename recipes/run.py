@@ -27,7 +27,7 @@ def train(cfg: DictConfig) -> float:
     """Fit, test the best checkpoint, print the panel; returns that checkpoint's `optimized_metric`."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: L.LightningDataModule = instantiate(cfg.data)
-    module: L.LightningModule = instantiate(cfg.recipe, **data.model_arguments)  # type: ignore[attr-defined]
+    module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
     if cfg.ckpt_path is not None:
         same_architecture(read(cfg.ckpt_path), module, cfg.ckpt_path)
     trainer = make_trainer(cfg, [SignCheckpoint()])

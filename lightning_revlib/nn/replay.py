@@ -7,7 +7,6 @@ ModuleState      flags, parameters, buffers that it changes one a step
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -80,72 +79,70 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class ModuleState:
-    """Training flags and parameters of a module's parts, and the former values of buffers that its call changes.
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The module and all that is in it; `module.modules()`, but fast and with what is shared twice."""
+    found = [module]
+    for m in found:  # grows on the way
+        if m._modules:
+            found += [child for child in m._modules.values() if child is not None]
+    return found
 
-    Made before the call, closed after it. `lend` gives the module what the call has met, so that a
-    second call computes the same, and returns calls that put all back, in reverse order, as it was
-    just before, whatever has happened since the first call: a second call leaves no trace.
+
+class Settings:
+    """Training flags and parameters of modules: which tensors, their versions, whether they require grad.
+
+    Closed when forward ends. `changed` tells whether anything is different now; if so, `lend` sets
+    what was then, and returns calls that put back, in reverse order, what was just before.
     """
 
-    __slots__ = ("buffers", "modules", "names", "parameters", "requires_grad", "training", "versions")
+    __slots__ = ("modules", "names", "parameters", "requires_grad", "training", "versions")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.modules = [module]
-        for m in self.modules:  # grows on the way
-            if m._modules:
-                self.modules += [child for child in m._modules.values() if child is not None]
-        self.training = [m.training for m in self.modules]
-        found = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
-        self.names = [(m, name) for m, name, _ in found]
-        self.parameters = [p for _, _, p in found]
-        self.buffers: list[tuple[Any, ...]] = [
-            (m, name, _copy(m, buffer), buffer, version(buffer))
-            for m in self.modules
-            if m._buffers
-            for name, buffer in m._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.training = [m.training for m in modules]
+        self.names: list[tuple[nn.Module, str]] = []
+        self.parameters: list[Tensor] = []
+        for m in modules:
+            for name, p in m._parameters.items():
+                if p is not None:
+                    self.names.append((m, name))
+                    self.parameters.append(p)
 
     def close(self) -> None:
-        """Keep only the buffers that the call has changed, in place or by a new tensor."""
         self.versions = _versions(self.parameters)
         self.requires_grad = [p.requires_grad for p in self.parameters]
-        if self.buffers:
-            self.buffers = [
-                (m, name, before)
-                for m, name, before, buffer, count in self.buffers
-                if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
-            ]
 
-    def lend(self, step: str) -> list[Callable[[], Any]]:
-        undo: list[Callable[[], Any]] = []
+    def changed(self) -> bool:
         if (versions := _versions(self.parameters)) != self.versions:
             m, name = self.names[[x == y for x, y in zip(versions, self.versions, strict=True)].index(False)]
             raise RuntimeError(
-                f"{step}: parameter {name!r} of {type(m).__name__} has been modified in place since the forward,"
-                " which backward has to run again; step the optimizer after backward"
+                f"parameter {name!r} of {m} has been modified in place since the forward of its reversible stack, which"
+                " backward has to run again; step the optimizer after backward"
             )
-        now = [m._parameters.get(name) for m, name in self.names]
-        if any(map(operator.is_not, now, self.parameters)):
-            for (m, name), p, other in zip(self.names, self.parameters, now, strict=True):
-                if other is not p and type(p) in PLAIN and type(other) in PLAIN:
-                    undo.append(partial(m._parameters.__setitem__, name, other))  # torch.func.functional_call lent p
-                    m._parameters[name] = p
-        if [p.requires_grad for p in self.parameters] != self.requires_grad:
-            for p, requires_grad in zip(self.parameters, self.requires_grad, strict=True):
-                if p.is_leaf:
-                    undo.append(partial(p.requires_grad_, p.requires_grad))
-                    p.requires_grad_(requires_grad)
-        if [m.training for m in self.modules] != self.training:
-            for m, training in zip(self.modules, self.training, strict=True):
-                undo.append(partial(setattr, m, "training", m.training))
-                m.training = training
-        for m, name, before in self.buffers:
-            buffer = m._buffers[name]
-            undo.append(partial(m._buffers.__setitem__, name, buffer))
-            m._buffers[name] = (buffer if before is None else before).clone()
+        return (
+            [m.training for m in self.modules] != self.training
+            or [p.requires_grad for p in self.parameters] != self.requires_grad
+            or any(m._parameters.get(n) is not p for (m, n), p in zip(self.names, self.parameters, strict=True))
+        )
+
+    def lend(self) -> list[Callable[[], Any]]:
+        undo: list[Callable[[], Any]] = []
+        for m, training in zip(self.modules, self.training, strict=True):
+            undo.append(partial(setattr, m, "training", m.training))
+            m.training = training
+        for (m, name), p in zip(self.names, self.parameters, strict=True):
+            now = m._parameters.get(name)
+            if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
+                undo.append(partial(m._parameters.__setitem__, name, now))
+                m._parameters[name] = p  # type: ignore[assignment]
+        for p, requires_grad in zip(self.parameters, self.requires_grad, strict=True):
+            if p.is_leaf and p.requires_grad != requires_grad:
+                undo.append(partial(p.requires_grad_, p.requires_grad))
+                p.requires_grad_(requires_grad)
         return undo
+
+
+PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -155,7 +152,38 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
         return [version(t) for t in tensors]
 
 
-PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
+class Buffers:
+    """The former values of the buffers that a block's call changes.
+
+    Made before the call, closed after it. `lend` gives the modules copies of these values, for a
+    second call to see what the first saw, and returns calls that put the buffers back untouched.
+    """
+
+    __slots__ = ("changing",)
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.changing: list[tuple[Any, ...]] = [
+            (m, name, _copy(m, buffer), buffer, version(buffer))
+            for m in modules
+            for name, buffer in m._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
+        ]
+
+    def close(self) -> None:
+        """Keep only the buffers that the call has changed, in place or by a new tensor."""
+        self.changing = [
+            (m, name, before)
+            for m, name, before, buffer, count in self.changing
+            if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
+        ]
+
+    def lend(self) -> list[Callable[[], Any]]:
+        undo: list[Callable[[], Any]] = []
+        for m, name, before in self.changing:
+            buffer = m._buffers[name]
+            undo.append(partial(m._buffers.__setitem__, name, buffer))
+            m._buffers[name] = (buffer if before is None else before).clone()
+        return undo
 
 
 def _copy(module: nn.Module, buffer: Tensor) -> Tensor | None:

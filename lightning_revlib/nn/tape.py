@@ -37,7 +37,7 @@ from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
-from lightning_revlib.nn.replay import Environment, ModuleState, RandomState, version
+from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts, version
 
 
 class Step(Protocol):
@@ -61,23 +61,26 @@ class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "above", "caught", "index", "keep", "needs_grad", "random", "round", "running", "saved", "saved_by_block",
-        "state", "step", "tape",
+        "above", "buffers", "caught", "index", "keep", "modules", "needs_grad", "random", "round", "running", "saved",
+        "saved_by_block", "step", "tape",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
         self.tape, self.index, self.step = tape, index, step
+        self.modules = parts(step.module)
         self.above: Frame | None = None
         self.random: RandomState | None = None  # set if the step draws
+        self.buffers: Buffers | None = None  # set if it has any
         self.running: list[Tensor] = []  # until the step ends, for a block that calls autograd itself
-        self.caught: dict[int, tuple[Tensor, int]] = {}
+        self.caught: list[tuple[Tensor, int] | None] = []
         self.round = 0  # of the tape, in which the tensors were caught
         self.keep = False  # the caught tensors are not given away
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
-        step = self.step
+        step, count = self.step, version(b)
         self.needs_grad = a.requires_grad, b.requires_grad
-        self.state, count = ModuleState(step.module), version(b)
+        if any([m._buffers for m in self.modules]):
+            self.buffers = Buffers(self.modules)
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
                 f = step.branch(b, self.tape.compiler)
@@ -87,7 +90,8 @@ class Frame:
             self.saved = [(t.dtype, t.shape) for t in self.running]
         finally:
             self.running = []
-        self.state.close()
+        if self.buffers:
+            self.buffers.close()
         return streams
 
     def rewind(self, a_out: Tensor, b_out: Tensor) -> Streams:
@@ -113,7 +117,7 @@ class Frame:
             while undo:
                 undo.pop()()
         self._check([(t.dtype, t.shape) for t, _ in caught.tensors])
-        self.caught, self.round = dict(enumerate(caught.tensors)), self.tape.round
+        self.caught, self.round = [*caught.tensors], self.tape.round
         return a
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
@@ -128,7 +132,7 @@ class Frame:
         return streams
 
     def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
-        undo = self.state.lend(self.step.name)
+        undo = self.buffers.lend() if self.buffers else []
         if self.random:
             undo.append(self.random.lend(b))
         return undo
@@ -138,16 +142,21 @@ class Frame:
         return len(self.running) - 1
 
     def _unpack(self, number: int) -> Tensor:
-        if self.running:
-            return self.running[number]
-        if self.round != self.tape.round or number not in self.caught:
+        entry = self.caught[number] if self.caught and self.round == self.tape.round else None
+        if entry is None:
+            if self.running:
+                return self.running[number]
             compiler = set_eval_frame(None)
             try:
                 self.tape.rewind(self)
             finally:
                 set_eval_frame(compiler)
-        self.keep |= torch.is_grad_enabled()  # create_graph
-        tensor, count = self.caught[number] if self.keep else self.caught.pop(number)
+            entry = self.caught[number]
+        if torch.is_grad_enabled():  # create_graph
+            self.keep = True
+        if not self.keep:
+            self.caught[number] = None
+        tensor, count = entry  # type: ignore[misc]
         if tensor._version != count:
             raise RuntimeError(
                 f"{self.step.name}: a tensor of shape {list(tensor.shape)} needed for its gradient has been modified"
@@ -202,6 +211,7 @@ class Tape:
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.environment = Environment(device_type)
+        self.settings_changed = False  # since the forward
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
         self.round = 0  # counts the starts
@@ -221,12 +231,14 @@ class Tape:
         for frame, above in zip(frames, [*frames[1:], None], strict=True):
             frame.above = above
         entrance, self.depth = (a.detach(), b.detach()), len(frames)
+        self.settings = Settings([m for frame in frames for m in frame.modules])
         for frame in frames:
             a, b = frame.run(a, b)
             if expect_draws:
                 after = RandomState(a)
                 if not after.same(random):
                     frame.random, random, self.drew = random, after, True
+        self.settings.close()
         if not expect_draws and not RandomState(a).same(start):
             self.drew, self.surprise = True, (frames[0], start, entrance)
         return a, b
@@ -240,27 +252,36 @@ class Tape:
         with torch.no_grad():
             self.streams = self.read(tensors)
         self.position, self.round = self.depth, self.round + 1
+        self.settings_changed = self.settings.changed()
 
     def rewind(self, frame: Frame) -> None:
         """Make the frame catch what autograd asks it for."""
         with self.lock, torch.no_grad():
-            if self.surprise:
-                self._find_draws(*self.surprise)
             if self.streams is None or self.position < frame.index:
                 self.start(self._output())
-            assert self.streams is not None
-            a, b = self.streams
-            self.streams = None  # after an error the next call starts afresh
-            if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-                with self.environment.again():
-                    frame.replay(b, lambda f: a)
-            for each in reversed(self._between(frame)):
-                with self.environment.again():
-                    a, b = each.rewind(a, b)
-                self.position = each.index
-                if self.position == 0 and self.arrived:
-                    self.arrived(a, b)
-            self.streams = a, b
+            undo = self.settings.lend() if self.settings_changed else []
+            try:
+                if self.surprise:
+                    self._find_draws(*self.surprise)
+                self._rewind(frame)
+            finally:
+                while undo:
+                    undo.pop()()
+
+    def _rewind(self, frame: Frame) -> None:
+        assert self.streams is not None
+        a, b = self.streams
+        self.streams = None  # after an error the next call starts afresh
+        if self.position == frame.index:  # all was caught and given away: autograd asks a second time
+            with self.environment.again():
+                frame.replay(b, lambda f: a)
+        for each in reversed(self._between(frame)):
+            with self.environment.again():
+                a, b = each.rewind(a, b)
+            self.position = each.index
+            if self.position == 0 and self.arrived:
+                self.arrived(a, b)
+        self.streams = a, b
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
