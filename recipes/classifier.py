@@ -69,6 +69,15 @@ class ImageClassifier(L.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
 
+    def on_train_start(self) -> None:
+        steps = int(self.trainer.estimated_stepping_batches)
+        for config in self.trainer.lr_scheduler_configs:  # as restored from a checkpoint, if there is one
+            if (planned := getattr(config.scheduler, "total_steps", steps)) < steps:
+                raise ValueError(
+                    f"the checkpoint's learning rate was planned for {planned} steps, and this run has {steps}: a cycle"
+                    " cannot be prolonged; keep max_epochs, or train afresh"
+                )
+
     def _step(self, batch: Sequence[Tensor], stage: str) -> Tensor:
         images, labels = batch
         logits = self(images)

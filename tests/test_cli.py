@@ -108,6 +108,8 @@ def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch
     assert main(["train", "trainer.max_epochs=2", f"ckpt_path={last}"]) == 0  # nothing is left to do
     assert main(["train", "depth=2", f"ckpt_path={last}"]) == 1
     assert "was trained with depth=3 (now 2)" in capsys.readouterr().err
+    assert main(["train", "trainer.max_epochs=3", f"ckpt_path={last}"]) == 1
+    assert "planned for 40 steps, and this run has 60" in capsys.readouterr().err
 
 
 def test_both_strategies_train_alike(tmp_path, monkeypatch):
