@@ -26,23 +26,23 @@ class Environment:
 
     def __init__(self, device_type: str) -> None:
         self.types = ("cpu",) if device_type == "cpu" else ("cpu", device_type)
-        self.default_dtype = torch.get_default_dtype()
-        self.autocast = any(map(torch.is_autocast_enabled, self.types))
-        self.settings = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in self.types]
-        self.cache = torch.is_autocast_cache_enabled()
+        self.then = self._now()
 
-    def again(self) -> AbstractContextManager[None]:
-        if self.autocast or torch.get_default_dtype() is not self.default_dtype:
-            return self._restored()
-        return self._restored() if any(map(torch.is_autocast_enabled, self.types)) else NOTHING
+    def _now(self) -> tuple[Any, ...]:
+        autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in self.types]
+        return torch.get_default_dtype(), torch.is_autocast_cache_enabled(), autocast
+
+    def changed(self) -> bool:
+        return self.then != self._now()
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
+    def again(self) -> Iterator[None]:
+        default, cache, autocast = self.then
         with ExitStack() as stack:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(self.default_dtype)
-            for t, enabled, dtype in self.settings:
-                stack.enter_context(torch.autocast(t, dtype=dtype, enabled=enabled, cache_enabled=self.cache))
+            torch.set_default_dtype(default)
+            for t, enabled, dtype in autocast:
+                stack.enter_context(torch.autocast(t, dtype=dtype, enabled=enabled, cache_enabled=cache))
             yield
 
 
@@ -91,8 +91,8 @@ def parts(module: nn.Module) -> list[nn.Module]:
 class Settings:
     """Training flags and parameters of modules: which tensors, their versions, whether they require grad.
 
-    Closed when forward ends. `changed` tells whether anything is different now; if so, `lend` sets
-    what was then, and returns calls that put back, in reverse order, what was just before.
+    Closed when forward ends. `changed` tells whether anything is different now; if so,
+    `with settings.again():` sets what was then.
     """
 
     __slots__ = ("modules", "names", "parameters", "requires_grad", "training", "versions")
@@ -125,21 +125,22 @@ class Settings:
             or any(m._parameters.get(n) is not p for (m, n), p in zip(self.names, self.parameters, strict=True))
         )
 
-    def lend(self) -> list[Callable[[], Any]]:
-        undo: list[Callable[[], Any]] = []
-        for m, training in zip(self.modules, self.training, strict=True):
-            undo.append(partial(setattr, m, "training", m.training))
-            m.training = training
-        for (m, name), p in zip(self.names, self.parameters, strict=True):
-            now = m._parameters.get(name)
-            if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
-                undo.append(partial(m._parameters.__setitem__, name, now))
-                m._parameters[name] = p  # type: ignore[assignment]
-        for p, requires_grad in zip(self.parameters, self.requires_grad, strict=True):
-            if p.is_leaf and p.requires_grad != requires_grad:
-                undo.append(partial(p.requires_grad_, p.requires_grad))
-                p.requires_grad_(requires_grad)
-        return undo
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        with ExitStack() as undo:
+            for m, training in zip(self.modules, self.training, strict=True):
+                undo.callback(setattr, m, "training", m.training)
+                m.training = training
+            for (m, name), p in zip(self.names, self.parameters, strict=True):
+                now = m._parameters.get(name)
+                if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
+                    undo.callback(m._parameters.__setitem__, name, now)
+                    m._parameters[name] = p  # type: ignore[assignment]
+            for p, requires_grad in zip(self.parameters, self.requires_grad, strict=True):
+                if p.is_leaf and p.requires_grad != requires_grad:
+                    undo.callback(p.requires_grad_, p.requires_grad)
+                    p.requires_grad_(requires_grad)
+            yield
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself

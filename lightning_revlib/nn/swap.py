@@ -123,9 +123,14 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
     original = type(module)
     if original is not ReversibleSequential:
         if original not in (CoupledSequential, nn.Sequential):
+            why = (
+                "its model's own forward calls the layers"
+                if original is nn.ModuleList
+                else "its forward may do anything"
+            )
             raise TypeError(
-                f"target {path!r} is a {original.__name__}, which cannot be swapped: a target is an nn.Sequential or a"
-                " CoupledSequential itself, since a subclass may do anything in its forward"
+                f"target {path!r} is a {original.__name__}, which cannot be swapped, since {why}; a target is an"
+                " nn.Sequential or a CoupledSequential itself"
             )
         swapped_from = original, options_of(module)
         module.__class__ = ReversibleSequential

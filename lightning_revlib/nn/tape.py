@@ -37,7 +37,7 @@ from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
-from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts, version
+from lightning_revlib.nn.replay import NOTHING, Buffers, Environment, RandomState, Settings, parts, version
 
 
 class Step(Protocol):
@@ -61,7 +61,7 @@ class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "above", "buffers", "caught", "index", "keep", "modules", "needs_grad", "random", "round", "running", "saved",
+        "above", "buffers", "caught", "index", "modules", "needs_grad", "random", "round", "running", "saved",
         "saved_by_block", "step", "tape",
     )  # fmt: skip
 
@@ -72,9 +72,8 @@ class Frame:
         self.random: RandomState | None = None  # set if the step draws
         self.buffers: Buffers | None = None  # set if it has any
         self.running: list[Tensor] = []  # until the step ends, for a block that calls autograd itself
-        self.caught: list[tuple[Tensor, int] | None] = []
+        self.caught: list[Tensor | None] = []
         self.round = 0  # of the tape, in which the tensors were caught
-        self.keep = False  # the caught tensors are not given away
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
         step, count = self.step, version(b)
@@ -116,8 +115,8 @@ class Frame:
         finally:
             while undo:
                 undo.pop()()
-        self._check([(t.dtype, t.shape) for t, _ in caught.tensors])
-        self.caught, self.round = [*caught.tensors], self.tape.round
+        self._check(caught)
+        self.caught, self.round = caught.tensors, self.tape.round  # type: ignore[assignment]
         return a
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
@@ -142,54 +141,52 @@ class Frame:
         return len(self.running) - 1
 
     def _unpack(self, number: int) -> Tensor:
-        entry = self.caught[number] if self.caught and self.round == self.tape.round else None
-        if entry is None:
+        tensor = self.caught[number] if self.caught and self.round == self.tape.round else None
+        if tensor is None:
             if self.running:
                 return self.running[number]
-            compiler = set_eval_frame(None)
-            try:
-                self.tape.rewind(self)
-            finally:
-                set_eval_frame(compiler)
-            entry = self.caught[number]
-        if torch.is_grad_enabled():  # create_graph
-            self.keep = True
-        if not self.keep:
+            self.tape.rewind(self)
+            tensor = self.caught[number]
+            assert tensor is not None
+        if not self.tape.keep:
             self.caught[number] = None
-        tensor, count = entry  # type: ignore[misc]
-        if tensor._version != count:
-            raise RuntimeError(
-                f"{self.step.name}: a tensor of shape {list(tensor.shape)} needed for its gradient has been modified"
-                " by an inplace operation inside the block; use the operation that is not in-place"
-            )
         return tensor
 
-    def _check(self, again: list[tuple[torch.dtype, torch.Size]]) -> None:
-        if again == self.saved:
-            return
-        pairs = enumerate(zip(self.saved, again, strict=False))
-        rows = [f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y]
-        lines = [
-            f"{self.step.name} computes something else in backward than it did in forward: it saved {len(self.saved)}"
-            f" tensors for its gradient, and {len(again)} when recomputed.",
-            *rows[:3],
-            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
-        ]
-        raise RuntimeError("\n".join(lines))
+    def _check(self, caught: Catch) -> None:
+        if [t._version for t in caught.tensors] != caught.versions:
+            shape = next(t.shape for t, v in zip(caught.tensors, caught.versions, strict=True) if t._version != v)
+            raise RuntimeError(
+                f"{self.step.name}: a tensor of shape {list(shape)} needed for its gradient has been modified by an"
+                " inplace operation inside the block; use the operation that is not in-place"
+            )
+        if (again := [(t.dtype, t.shape) for t in caught.tensors]) != self.saved:
+            pairs = enumerate(zip(self.saved, again, strict=False))
+            lines = [
+                f"{self.step.name} computes something else in backward than it did in forward: it saved"
+                f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
+                *[f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y][:3],
+                "A block must depend on its input, arguments, parameters, registered buffers and torch's generators"
+                " only.",
+            ]
+            raise RuntimeError("\n".join(lines))
 
 
 class Catch:
     """Collects, in order, what autograd saves; detached, since an output that is saved refers to its own graph."""
 
+    __slots__ = ("tensors", "versions")
+
     def __init__(self) -> None:
-        self.tensors: list[tuple[Tensor, int]] = []
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
 
     def pack(self, tensor: Tensor) -> int:
-        self.tensors.append((tensor.detach(), tensor._version))
-        return len(self.tensors) - 1
+        self.versions.append(tensor._version)
+        self.tensors.append(tensor.detach() if tensor.requires_grad else tensor)
+        return len(self.versions) - 1
 
     def unpack(self, number: int) -> Tensor:
-        return self.tensors[number][0]
+        return self.tensors[number]
 
 
 # Autograd calls these while a compiled block runs: they are not to be compiled themselves.
@@ -211,10 +208,11 @@ class Tape:
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.environment = Environment(device_type)
-        self.settings_changed = False  # since the forward
+        self.changed = False  # environment or settings, since the forward
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
         self.round = 0  # counts the starts
+        self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.output: tuple[tuple[Tensor, int], ...] = ()  # what the anchor saves, until its backward
@@ -252,31 +250,36 @@ class Tape:
         with torch.no_grad():
             self.streams = self.read(tensors)
         self.position, self.round = self.depth, self.round + 1
-        self.settings_changed = self.settings.changed()
+        self.changed = self.settings.changed() or self.environment.changed()
 
     def rewind(self, frame: Frame) -> None:
         """Make the frame catch what autograd asks it for."""
-        with self.lock, torch.no_grad():
-            if self.streams is None or self.position < frame.index:
-                self.start(self._output())
-            undo = self.settings.lend() if self.settings_changed else []
-            try:
-                if self.surprise:
-                    self._find_draws(*self.surprise)
-                self._rewind(frame)
-            finally:
-                while undo:
-                    undo.pop()()
+        compiler = set_eval_frame(None)
+        try:
+            with self.lock:
+                if self.streams is None or self.position < frame.index:
+                    self.start(self._output())
+                self.keep = torch.is_grad_enabled()  # create_graph
+                if not (self.keep or self.changed or self.surprise):
+                    self._rewind(frame)
+                    return
+                with torch.no_grad(), self.settings.again():
+                    if self.surprise:
+                        self._find_draws(*self.surprise)
+                    self._rewind(frame)
+        finally:
+            set_eval_frame(compiler)
 
     def _rewind(self, frame: Frame) -> None:
         assert self.streams is not None
         a, b = self.streams
         self.streams = None  # after an error the next call starts afresh
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-            with self.environment.again():
+            with self.environment.again() if self.changed else NOTHING:
                 frame.replay(b, lambda f: a)
-        for each in reversed(self._between(frame)):
-            with self.environment.again():
+        for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
+            # Autocast is entered anew for each, since its cache of weights must not outlive a graph.
+            with self.environment.again() if self.changed else NOTHING:
                 a, b = each.rewind(a, b)
             self.position = each.index
             if self.position == 0 and self.arrived:
