@@ -91,6 +91,7 @@ class IRevNet(nn.Module):
         split_dim: 1, the channels, as in the paper, or 2 or 3: the streams are the image's halves
             in height or width, each with all channels.
         coupling: of the two streams: a name, or a mapping such as {"name": "momentum", "gamma": 0.9}.
+        grid_bits: make the stack exact, see `CoupledSequential`: 12 keeps 4 digits, and inverts bit for bit.
 
     Raises:
         ValueError: for sizes that do not go together; it says which and why.
@@ -109,6 +110,7 @@ class IRevNet(nn.Module):
         bottleneck: int = 4,
         split_dim: int | None = 1,
         coupling: str | Mapping[str, Any] = "additive",
+        grid_bits: int | None = None,
     ) -> None:
         super().__init__()
         blocks = [depth] * len(strides) if isinstance(depth, int) else list(depth)
@@ -134,7 +136,7 @@ class IRevNet(nn.Module):
                 steps.append(
                     Bottleneck(out, branch, stride=now, narrow=out // bottleneck, dropout=dropout, first=first)
                 )
-        self.stack = CoupledSequential(*steps, split_dim=dim, coupling=coupling)
+        self.stack = CoupledSequential(*steps, split_dim=dim, coupling=coupling, grid_bits=grid_bits)
         self.head = nn.Sequential(
             nn.BatchNorm2d(streams * channels[-1]),
             nn.ReLU(),

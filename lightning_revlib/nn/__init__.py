@@ -1,6 +1,7 @@
 """Reversible execution in pure torch; nothing in here imports lightning (the linter holds it)."""
 
 from lightning_revlib.nn.coupling import (
+    BDIA,
     COUPLINGS,
     Additive,
     Affine,
@@ -15,10 +16,10 @@ from lightning_revlib.nn.coupling import (
     additive_coupling_inverse,
     get_coupling,
 )
+from lightning_revlib.nn.invertible import Orthogonal, Permutation, SpaceToDepth
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.report import Report, report
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.steps import SpaceToDepth
 from lightning_revlib.nn.swap import restore, swap
 
 __all__ = [
@@ -32,12 +33,15 @@ __all__ = [
     "Midpoint",
     "Leapfrog",
     "Scaled",
+    "BDIA",
     "Invertible",
     "COUPLINGS",
     "get_coupling",
     "additive_coupling_forward",
     "additive_coupling_inverse",
     "SpaceToDepth",
+    "Permutation",
+    "Orthogonal",
     "swap",
     "restore",
     "report",

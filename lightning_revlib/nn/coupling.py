@@ -32,6 +32,8 @@ class Coupling(ABC):
     streams and their mean comes out.
     """
 
+    needs_grid = False  # works on the exact grid only
+
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
         """The step, by ordinary differentiable operations."""
@@ -53,6 +55,21 @@ class Coupling(ABC):
     def branch_shape(self, stream: torch.Size) -> torch.Size:
         """The shape a block has to return for a stream of shape `stream`."""
         return stream
+
+    def on_grid(self, bits: int) -> Coupling:
+        """This coupling made exact on the grid of 2^-bits; ValueError where that cannot be."""
+        raise ValueError(
+            f"grid_bits={bits}: {type(self).__name__.lower()} cannot be exact, since its inverse divides or multiplies;"
+            " exact are additive, midpoint, leapfrog and bdia"
+        )
+
+    def at(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
+        """The coupling of one step of one forward, for those that draw or remember; called after the block."""
+        return self
+
+    def invertible(self, training: bool) -> bool:
+        """Whether steps can be undone; where not, backward needs what autograd stores."""
+        return True
 
 
 class Alternating(Coupling):
@@ -83,19 +100,64 @@ class Alternating(Coupling):
         return self.solve(b_out, b, f)
 
 
-@dataclass(frozen=True)
-class Additive(Alternating):
-    """(a, b) -> (b, a + f); inverse a = b' - f.
+class Summing(Alternating):
+    """(a, b) -> (b, carry(a, b) + contribution(f)), where carry is its own inverse in a: can be made exact."""
 
-    The default: its reconstruction error only adds up, about 1e-6 over 24 float32 blocks.
-    RevNet, https://arxiv.org/abs/1707.04585.
-    """
+    headroom = 1  # by how much intermediate results may exceed the streams
+
+    def carry(self, a: Tensor, b: Tensor) -> Tensor:
+        return a
+
+    def contribution(self, f: Tensor) -> Tensor:
+        return f
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return a + f
+        return self.carry(a, b) + self.contribution(f)
 
     def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return out - f
+        return self.carry(out - self.contribution(f), b)
+
+    def on_grid(self, bits: int) -> Coupling:
+        return Exact(self, bits)
+
+
+@dataclass(frozen=True)
+class Exact(Alternating):
+    """(a, b) -> (b, carry(a, b) + Q(contribution(f))), Q rounding to multiples of 2^-bits; exact inverse.
+
+    On the grid every addition is exact while |x| < 2^(24 - bits) in float32, so that reconstruction
+    is bit for bit, and so are gradients. The gradient passes straight through Q. Made by `on_grid`.
+    """
+
+    inner: Summing
+    bits: int
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.inner.carry(a, b) + self._contribution(b, f)
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.inner.carry(out - self._contribution(b, f), b)
+
+    def start(self, x: Tensor) -> Streams:
+        return self.inner.start(x)
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.inner.finish(a, b)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """What streams must stay below, in absolute value."""
+        return grid_limit(dtype, self.bits) / self.inner.headroom
+
+    def _contribution(self, b: Tensor, f: Tensor) -> Tensor:
+        return round_to_grid(self.inner.contribution(f.to(b.dtype)), self.bits)
+
+
+@dataclass(frozen=True)
+class Additive(Summing):
+    """(a, b) -> (b, a + f); inverse a = b' - f.
+
+    The default: its reconstruction error only adds up. RevNet, https://arxiv.org/abs/1707.04585.
+    """
 
 
 @dataclass(frozen=True)
@@ -167,12 +229,12 @@ class Affine(Alternating):
 
 
 @dataclass(frozen=True)
-class Midpoint(Alternating):
+class Midpoint(Summing):
     """(x-, x) -> (x, x- + 2h f(x)); inverse x- = x+ - 2h f(x).
 
     The midpoint rule for x' = f(x) with step `h`: as stable as additive. With `split_dim=None` the
-    input is taken for both points and the last one comes out. Reversible neural ODEs,
-    https://arxiv.org/abs/1709.03698.
+    input is taken for both points and the last one comes out. Reversible architectures for
+    arbitrarily deep residual networks, https://arxiv.org/abs/1709.03698.
     """
 
     h: float = 0.5
@@ -180,35 +242,33 @@ class Midpoint(Alternating):
     def __post_init__(self) -> None:
         _nonzero("h", self.h)
 
-    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return a + 2 * self.h * f
-
-    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return out - 2 * self.h * f
+    def contribution(self, f: Tensor) -> Tensor:
+        return 2 * self.h * f
 
     def finish(self, a: Tensor, b: Tensor) -> Tensor:
         return b
 
 
 @dataclass(frozen=True)
-class Leapfrog(Alternating):
+class Leapfrog(Summing):
     """(x-, x) -> (x, 2x - x- + h^2 f(x)); inverse x- = 2x - x+ + h^2 f(x).
 
     The leapfrog rule for x'' = f(x) with step `h`. Without a restoring force the state grows
-    linearly with depth: for blocks with small or negative feedback. With `split_dim=None` it starts
-    at rest and the last point comes out. https://arxiv.org/abs/1709.03698.
+    linearly with depth, so not for blocks with large outputs. With `split_dim=None` it starts at
+    rest and the last point comes out. https://arxiv.org/abs/1709.03698.
     """
 
     h: float = 1.0
+    headroom = 4
 
     def __post_init__(self) -> None:
         _nonzero("h", self.h)
 
-    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return 2 * b - a + self.h**2 * f
+    def carry(self, a: Tensor, b: Tensor) -> Tensor:
+        return 2 * b - a
 
-    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return 2 * b - out + self.h**2 * f
+    def contribution(self, f: Tensor) -> Tensor:
+        return self.h**2 * f
 
     def finish(self, a: Tensor, b: Tensor) -> Tensor:
         return b
@@ -233,6 +293,80 @@ class Scaled(Alternating):
 
     def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return (out - f) / self.scale
+
+
+@dataclass(frozen=True)
+class BDIA(Coupling):
+    """x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x)), with g = gamma or -gamma, drawn for each sample and step.
+
+    Streams are (x-, x), u = 2^-bits is the grid, Q rounds to it, and s = (x- / u) mod 2 makes the
+    first term a multiple of u: these parities, one bit an element, are kept, and make the step exact:
+    x- = (x+ - Q(...)) / g - s u. In evaluation g = 0: the plain residual network x + Q(f(x)), which
+    keeps its activations if it is differentiated. For training residual architectures as they are,
+    with `grid_bits` and best with `split_dim=None`. Not where one bit an element and block is too
+    much. https://arxiv.org/abs/2407.09093.
+    """
+
+    gamma: float = 0.5
+    bits: int | None = None
+    needs_grid = True
+
+    def __post_init__(self) -> None:
+        if self.gamma != 0.5:
+            raise ValueError(f"gamma={self.gamma!r}: bdia keeps one bit an element, which is enough for 0.5 only")
+
+    def on_grid(self, bits: int) -> Coupling:
+        return BDIA(self.gamma, bits)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        assert self.bits is not None
+        return grid_limit(dtype, self.bits) / 2
+
+    def at(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
+        assert self.bits is not None
+        if not training:
+            return _BDIAStep(a.new_zeros(()), None, self.bits)
+        with torch.no_grad():
+            sign = torch.randint(0, 2, (len(a), *[1] * (a.ndim - 1)), device=a.device).to(a.dtype) * 2 - 1
+            odd = (a * 2.0**self.bits).remainder(2) != 0
+            return _BDIAStep(sign * self.gamma, _pack_bits(odd), self.bits)
+
+    def invertible(self, training: bool) -> bool:
+        return training
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        return self.at(a, b, True).forward(a, b, f)
+
+    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
+        raise ValueError("bdia has no inverse from its output alone: that takes the bits which its forward has kept")
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.recover(a_out, b_out)
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return b
+
+
+@dataclass(frozen=True)
+class _BDIAStep(Alternating):
+    gamma: Tensor  # (batch, 1, ...)
+    odd: Tensor | None  # packed parities of x-
+    bits: int
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        if self.odd is None:
+            return round_to_grid(b + f.to(b.dtype), self.bits)
+        return self.gamma * (a + self._parity(a)) + self._rest(b, f)
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return (out - self._rest(b, f)) / self.gamma - self._parity(out)
+
+    def _rest(self, b: Tensor, f: Tensor) -> Tensor:
+        return round_to_grid((1 - self.gamma) * b + (1 + self.gamma) * f.to(b.dtype), self.bits)
+
+    def _parity(self, like: Tensor) -> Tensor:
+        assert self.odd is not None
+        return _unpack_bits(self.odd, like.shape).to(like.dtype) * 2.0**-self.bits
 
 
 def additive_coupling_forward(other_stream: Tensor, fn_out: Tensor) -> Tensor:
@@ -285,6 +419,7 @@ COUPLINGS: dict[str, type[Coupling]] = {
     "midpoint": Midpoint,
     "leapfrog": Leapfrog,
     "scaled": Scaled,
+    "bdia": BDIA,
 }
 
 CouplingSpec: TypeAlias = str | Coupling | Mapping[str, Any]
@@ -318,3 +453,43 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
 def _nonzero(name: str, value: float) -> None:
     if value == 0:
         raise ValueError(f"{name}={value!r}: the step would have no inverse; take a number other than zero")
+
+
+class _Round(torch.autograd.Function):
+    """Rounds to multiples of 1 / scale; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        return (x * scale).round_().div_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+def round_to_grid(x: Tensor, bits: int) -> Tensor:
+    """x rounded to multiples of 2^-bits, with the gradient of the identity."""
+    return _Round.apply(x, 2.0**bits)
+
+
+def grid_limit(dtype: torch.dtype, bits: int) -> float:
+    """Below it, all multiples of 2^-bits are numbers of `dtype`."""
+    mantissa = {torch.float32: 24, torch.float64: 53}.get(dtype)
+    if mantissa is None:
+        raise ValueError(f"grid_bits={bits} needs streams of float32 or float64, not {dtype}; set stream_dtype")
+    return 2.0 ** (mantissa - bits)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """Eight booleans a byte."""
+    flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
+    return (flat * _weights(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
+    flat = packed.unsqueeze(1).bitwise_and(_weights(packed.device)).ne(0).flatten()
+    return flat[: shape.numel()].view(shape)
+
+
+def _weights(device: torch.device) -> Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)

@@ -91,15 +91,17 @@ def parts(module: nn.Module) -> list[nn.Module]:
 class Settings:
     """Training flags and parameters of modules: which tensors, their versions, whether they require grad.
 
-    Closed when forward ends. `changed` tells whether anything is different now; if so,
-    `with settings.again():` sets what was then.
+    Closed when forward ends. `changed` tells whether anything is different now; if so, `lend` sets
+    what was then for some of the modules, and returns calls that put back, in reverse order, what
+    was just before.
     """
 
-    __slots__ = ("modules", "names", "parameters", "requires_grad", "training", "versions")
+    __slots__ = ("by_module", "modules", "names", "parameters", "requires_grad", "training", "versions")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.training = [m.training for m in modules]
+        self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
         self.names: list[tuple[nn.Module, str]] = []
         self.parameters: list[Tensor] = []
         for m in modules:
@@ -125,22 +127,25 @@ class Settings:
             or any(m._parameters.get(n) is not p for (m, n), p in zip(self.names, self.parameters, strict=True))
         )
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        with ExitStack() as undo:
-            for m, training in zip(self.modules, self.training, strict=True):
-                undo.callback(setattr, m, "training", m.training)
-                m.training = training
-            for (m, name), p in zip(self.names, self.parameters, strict=True):
+    def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
+        undo: list[Callable[[], Any]] = []
+        if self.by_module is None:
+            self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
+            for (m, name), p, requires_grad in zip(self.names, self.parameters, self.requires_grad, strict=True):
+                self.by_module[m][1].append((name, p, requires_grad))
+        for m in modules:
+            training, parameters = self.by_module[m]
+            undo.append(partial(setattr, m, "training", m.training))
+            m.training = training
+            for name, p, requires_grad in parameters:
                 now = m._parameters.get(name)
                 if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
-                    undo.callback(m._parameters.__setitem__, name, now)
+                    undo.append(partial(m._parameters.__setitem__, name, now))
                     m._parameters[name] = p  # type: ignore[assignment]
-            for p, requires_grad in zip(self.parameters, self.requires_grad, strict=True):
                 if p.is_leaf and p.requires_grad != requires_grad:
-                    undo.callback(p.requires_grad_, p.requires_grad)
+                    undo.append(partial(p.requires_grad_, p.requires_grad))
                     p.requires_grad_(requires_grad)
-            yield
+        return undo
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
@@ -193,3 +198,37 @@ def _copy(module: nn.Module, buffer: Tensor) -> Tensor | None:
     if isinstance(module, _NormBase) and module.training:
         return None
     return buffer.detach().clone()
+
+
+class Repeatable:
+    """A function that calls a module, made to leave no trace when it is called again: for `torch.utils.checkpoint`.
+
+    `context_fn` is that of `checkpoint`, which must not see the buffers being copied.
+    """
+
+    def __init__(
+        self, module: nn.Module, function: Callable[..., Any], context_fn: Callable[[], tuple[Any, Any]] | None
+    ) -> None:
+        self.modules, self.function = parts(module), function
+        self.settings = Settings(self.modules)
+        self.first: Any = NOTHING
+        self.again: Any = NOTHING
+        if context_fn:
+            self.first, self.again = context_fn()
+        self.buffers: Buffers | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.buffers is None:
+            self.buffers = Buffers(self.modules)
+            with self.first:
+                out = self.function(*args)
+            self.buffers.close()
+            self.settings.close()
+            return out
+        undo = [*self.settings.lend(self.modules), *self.buffers.lend()]
+        try:
+            with self.again:
+                return self.function(*args)
+        finally:
+            while undo:
+                undo.pop()()

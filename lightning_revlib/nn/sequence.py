@@ -6,75 +6,36 @@ ReversibleSequential    the same function, holding its output only
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.eval_frame import set_eval_frame
+from torch.utils.checkpoint import checkpoint
 
-from lightning_revlib.nn.coupling import Coupling, CouplingSpec, Invertible, Pair, Streams, get_coupling
+from lightning_revlib.nn.coupling import (
+    Coupling,
+    CouplingSpec,
+    Invertible,
+    Pair,
+    Streams,
+    get_coupling,
+    grid_limit,
+    round_to_grid,
+)
 from lightning_revlib.nn.drift import Sentinel
-from lightning_revlib.nn.replay import version
+from lightning_revlib.nn.replay import Repeatable
+from lightning_revlib.nn.step import Call, Step
 from lightning_revlib.nn.tape import Tape
 
 CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Call: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
-
-
-class Step:
-    """A block with its coupling and the arguments of one call of the stack."""
-
-    __slots__ = ("args", "coupling", "dtype", "key", "kwargs", "module", "stack")
-
-    def __init__(
-        self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call
-    ) -> None:
-        self.stack, self.key, self.module, self.coupling, self.dtype = stack, key, module, coupling, dtype
-        self.args, self.kwargs = call
-
-    @property
-    def name(self) -> str:
-        return f"{self.stack.path}.{self.key} ({type(self.module).__name__})"
-
-    def branch(self, b: Tensor, compiler: Any = None) -> Any:
-        """The block's output for stream b, compiled if `compiler` is given; None for an invertible step."""
-        if type(self.coupling) is Invertible:
-            return None
-        x = b if b.dtype is self.dtype else b.to(self.dtype)
-        if compiler is None:
-            f = self.module(x, *self.args, **self.kwargs)
-        else:
-            engine = set_eval_frame(compiler)
-            try:
-                f = self.module(x, *self.args, **self.kwargs)
-            finally:
-                set_eval_frame(engine)
-        return f - x if self.stack.residual and isinstance(f, Tensor) else f
-
-    def check(self, b: Tensor, f: Any, count: int) -> None:
-        """Raise where the block did what a coupling cannot undo; `count` is b's version before it."""
-        if type(self.coupling) is Invertible:
-            return
-        if not isinstance(f, Tensor):
-            raise TypeError(f"{self.name} returned {type(f).__name__}; a block returns one tensor")
-        if _version(b) != count:
-            raise RuntimeError(
-                f"{self.name} changes its input in place, and with it the stream that the next block sees;"
-                " use inplace=False in its first operation"
-            )
-        if f.shape != (shape := self.coupling.branch_shape(b.shape)):
-            raise ValueError(
-                f"{self.name} returned shape {list(f.shape)}; for a stream of shape {list(b.shape)} its coupling,"
-                f" {self.coupling}, needs {list(shape)}. An invertible step such as SpaceToDepth may change shapes"
-            )
-        if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
-            raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
-
-
-def _version(stream: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() else version(stream)
+Treatment: TypeAlias = Literal["reversible", "checkpoint", "store"]
+OnDrift: TypeAlias = Literal["ignore", "warn", "raise"]
 
 
 class CoupledSequential(nn.Sequential):
@@ -100,13 +61,29 @@ class CoupledSequential(nn.Sequential):
         stream_dtype: the streams' dtype; default float32 for half-precision input, else the
             input's. Blocks and the output have the input's dtype in any case.
         residual: the blocks contain their skip connection: f(x) - x is their branch.
+        grid_bits: make the stack exact: streams are rounded to multiples of 2^-grid_bits and backward
+            rebuilds them, and with them the gradients, to the last bit. Between 8 and 16 is usual;
+            streams must stay below 2^(24 - grid_bits). For additive, midpoint, leapfrog and bdia.
+        store_last: so many of the last blocks keep their activations, which saves their second run.
+        treatments: instead, "reversible", "checkpoint" (keep the block's input, run it again) or
+            "store" for each block.
+        context_fn: as in `torch.utils.checkpoint`: makes two contexts for each run again of a block,
+            such as those of selective checkpointing.
+        on_drift: what to do when backward's reconstruction of the input is off by more than
+            `drift_tolerance`, relative: "ignore", "warn" or "raise".
+
+    The last five say how a reversible stack is executed; this class keeps them for the swap.
 
     Raises:
-        ValueError: for an empty stack, an unknown coupling, a pair that is incomplete; when called,
-            for a size that cannot be halved or a block that changes its stream's shape.
+        ValueError: for an empty stack, an unknown coupling, a pair that is incomplete, a coupling that
+            cannot be exact; when called, for a size that cannot be halved, a block that changes its
+            stream's shape, a stream that leaves the grid.
     """
 
-    OPTIONS = ("split_dim", "couplings", "stream_dtype", "residual")
+    OPTIONS = (
+        "split_dim", "couplings", "stream_dtype", "residual", "grid_bits", "treatments", "context_fn", "on_drift",
+        "drift_tolerance",
+    )  # fmt: skip
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
 
     def __init__(
@@ -118,50 +95,41 @@ class CoupledSequential(nn.Sequential):
         coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None,
         stream_dtype: torch.dtype | None = None,
         residual: bool = False,
+        grid_bits: int | None = None,
+        store_last: int = 0,
+        treatments: Sequence[Treatment] | None = None,
+        context_fn: Callable[[], tuple[Any, Any]] | None = None,
+        on_drift: OnDrift = "ignore",
+        drift_tolerance: float = 1e-2,
     ) -> None:
         super().__init__(*blocks)  # type: ignore[arg-type]
-        self.configure(
-            split_dim=split_dim,
-            coupling=coupling,
-            coupling_forward=coupling_forward,
-            coupling_inverse=coupling_inverse,
-            stream_dtype=stream_dtype,
-            residual=residual,
-        )
-
-    def configure(
-        self,
-        *,
-        split_dim: int | None = 1,
-        coupling: CouplingSpec | Sequence[CouplingSpec] = "additive",
-        coupling_forward: CouplingFunction | Sequence[CouplingFunction] | None = None,
-        coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None,
-        stream_dtype: torch.dtype | None = None,
-        residual: bool = False,
-    ) -> None:
-        """Check and set all options but the blocks; `swap` calls it on an existing container."""
         if len(self) == 0:
             raise ValueError(f"{type(self).__name__} got no blocks; pass at least one module")
         if split_dim is not None and (not isinstance(split_dim, int) or isinstance(split_dim, bool)):
             raise TypeError(f"split_dim={split_dim!r}: pass the dimension to halve as an int, or None")
-        self.split_dim, self.stream_dtype, self.residual = split_dim, stream_dtype, residual
+        if on_drift not in get_args(OnDrift):
+            raise ValueError(f"on_drift={on_drift!r} is none of {', '.join(map(repr, get_args(OnDrift)))}")
+        self.split_dim, self.stream_dtype, self.residual, self.grid_bits = split_dim, stream_dtype, residual, grid_bits
         self.couplings = _couplings(coupling, coupling_forward, coupling_inverse)
+        self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
+        self.treatments = _treatments(treatments, store_last, len(self))
+        self._set_grid()
 
     def forward(  # type: ignore[override]
         self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any
-    ) -> Tensor:
+    ) -> Any:
         """The stack's output, of x's shape and dtype unless an invertible step changes the shape.
 
         `args` and `kwargs` reach every block; `layerwise` holds one ``(args, kwargs)`` for each,
-        which come after and above the common ones.
+        which come after and above the common ones. If a block returns more than its branch (a
+        tuple, dict or dataclass that begins with it), the stack returns ``(output, extras)`` with the
+        rest of each block's output, or None, in a list.
         """
         a, b = self._split(x)
-        for step in self._steps(x.dtype, args, kwargs, layerwise):
-            count = _version(b)
-            f = step.branch(b)
-            step.check(b, f, count)
-            a, b = step.coupling.forward(a, b, f)
-        return self._join(a, b).to(x.dtype)
+        steps = self._steps(x.dtype, args, kwargs, layerwise)
+        for step in steps:
+            a, b = step.run(a, b)
+        return _with_extras(self._join(a, b).to(x.dtype), steps)
 
     def inverse(self, y: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Tensor:
         """The x for which ``stack(x, ...)`` is y, with the same extra arguments.
@@ -175,7 +143,7 @@ class CoupledSequential(nn.Sequential):
         for step in reversed(self._steps(y.dtype, args, kwargs, layerwise)):
             a_out, b_out = a, b
             b = step.coupling.recover(a_out, b_out)
-            a = step.coupling.inverse(a_out, b_out, b, step.branch(b))
+            a = step.coupling.inverse(a_out, b_out, b, step.branch(b)[0])
         return self._join(a, b).to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -187,6 +155,7 @@ class CoupledSequential(nn.Sequential):
             return super().__getitem__(index)
         part = type(self).__new__(type(self))
         part.__dict__ = {**self.__dict__, "_modules": dict(list(self._modules.items())[index])}
+        part.treatments = self.treatments[index]
         return part
 
     def _split(self, x: Tensor, what: str = "input") -> Streams:
@@ -194,6 +163,9 @@ class CoupledSequential(nn.Sequential):
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x.to(self.stream_dtype or (torch.float32 if half else x.dtype))
+        if self.grid_bits is not None:
+            grid_limit(x.dtype, self.grid_bits)
+            x = round_to_grid(x, self.grid_bits)
         dim = self.split_dim
         if dim is None:
             return self.couplings[0].start(x)
@@ -204,8 +176,13 @@ class CoupledSequential(nn.Sequential):
                 f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
                 " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
             )
-        a, b = x.chunk(2, dim)
-        return a, b
+        return self._halves(x)
+
+    def _halves(self, x: Tensor) -> Streams:
+        assert self.split_dim is not None
+        a, b = x.chunk(2, self.split_dim)
+        # Kernels may round otherwise where memory is laid out otherwise, and inner streams are contiguous.
+        return (a, b) if self.grid_bits is None else (a.contiguous(), b.contiguous())
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         if self.split_dim is None:
@@ -221,16 +198,35 @@ class CoupledSequential(nn.Sequential):
             )
         steps, blocks = [], 0
         for index, (name, module) in enumerate(self._modules.items()):
+            assert module is not None
             call: Call = (args, kwargs)
             if layerwise is not None:
                 call = (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
             coupling: Coupling
-            if hasattr(type(module), "inverse") and not isinstance(module, CoupledSequential):
+            if _is_invertible(module):
                 coupling = Invertible(module)
             else:
                 coupling, blocks = self.couplings[blocks % len(self.couplings)], blocks + 1
             steps.append(Step(self, name, module, coupling, dtype, call))
         return steps
+
+    def _set_grid(self) -> None:
+        if self.grid_bits is None:
+            if needy := [c for c in self.couplings if c.needs_grid]:
+                name = type(needy[0]).__name__.lower()
+                raise ValueError(f"coupling {name!r} works on the exact grid only; set grid_bits, such as grid_bits=12")
+            return
+        if not isinstance(self.grid_bits, int) or not 0 <= self.grid_bits < 24:
+            raise ValueError(
+                f"grid_bits={self.grid_bits!r}: the grid is 2^-grid_bits; take an int from 0 to 23, such as 12"
+            )
+        self.couplings = tuple(c.on_grid(self.grid_bits) for c in self.couplings)
+        for name, module in self._modules.items():
+            if _is_invertible(module) and not getattr(module, "exact", False):
+                raise ValueError(
+                    f"grid_bits={self.grid_bits}: invertible step {name} ({type(module).__name__}) is not exact; steps"
+                    " that only move numbers, and say so by an attribute `exact`, are"
+                )
 
 
 class ReversibleSequential(CoupledSequential):
@@ -250,34 +246,101 @@ class ReversibleSequential(CoupledSequential):
 
     @property
     def drift(self) -> float | None:
-        """Relative error of the input as the last backward rebuilt it; None before, or if it need not be rebuilt."""
+        """Relative error of the input as the last backward rebuilt it; None before, or if it need not be rebuilt.
+
+        With several reversible parts between stored or checkpointed blocks, the largest of theirs.
+        """
         return None if self._drift is None else self._drift.item()
 
     @torch.compiler.disable(recursive=False)
-    def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "torch.func transforms cannot run a reversible stack, since they allow no saved-tensor hooks;"
+                " lightning_revlib.restore(model) makes it an ordinary one, with the same parameters"
+            )
         compiler = set_eval_frame(None)  # the engine is not compiled; its blocks are
         try:
-            a, b = self._split(x)
-            tape = Tape(x.device.type, self._read, self._arrived(Sentinel(a, b)), compiler)
-            a, b = tape.run(self._steps(x.dtype, args, kwargs, layerwise), a, b, self._draws)
-            self._draws = tape.drew
-            if self.split_dim is None:
-                return self._join(*tape.fix(a, b)).to(x.dtype)
-            return tape.fix(self._join(a, b))[0].to(x.dtype)
+            return self._run(x, self._steps(x.dtype, args, kwargs, layerwise), compiler)
         finally:
             set_eval_frame(compiler)
 
+    def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
+        a, b = self._split(x)
+        y, drew = None, False
+        for treatment, pairs in groupby(zip(steps, self.treatments, strict=True), self._treatment):
+            part = [step for step, _ in pairs]
+            if treatment == "reversible":
+                joined = part[-1] is steps[-1] and self.split_dim is not None
+                tape = Tape(self._read if joined else _pair, self._arrived(Sentinel(a, b)), compiler, self.context_fn)
+                a, b = tape.run(part, a, b, self._draws)
+                drew |= tape.drew
+                if joined:
+                    (y,) = tape.fix(self._join(a, b))
+                else:
+                    a, b = tape.fix(a, b)
+            for step in part if treatment != "reversible" else ():
+                a, b = step.run(a, b, compiler, None if treatment == "store" else partial(self._checkpoint, step))
+        self._draws = drew
+        return _with_extras((self._join(a, b) if y is None else y).to(x.dtype), steps)
+
+    def _treatment(self, pair: tuple[Step, Treatment]) -> Treatment:
+        step, treatment = pair
+        return treatment if treatment != "reversible" or step.coupling.invertible(self.training) else "store"
+
+    def _checkpoint(self, step: Step, b: Tensor, compiler: Any) -> Any:
+        return checkpoint(Repeatable(step.module, step.branch, self.context_fn), b, compiler, use_reentrant=False)
+
     def _read(self, tensors: tuple[Tensor, ...]) -> Streams:
-        a, b = tensors if self.split_dim is None else tensors[0].chunk(2, self.split_dim)
-        return a, b
+        return self._halves(tensors[0])
 
     def _arrived(self, sentinel: Sentinel) -> Callable[[Tensor, Tensor], None]:
         def arrived(a: Tensor, b: Tensor) -> None:
             self._drift = sentinel.measure(a, b)
+            if self.on_drift == "ignore" or not (drift := self._drift.item()) > self.drift_tolerance:
+                return
+            message = (
+                f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
+                f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
+                " float32 streams, grid_bits, or checkpoint some blocks by `treatments`"
+            )
+            if self.on_drift == "raise":
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=2)
 
         return arrived
+
+
+def _is_invertible(module: nn.Module | None) -> bool:
+    return hasattr(type(module), "inverse") and not isinstance(module, CoupledSequential)
+
+
+def _pair(tensors: Sequence[Tensor]) -> Streams:
+    a, b = tensors
+    return a, b
+
+
+def _with_extras(y: Tensor, steps: list[Step]) -> Any:
+    extras = [step.extra for step in steps]
+    return (y, extras) if any(extra is not None for extra in extras) else y
+
+
+def _treatments(treatments: Sequence[Treatment] | None, store_last: int, count: int) -> tuple[Treatment, ...]:
+    if not 0 <= store_last <= count:
+        raise ValueError(f"store_last={store_last}: the stack has {count} blocks; take a number from 0 to {count}")
+    if treatments is None:
+        treatments = [*["reversible"] * (count - store_last), *["store"] * store_last]  # type: ignore[list-item]
+        return tuple(treatments)
+    if store_last:
+        raise ValueError(f"treatments={list(treatments)!r} and store_last={store_last} say the same; pass one of them")
+    if len(treatments) != count or not set(treatments) <= set(get_args(Treatment)):
+        raise ValueError(
+            f"treatments={list(treatments)!r}: pass one of {', '.join(map(repr, get_args(Treatment)))} for each of"
+            f" {count} blocks"
+        )
+    return tuple(treatments)
 
 
 def _couplings(

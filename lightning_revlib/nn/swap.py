@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -138,6 +139,7 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
     assert isinstance(module, ReversibleSequential)
     if options is not None or original is nn.Sequential:
         try:
-            module.configure(**(options or {}))
+            template = CoupledSequential(OrderedDict(module._modules), **(options or {}))
+            module.__dict__.update(options_of(template))
         except (TypeError, ValueError) as error:
             raise type(error)(f"target {path!r}: {error}") from None

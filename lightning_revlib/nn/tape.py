@@ -14,8 +14,8 @@
    inverse. One evaluation serves inversion and gradient: 4/3 of the plain FLOPs in all.
 5. A caught tensor is given away when it is asked for: memory falls as the block's backward proceeds.
    Under `create_graph` all are kept, as the second graph keeps them anyway.
-6. A backward that does not come through the anchor, such as a loss on something that a block has
-   left elsewhere, finds no streams, and fetches what the anchor has saved by itself.
+6. A backward that does not come through the anchor, such as that of a loss which a block has
+   returned besides its branch, finds no streams, and fetches what the anchor has saved by itself.
 
 Under `torch.compile` the engine stays eager and each block compiles by itself: its second run is
 compiled as the first was, whoever calls backward.
@@ -29,40 +29,26 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.replay import NOTHING, Buffers, Environment, RandomState, Settings, parts, version
 
-
-class Step(Protocol):
-    """What the engine asks of a step."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def coupling(self) -> Coupling: ...
-
-    def branch(self, b: Tensor, compiler: Any) -> Any:
-        """The block's output for stream b, or None where the step has no block."""
-
-    def check(self, b: Tensor, f: Any, count: int) -> None:
-        """Raise where the block has misbehaved; `count` is b's version before it."""
+if TYPE_CHECKING:
+    from lightning_revlib.nn.step import Step
 
 
 class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "above", "buffers", "caught", "index", "modules", "needs_grad", "random", "round", "running", "saved",
-        "saved_by_block", "step", "tape",
+        "above", "buffers", "caught", "context", "coupling", "index", "modules", "needs_grad", "random", "round",
+        "running", "saved", "saved_by_block", "step", "tape",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
@@ -80,12 +66,18 @@ class Frame:
         self.needs_grad = a.requires_grad, b.requires_grad
         if any([m._buffers for m in self.modules]):
             self.buffers = Buffers(self.modules)
+        context: Any = NOTHING
+        self.context: Any = NOTHING
+        if self.tape.context_fn:
+            context, self.context = self.tape.context_fn()
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
-                f = step.branch(b, self.tape.compiler)
+                with context:
+                    f, step.extra = step.branch(b, self.tape.compiler)
                 step.check(b, f, count)
                 self.saved_by_block = len(self.running)
-                streams = step.coupling.forward(a, b, f)
+                self.coupling = step.bind(a, b)
+                streams = step.couple(self.coupling, a, b, f)
             self.saved = [(t.dtype, t.shape) for t in self.running]
         finally:
             self.running = []
@@ -95,9 +87,8 @@ class Frame:
 
     def rewind(self, a_out: Tensor, b_out: Tensor) -> Streams:
         """The streams before the step from those after it, catching what autograd has saved in between."""
-        coupling = self.step.coupling
-        b = coupling.recover(a_out, b_out)
-        return self.replay(b, lambda f: coupling.inverse(a_out, b_out, b, f)), b
+        b = self.coupling.recover(a_out, b_out)
+        return self.replay(b, lambda f: self.coupling.inverse(a_out, b_out, b, f)), b
 
     def replay(self, b: Tensor, solve: Callable[[Any], Tensor]) -> Tensor:
         """Run the step again on stream b, catching, and return stream a: `solve` finds it from the block's output."""
@@ -106,12 +97,12 @@ class Frame:
         try:
             # The same tensors require grad as in forward: else the block would save others.
             again = b.detach().requires_grad_(self.needs_grad[1])
-            with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack):
-                f = step.branch(again, self.tape.compiler)
+            with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack), self.context:
+                f, _ = step.branch(again, self.tape.compiler)
             a = solve(None if f is None else f.detach())
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
                 with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack):
-                    step.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
+                    self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
         finally:
             while undo:
                 undo.pop()()
@@ -123,7 +114,9 @@ class Frame:
         """The step's forward again, without graph or trace, to learn whether it draws."""
         random, undo = RandomState(b), self._lend(b)
         try:
-            streams = self.step.coupling.forward(a, b, self.step.branch(b, self.tape.compiler))
+            f, _ = self.step.branch(b, self.tape.compiler)
+            self.step.bind(a, b)  # it may draw, too
+            streams = self.coupling.forward(a, b, f)
         finally:
             while undo:
                 undo.pop()()
@@ -131,7 +124,9 @@ class Frame:
         return streams
 
     def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
-        undo = self.buffers.lend() if self.buffers else []
+        undo = self.tape.settings.lend(self.modules) if self.tape.settings_changed else []
+        if self.buffers:
+            undo += self.buffers.lend()
         if self.random:
             undo.append(self.random.lend(b))
         return undo
@@ -199,16 +194,16 @@ class Tape:
 
     def __init__(
         self,
-        device_type: str,
         read: Callable[[tuple[Tensor, ...]], Streams],
-        arrived: Callable[[Tensor, Tensor], None] | None = None,
+        arrived: Callable[[Tensor, Tensor], None],
         compiler: Any = None,
+        context_fn: Callable[[], tuple[Any, Any]] | None = None,
     ) -> None:
         self.read = read  # the anchor's tensors -> streams
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
-        self.environment = Environment(device_type)
-        self.changed = False  # environment or settings, since the forward
+        self.context_fn = context_fn
+        self.settings_changed = self.environment_changed = False  # since the forward
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
         self.round = 0  # counts the starts
@@ -224,6 +219,7 @@ class Tape:
 
         If they have drawn unexpectedly, the entrance is kept this once, for backward to find out where.
         """
+        self.environment = Environment(a.device.type)
         start = random = RandomState(a)
         frames = [Frame(self, index, step) for index, step in enumerate(steps)]
         for frame, above in zip(frames, [*frames[1:], None], strict=True):
@@ -250,7 +246,7 @@ class Tape:
         with torch.no_grad():
             self.streams = self.read(tensors)
         self.position, self.round = self.depth, self.round + 1
-        self.changed = self.settings.changed() or self.environment.changed()
+        self.settings_changed, self.environment_changed = self.settings.changed(), self.environment.changed()
 
     def rewind(self, frame: Frame) -> None:
         """Make the frame catch what autograd asks it for."""
@@ -260,10 +256,7 @@ class Tape:
                 if self.streams is None or self.position < frame.index:
                     self.start(self._output())
                 self.keep = torch.is_grad_enabled()  # create_graph
-                if not (self.keep or self.changed or self.surprise):
-                    self._rewind(frame)
-                    return
-                with torch.no_grad(), self.settings.again():
+                with torch.no_grad() if self.keep else NOTHING:
                     if self.surprise:
                         self._find_draws(*self.surprise)
                     self._rewind(frame)
@@ -275,14 +268,14 @@ class Tape:
         a, b = self.streams
         self.streams = None  # after an error the next call starts afresh
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-            with self.environment.again() if self.changed else NOTHING:
+            with self.environment.again() if self.environment_changed else NOTHING:
                 frame.replay(b, lambda f: a)
         for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
             # Autocast is entered anew for each, since its cache of weights must not outlive a graph.
-            with self.environment.again() if self.changed else NOTHING:
+            with self.environment.again() if self.environment_changed else NOTHING:
                 a, b = each.rewind(a, b)
             self.position = each.index
-            if self.position == 0 and self.arrived:
+            if self.position == 0:
                 self.arrived(a, b)
         self.streams = a, b
 
@@ -309,7 +302,7 @@ class Tape:
         restore = start.lend(streams[0])
         try:
             while frame is not None:
-                with self.environment.again():
+                with torch.no_grad(), self.environment.again():
                     streams = frame.repeat(*streams)
                 frame = frame.above
         finally:

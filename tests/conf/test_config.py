@@ -48,7 +48,7 @@ def test_commands_compose_and_resolve(command):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_option_composes_and_instantiates(choice):
-    cfg = configuration("train", choice)
+    cfg = configuration("train", choice, *["recipe.grid_bits=12"] * (choice == "coupling=bdia"))
     group = choice.split("=")[0]
     data = instantiate(cfg.data)
     module = instantiate(cfg.recipe, **data.model_arguments)

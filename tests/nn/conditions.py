@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import lightning_revlib as revlib
 
@@ -32,7 +32,7 @@ def condition(run: Callable[[Case], list[Tensor | None]]) -> Callable[[Case], li
 @dataclass
 class Case:
     cls: type[nn.Module]
-    coupling: Any
+    options: dict[str, Any]  # of the stack: the coupling, or a pair of callables, or the grid
     dtype: torch.dtype
     autocast: bool
 
@@ -40,19 +40,21 @@ class Case:
         return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
 
     @property
+    def exact(self) -> bool:
+        return "grid_bits" in self.options
+
+    @property
     def out_width(self) -> int:
         """What a block has to return for a stream of WIDTH."""
-        coupling = self.coupling[0] if isinstance(self.coupling, list) else self.coupling
-        if isinstance(coupling, dict):  # a pair of callables
-            return WIDTH
-        return revlib.get_coupling(coupling).branch_shape(torch.Size([BATCH, WIDTH]))[1]
+        coupling = self.options.get("coupling", "additive")
+        first = revlib.get_coupling(coupling[0] if isinstance(coupling, list) else coupling)
+        return first.branch_shape(torch.Size([BATCH, WIDTH]))[1]
 
     def block(self, *before: nn.Module, after: tuple[nn.Module, ...] = ()) -> nn.Module:
         return nn.Sequential(*before, nn.Linear(WIDTH, self.out_width), *after)
 
     def stack(self, *blocks: nn.Module, **options: Any) -> nn.Module:
-        coupling = self.coupling if isinstance(self.coupling, dict) else {"coupling": self.coupling}
-        return self.cls(*blocks, **coupling, **options).to(self.dtype)
+        return self.cls(*blocks, **{**self.options, **options}).to(self.dtype)
 
     def mlp(self, depth: int = 4) -> nn.Module:
         return self.stack(*[self.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth)])
@@ -290,13 +292,16 @@ def checkpoint_around(case: Case) -> list[Tensor | None]:
 def stack_in_a_stack(case: Case) -> list[Tensor | None]:
     def inner() -> nn.Module:
         parts = [nn.Sequential(nn.Linear(WIDTH // 2, WIDTH // 2), nn.Tanh()) for _ in range(3)]
-        return nn.Sequential(case.cls(*parts), nn.Dropout(0.3), nn.Linear(WIDTH, case.out_width))
+        grid = {"grid_bits": 12} if case.exact else {}
+        return nn.Sequential(case.cls(*parts, **grid), nn.Dropout(0.3), nn.Linear(WIDTH, case.out_width))
 
     return case.train(case.stack(*[inner() for _ in range(3)]))
 
 
 class Roll(nn.Module):
     """An invertible step: a fixed permutation."""
+
+    exact = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x.roll(1, dims=-1)
@@ -321,7 +326,14 @@ class Stretch(nn.Module):
 
 @condition
 def invertible_steps(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(Roll(), case.block(nn.Tanh()), Stretch(), case.block(nn.Tanh()), Roll()))
+    middle = Roll() if case.exact else Stretch()
+    return case.train(case.stack(Roll(), case.block(nn.Tanh()), middle, case.block(nn.Tanh()), Roll()))
+
+
+@condition
+def library_invertible_steps(case: Case) -> list[Tensor | None]:
+    middle = revlib.Permutation(WIDTH) if case.exact else revlib.Orthogonal(WIDTH)
+    return case.train(case.stack(revlib.Permutation(WIDTH), case.block(nn.Tanh()), middle, case.block(nn.Tanh())))
 
 
 # --- what requires grad --------------------------------------------------------------------------
@@ -413,6 +425,64 @@ def layerwise_arguments(case: Case) -> list[Tensor | None]:
     stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=WIDTH)
     calls = [((leaf * k,), {"scale": k + 1.0}) for k in range(3)]
     return [*case.train(stack, x, 0.1, layerwise=calls), leaf.grad]
+
+
+class Attends(nn.Module):
+    """Returns its branch, a loss, and weights that no gradient flows through, in one of three ways."""
+
+    def __init__(self, case: Case, how: str) -> None:
+        super().__init__()
+        self.body, self.how = case.block(nn.Tanh()), how
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.body(x)
+        aux, weights = out.to(x.dtype).square().mean(), x.detach().softmax(-1)
+        return {
+            "tuple": (out, aux, None, weights),
+            "dict": {"out": out, "aux": aux, "weights": weights},
+            "dataclass": Output(out, aux, weights),
+        }[self.how]
+
+
+@dataclass
+class Output:
+    out: Tensor
+    aux: Tensor
+    weights: Tensor
+
+
+def _with_extras(case: Case, order: str) -> list[Tensor | None]:
+    kinds = ("tuple", "dict", "dataclass")
+    stack, x = case.stack(*[Attends(case, how) for how in kinds], case.block()), case.input()
+    y, extras = case.call(stack, x)
+    assert extras[3] is None and [type(extra) for extra in extras[:3]] == [tuple, dict, dict]
+    main, aux = case.loss(y), extras[0][0] + 2 * extras[1]["aux"] + 3 * extras[2]["aux"]
+    losses = {"m": main, "a": aux, "s": main + aux}
+    if order == "a":
+        del y, main, losses["m"], losses["s"]  # the output is gone before the backward
+    for k, which in enumerate(order):
+        losses[which].backward(retain_graph=k + 1 < len(order))
+    return [aux, extras[0][2], extras[2]["weights"], x.grad, *gradients(stack)]
+
+
+@condition
+def extra_outputs(case: Case) -> list[Tensor | None]:
+    return _with_extras(case, "s")
+
+
+@condition
+def extra_outputs_first(case: Case) -> list[Tensor | None]:
+    return _with_extras(case, "am")
+
+
+@condition
+def extra_outputs_last(case: Case) -> list[Tensor | None]:
+    return _with_extras(case, "ma")
+
+
+@condition
+def extra_outputs_alone(case: Case) -> list[Tensor | None]:
+    return _with_extras(case, "a")
 
 
 @condition
@@ -549,6 +619,50 @@ def auxiliary_loss_last(case: Case) -> list[Tensor | None]:
 @condition
 def auxiliary_loss_alone(case: Case) -> list[Tensor | None]:
     return _with_auxiliary(case, "a")
+
+
+# --- treatments ---------------------------------------------------------------------------------
+
+
+def _parts(case: Case) -> list[nn.Module]:
+    return [case.block(nn.BatchNorm1d(WIDTH), nn.Dropout(0.3), nn.Tanh()) for _ in range(6)]
+
+
+@condition
+def last_blocks_stored(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*_parts(case), store_last=2))
+
+
+@condition
+def all_blocks_stored(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*_parts(case), store_last=6))
+
+
+@condition
+def all_blocks_checkpointed(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*_parts(case), treatments=["checkpoint"] * 6))
+
+
+@condition
+def treatments_mixed(case: Case) -> list[Tensor | None]:
+    mixed = ["reversible", "checkpoint", "reversible", "reversible", "store", "reversible"]
+    return case.train(case.stack(*_parts(case), treatments=mixed))
+
+
+@condition
+def treatments_mixed_on_duplicated_input(case: Case) -> list[Tensor | None]:
+    mixed = ["store", "reversible", "reversible", "checkpoint", "reversible", "checkpoint"]
+    return case.train(case.stack(*_parts(case), treatments=mixed, split_dim=None), case.input(width=WIDTH))
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default, torch.ops.aten.mm.default])
+
+
+@condition
+def selective_policy(case: Case) -> list[Tensor | None]:
+    mixed = ["reversible"] * 3 + ["checkpoint"] + ["reversible"] * 2
+    return case.train(case.stack(*_parts(case), treatments=mixed, context_fn=_keep_products))
 
 
 # --- copies --------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.tape import Tape
+from lightning_revlib.nn.replay import Settings
+from lightning_revlib.nn.tape import Frame, Tape
 
 
 def mlp(width: int) -> nn.Module:
@@ -62,7 +63,7 @@ def test_peak_is_below_revlib(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("coupling", revlib.COUPLINGS)
+@pytest.mark.parametrize("coupling", [name for name, cls in revlib.COUPLINGS.items() if not cls.needs_grid])
 def test_flops_are_four_thirds(kind: str, coupling: str) -> None:
     make, shape = KINDS[kind]
     blocks = [make(shape[1] // 2) for _ in range(6)]
@@ -76,13 +77,34 @@ def test_flops_are_four_thirds(kind: str, coupling: str) -> None:
     assert counts[1] <= 1.334 * counts[0]
 
 
+@pytest.mark.parametrize("stored", [0, 1, 3, 6])
+def test_a_stored_block_is_not_run_again(stored: int) -> None:
+    x, counts = torch.randn(64, 64, requires_grad=True), []
+    stack = revlib.ReversibleSequential(*[mlp(32) for _ in range(6)], store_last=stored)
+    for one in (revlib.CoupledSequential(*stack), stack):
+        with FlopCounterMode(display=False) as flops:
+            one(x).sum().backward()
+        counts.append(flops.get_total_flops())
+    assert counts[1] / counts[0] == pytest.approx((4 - stored / 6) / 3, rel=1e-12)
+
+
+def test_treatments_hold_what_they_say() -> None:
+    x, held = torch.randn(128, 128, requires_grad=True), {}
+    for name in ("reversible", "checkpoint", "store"):
+        stack = revlib.ReversibleSequential(*[mlp(64) for _ in range(8)], treatments=[name] * 8)
+        held[name] = measure(stack, x)[0]
+    assert held["reversible"] == pytest.approx(1, rel=0.01)
+    assert held["checkpoint"] == pytest.approx(1 + 6 / 2, rel=0.15)  # of eight inputs, the last is in the output
+    assert held["store"] > 30
+
+
 class Repeat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((x, x), 1)
 
 
 @pytest.mark.parametrize("split_dim", [1, None])
-@pytest.mark.parametrize("coupling", revlib.COUPLINGS)
+@pytest.mark.parametrize("coupling", [name for name, cls in revlib.COUPLINGS.items() if not cls.needs_grid])
 def test_gradcheck_and_gradgradcheck(coupling: str, split_dim: int | None) -> None:
     width = revlib.get_coupling(coupling).branch_shape(torch.Size([2, 3]))[1]
     blocks = [nn.Sequential(nn.Linear(3, width), nn.Tanh()) for _ in range(3)]
@@ -252,6 +274,29 @@ def test_autocast_ends_before_backward() -> None:
         loss = revlib.ReversibleSequential(Watch(), Watch())(torch.randn(2, 8)).sum()
     loss.backward()
     assert seen == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("change", ["nothing", "autocast", "eval"])
+def test_each_frame_is_rewound_once_whatever_has_changed(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    calls = {"rewind": 0, "lend": 0}
+
+    def count(cls: type, name: str) -> None:
+        original = getattr(cls, name)
+
+        def counted(self: object, *args: object) -> object:
+            calls[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(cls, name, counted)
+
+    count(Frame, "rewind")
+    count(Settings, "lend")
+    stack = revlib.ReversibleSequential(*[mlp(4) for _ in range(20)])
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        loss = stack(torch.randn(2, 8)).sum()
+    stack.train(change != "eval")
+    loss.backward()
+    assert calls == {"rewind": 20, "lend": 20 if change == "eval" else 0}
 
 
 @pytest.mark.parametrize("what", ["model", "stack", "block"])

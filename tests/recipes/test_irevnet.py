@@ -44,7 +44,7 @@ def test_cifar_streams_share_the_padding():
     assert torch.equal(pad.inverse(y), torch.ones(1, 3, 4, 4))
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("coupling", [name for name, cls in COUPLINGS.items() if not cls.needs_grid])
 @pytest.mark.parametrize("split_dim", [1, 2, 3, -1, -3])
 def test_inverse_for_every_split_and_coupling(split_dim, coupling):
     torch.manual_seed(0)
@@ -125,3 +125,10 @@ def _disturb(net):
     for _ in range(3):
         net(torch.rand(8, 1, 8, 8))
     return net.eval()
+
+
+def test_on_the_grid_it_inverts_bit_for_bit():
+    net = _disturb(IRevNet(**SMALL, grid_bits=12))
+    x = (torch.rand(4, *SMALL["shape"]) * 2**12).round() / 2**12
+    with torch.no_grad():
+        assert torch.equal(net.inverse(net(x, bijective=True)[1]), x)

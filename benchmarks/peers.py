@@ -1,0 +1,264 @@
+"""Other libraries behind the interface of `CoupledSequential`, each set up as its own documentation asks.
+
+A part of a stack is a run of blocks that one module of the peer can hold; parts follow each other as in
+`nn.Sequential`. Peers are imported where they are used: any of them may be missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+import lightning_revlib
+
+
+class Inexpressible(Exception):
+    """The peer has no option for what was asked."""
+
+
+def _is_invertible(block: nn.Module) -> bool:
+    return hasattr(block, "inverse")
+
+
+def paired(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Even runs of blocks, for peers that couple two at a time: a copy of an odd run's last block is added."""
+    out: list[nn.Module] = []
+    for invertible, group in groupby(blocks, _is_invertible):
+        run = list(group)
+        out += run if invertible or len(run) % 2 == 0 else [*run, copy.deepcopy(run[-1])]
+    return out
+
+
+def paired_reference(*blocks: nn.Module, **options: Any) -> nn.Module:
+    """Ordinary autograd on the same blocks: y1 = x1 + F(x2), y2 = x2 + G(y1) is two steps of `CoupledSequential`."""
+    return lightning_revlib.CoupledSequential(*paired(blocks), **options)
+
+
+class Halves(nn.Module):
+    """An invertible step: `module` on each half."""
+
+    def __init__(self, module: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.module, self.dim = module, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.module(half) for half in x.chunk(2, self.dim)], self.dim)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.cat([self.module.inverse(half) for half in y.chunk(2, self.dim)], self.dim)
+
+
+class Peer(nn.Module):
+    """A peer's stack; its parameters come in the order of the blocks, as in `CoupledSequential`."""
+
+    OPTIONS: ClassVar[set[str]] = set()  # besides split_dim and treatments
+
+    def __init__(
+        self,
+        *blocks: nn.Module,
+        split_dim: int | None = 1,
+        store_last: int = 0,
+        treatments: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if unknown := set(options) - self.OPTIONS:
+            raise Inexpressible(f"no option like {', '.join(unknown)}")
+        self.blocks, self.split_dim = list(blocks), split_dim  # modules of `parts`: not to be registered twice
+        treatments = treatments or ["reversible"] * (len(blocks) - store_last) + ["store"] * store_last
+        kinds = ["invertible" if _is_invertible(b) else t for b, t in zip(blocks, treatments, strict=True)]
+        self.parts = nn.ModuleList(self.build(kinds, blocks, **options))
+
+    def build(self, kinds: Sequence[str], blocks: Sequence[nn.Module], **options: Any) -> list[nn.Module]:
+        parts, done = [], 0
+        for kind, group in groupby(zip(kinds, blocks, strict=True), lambda pair: pair[0]):
+            run = [block for _, block in group]
+            if kind == "invertible":
+                parts += [self.invertible(block) for block in run]
+            else:
+                parts.append(self.part(kind, run, done, **options))
+                done += len(run)
+        return parts
+
+    def part(self, kind: str, blocks: list[nn.Module], done: int, **options: Any) -> nn.Module:
+        """The peer's module for `blocks`, which follow `done` others."""
+        raise NotImplementedError
+
+    def invertible(self, block: nn.Module) -> nn.Module:
+        """Between the peer's modules, by ordinary autograd."""
+        assert self.split_dim is not None
+        return Halves(block, self.split_dim)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for part in self.parts:
+            x = part(x, *args, **kwargs)
+        return x
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        return nn.ModuleList(self.blocks[index]) if isinstance(index, slice) else self.blocks[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.blocks)
+
+
+class RevLib(Peer):
+    OPTIONS: ClassVar[set[str]] = {"coupling_forward", "coupling_inverse"}
+    mode = "autograd_function"
+
+    def part(
+        self,
+        kind: str,
+        blocks: list[nn.Module],
+        done: int,
+        coupling_forward: list[Callable[..., Tensor]] | None = None,
+        coupling_inverse: list[Callable[..., Tensor]] | None = None,
+    ) -> nn.Module:
+        import revlib
+
+        mode = {"reversible": self.mode, "checkpoint": "checkpoint", "store": "no_savings"}[kind]
+        pair = [  # couplings are cycled over the whole stack, not over each part
+            functions and functions[done % len(functions) :] + functions[: done % len(functions)]
+            for functions in (coupling_forward, coupling_inverse)
+        ]
+        return revlib.ReversibleSequential(
+            *blocks,
+            split_dim=self.split_dim,
+            memory_mode=revlib.MemoryModes[mode],
+            coupling_forward=pair[0],
+            coupling_inverse=pair[1],
+        )
+
+    def forward(
+        self, x: Tensor, *args: Any, layerwise: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (), **kwargs: Any
+    ) -> Tensor:
+        if layerwise:
+            kwargs["layerwise_args_kwargs"] = [(list(own), dict(named)) for own, named in layerwise]
+        return super().forward(x, *args, **kwargs)
+
+
+class RevLibGraph(RevLib):
+    mode = "autograd_graph"
+
+
+class Pairs(Peer):
+    """For peers that couple two blocks at a time, each of which halves its input."""
+
+    def __init__(self, *blocks: nn.Module, **options: Any) -> None:
+        super().__init__(*paired(blocks), **options)
+
+    def part(self, kind: str, blocks: list[nn.Module], done: int, **options: Any) -> nn.Module:
+        if len(blocks) % 2 or self.split_dim is None:
+            raise Inexpressible("two blocks are treated as one, and halve their input")
+        return self.pairs(kind, list(zip(blocks[::2], blocks[1::2], strict=True)), self.split_dim)
+
+    def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
+        raise NotImplementedError
+
+
+class MemCNN(Pairs):
+    """`num_bwd_passes` is as high as any condition needs, and the state of the generator is preserved.
+
+    An input that is a leaf is copied, as if another layer came first: MemCNN frees it, and doubles its gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clone() if x.is_leaf else x)
+
+    def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
+        import memcnn
+
+        couplings = [memcnn.AdditiveCoupling(Fm=f, Gm=g, split_dim=dim) for f, g in pairs]
+        for coupling in couplings:
+            coupling._modules["Gm"] = coupling._modules.pop("Gm")  # it has G's parameters before F's
+        return nn.Sequential(*[self._wrapper(c, keep=kind == "checkpoint", disable=kind == "store") for c in couplings])
+
+    def invertible(self, block: nn.Module) -> nn.Module:
+        return self._wrapper(super().invertible(block))
+
+    @staticmethod
+    def _wrapper(module: nn.Module, keep: bool = False, disable: bool = False) -> nn.Module:
+        import memcnn
+
+        return memcnn.InvertibleModuleWrapper(
+            module, keep_input=keep, num_bwd_passes=3, disable=disable, preserve_rng_state=True
+        )
+
+
+class RevTorch(Pairs):
+    """Seeds are fixed, as blocks that draw need, and variables kept, as several backwards need."""
+
+    def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
+        import revtorch
+
+        if kind != "reversible":
+            raise Inexpressible("a sequence is run in one way")
+        blocks = [revtorch.ReversibleBlock(f, g, split_along_dim=dim, fix_random_seed=True) for f, g in pairs]
+        return revtorch.ReversibleSequence(nn.ModuleList(blocks), eagerly_discard_variables=False)
+
+
+class Seeded(nn.Module):
+    """The function RevTorch computes, by ordinary autograd: a new seed before each block."""
+
+    def __init__(self, *blocks: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.blocks, self.dim = nn.ModuleList(blocks), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, self.dim)
+        for block in self.blocks:
+            torch.manual_seed(random.randint(0, sys.maxsize))
+            a, b = b, a + block(b)
+        return torch.cat((a, b), self.dim)
+
+
+class SeededReference(Pairs):
+    def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
+        return Seeded(*[block for pair in pairs for block in pair], dim=dim)
+
+
+class MomentumNet(Peer):
+    """In its mode that saves memory; the velocity starts at zero."""
+
+    OPTIONS: ClassVar[set[str]] = {"coupling"}
+
+    def build(
+        self, kinds: Sequence[str], blocks: Sequence[nn.Module], coupling: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[nn.Module]:
+        import momentumnet
+
+        if set(kinds) not in ({"reversible"}, {"store"}):
+            raise Inexpressible("a net is reversible or stored, and passes no velocity on to the next")
+        return [momentumnet.MomentumNet(blocks, gamma=coupling["gamma"], use_backprop=kinds[0] == "store")]
+
+
+class CheckpointedBlock(nn.Module):
+    def __init__(self, block: nn.Module, context_fn: Callable[[], Any]) -> None:
+        super().__init__()
+        self.block, self.context_fn = block, context_fn
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.block, x, *args, use_reentrant=False, context_fn=self.context_fn, **kwargs)
+
+
+class Checkpointed(Peer):
+    """Not reversible: the coupling by ordinary autograd, and `torch.utils.checkpoint` round each block."""
+
+    OPTIONS: ClassVar[set[str]] = {"context_fn"}
+
+    def build(
+        self, kinds: Sequence[str], blocks: Sequence[nn.Module], context_fn: Callable[[], Any] = noop_context_fn
+    ) -> list[nn.Module]:
+        modules = [
+            block if kind in ("store", "invertible") else CheckpointedBlock(block, context_fn)
+            for kind, block in zip(kinds, blocks, strict=True)
+        ]
+        return [lightning_revlib.CoupledSequential(*modules, split_dim=self.split_dim)]

@@ -1,0 +1,97 @@
+"""Invertible steps: modules with an `inverse`, applied to both streams of a stack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+
+class SpaceToDepth(nn.Module):
+    """psi: (B, C, H, W) -> (B, C k^2, H/k, W/k), each k x k patch of pixels into channels.
+
+    >>> SpaceToDepth(2)(torch.randn(1, 3, 8, 8)).shape
+    torch.Size([1, 12, 4, 4])
+
+    Loses nothing, unlike pooling or strides. i-RevNet, https://arxiv.org/abs/1802.07088.
+    Raises ValueError where k does not divide the height and the width.
+    """
+
+    exact = True
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size}: the side of a patch in pixels is at least 1")
+        self.block_size = block_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.block_size or x.shape[-2] % self.block_size:
+            raise ValueError(f"SpaceToDepth({self.block_size}) does not divide an image of {list(x.shape[-2:])} pixels")
+        return F.pixel_unshuffle(x, self.block_size)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return F.pixel_shuffle(y, self.block_size)
+
+    def extra_repr(self) -> str:
+        return str(self.block_size)
+
+
+class Permutation(nn.Module):
+    """A fixed random permutation of the `size` entries along `dim`, saved with the state.
+
+    >>> Permutation(16)(torch.randn(2, 16)).shape
+    torch.Size([2, 16])
+
+    Mixes what a split would otherwise keep apart. Glow, https://arxiv.org/abs/1807.03039.
+    """
+
+    exact = True
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, size: int, dim: int = 1, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("order", torch.randperm(size, generator=generator))
+        self.register_buffer("back", self.order.argsort())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.dim, self.order)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.index_select(self.dim, self.back)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.order)}, dim={self.dim}"
+
+
+class Orthogonal(nn.Module):
+    """x -> W x along `dim` with a trained orthogonal W: a 1 x 1 convolution whose inverse is its transpose.
+
+    >>> Orthogonal(16)(torch.randn(2, 16, 8, 8)).shape
+    torch.Size([2, 16, 8, 8])
+
+    W starts at random. Not for exact stacks, as it rounds. Glow, https://arxiv.org/abs/1807.03039.
+    """
+
+    def __init__(self, size: int, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        linear = nn.Linear(size, size, bias=False)
+        self.linear = parametrizations.orthogonal(linear, orthogonal_map="householder", use_trivialization=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._rotate(x, back=False)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self._rotate(y, back=True)
+
+    def _rotate(self, x: Tensor, back: bool) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # rounded to 16 bits, W is not orthogonal
+            weight: Tensor = self.linear.weight  # type: ignore[assignment]
+            return F.linear(x.movedim(self.dim, -1), weight.mT if back else weight).movedim(-1, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"

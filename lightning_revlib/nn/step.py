@@ -1,0 +1,118 @@
+"""One step of one call of a stack: the block, its coupling and its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import set_eval_frame
+
+from lightning_revlib.nn.coupling import Coupling, Invertible, Streams
+from lightning_revlib.nn.replay import version
+
+if TYPE_CHECKING:
+    from lightning_revlib.nn.sequence import CoupledSequential
+
+Call: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
+Branch: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
+
+
+class Step:
+    """What a stack runs and the engine runs again. `extra` is what the block has returned besides its branch."""
+
+    __slots__ = ("args", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack")
+
+    def __init__(
+        self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call
+    ) -> None:
+        self.stack, self.key, self.module, self.coupling, self.dtype = stack, key, module, coupling, dtype
+        self.args, self.kwargs = call
+        self.extra: Any = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack.path}.{self.key} ({type(self.module).__name__})"
+
+    def run(self, a: Tensor, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Streams:
+        """The whole step, by ordinary autograd; `branch` may stand for the method of that name."""
+        count = 0 if torch.compiler.is_compiling() else version(b)
+        f, self.extra = (branch or self.branch)(b, compiler)
+        self.check(b, f, count)
+        return self.couple(self.bind(a, b), a, b, f)
+
+    def branch(self, b: Tensor, compiler: Any = None) -> tuple[Any, Any]:
+        """The block's branch for stream b and what it returns besides, compiled if `compiler` is given.
+
+        (None, None) for an invertible step, which has no block.
+        """
+        if type(self.coupling) is Invertible:
+            return None, None
+        x = b if b.dtype is self.dtype else b.to(self.dtype)
+        if compiler is None:
+            out = self.module(x, *self.args, **self.kwargs)
+        else:
+            engine = set_eval_frame(compiler)
+            try:
+                out = self.module(x, *self.args, **self.kwargs)
+            finally:
+                set_eval_frame(engine)
+        f, extra = (out, None) if isinstance(out, Tensor) else _first(out)
+        return (f - x if self.stack.residual and isinstance(f, Tensor) else f), extra
+
+    def bind(self, a: Tensor, b: Tensor) -> Coupling:
+        return self.coupling.at(a, b, self.stack.training)
+
+    def couple(self, coupling: Coupling, a: Tensor, b: Tensor, f: Any) -> Streams:
+        streams = coupling.forward(a, b, f)
+        if self.stack.grid_bits is not None:
+            self._check_grid(streams[1])
+        return streams
+
+    def check(self, b: Tensor, f: Any, count: int) -> None:
+        """Raise where the block did what a coupling cannot undo; `count` is b's version before it."""
+        if type(self.coupling) is Invertible:
+            return
+        if not isinstance(f, Tensor):
+            raise TypeError(
+                f"{self.name} returned {type(f).__name__} for its branch; a block returns a tensor, or a tuple, dict or"
+                " dataclass that begins with it"
+            )
+        if not torch.compiler.is_compiling() and version(b) != count:
+            raise RuntimeError(
+                f"{self.name} changes its input in place, and with it the stream that the next block sees;"
+                " use inplace=False in its first operation"
+            )
+        if f.shape != (shape := self.coupling.branch_shape(b.shape)):
+            raise ValueError(
+                f"{self.name} returned shape {list(f.shape)}; for a stream of shape {list(b.shape)} its coupling,"
+                f" {self.coupling}, needs {list(shape)}. An invertible step such as SpaceToDepth may change shapes"
+            )
+        if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
+            raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
+
+    def _check_grid(self, stream: Tensor) -> None:
+        limit = getattr(self.coupling, "limit", None)
+        if limit is None:  # an invertible step
+            return
+        largest = stream.detach().abs().amax().item()
+        if not largest < limit(stream.dtype):
+            raise ValueError(
+                f"{self.name}: the stream reaches {largest:.3g}, and on the grid of grid_bits={self.stack.grid_bits} it"
+                f" must stay below {limit(stream.dtype):.3g} to be exact; take fewer grid_bits, or smaller outputs"
+            )
+
+
+def _first(out: Any) -> tuple[Any, Any]:
+    """The first member of what a block returned, and the others: a tuple, or a dict by name."""
+    if isinstance(out, Mapping):
+        names = list(out)
+        return (out[names[0]], {name: out[name] for name in names[1:]}) if names else (out, None)
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        names = [field.name for field in dataclasses.fields(out)]
+        return getattr(out, names[0]), {name: getattr(out, name) for name in names[1:]}
+    if isinstance(out, Sequence) and len(out):
+        return out[0], tuple(out[1:])
+    return out, None
