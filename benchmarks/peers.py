@@ -1,7 +1,8 @@
 """Other libraries behind the interface of `CoupledSequential`, each set up as its own documentation asks.
 
 A part of a stack is a run of blocks that one module of the peer can hold; parts follow each other as in
-`nn.Sequential`. Peers are imported where they are used: any of them may be missing.
+`nn.Sequential`. Peers are imported where they are used: any of them may be missing. One file, since the
+adapters are only understood side by side.
 """
 
 from __future__ import annotations

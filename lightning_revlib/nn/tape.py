@@ -37,7 +37,7 @@ from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.replay import NOTHING, Buffers, Environment, RandomState, Settings, parts, version
+from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts, version
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.step import Step
@@ -47,8 +47,8 @@ class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "above", "buffers", "caught", "context", "coupling", "index", "modules", "needs_grad", "random", "round",
-        "running", "saved", "saved_by_block", "step", "tape",
+        "above", "again", "buffers", "caught", "coupling", "dtypes", "index", "modules", "needs_grad", "random",
+        "round", "running", "saved_by_block", "shapes", "step", "tape",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
@@ -62,23 +62,19 @@ class Frame:
         self.round = 0  # of the tape, in which the tensors were caught
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
-        step, count = self.step, version(b)
+        step, tape, count = self.step, self.tape, version(b)
         self.needs_grad = a.requires_grad, b.requires_grad
         if any([m._buffers for m in self.modules]):
             self.buffers = Buffers(self.modules)
-        context: Any = NOTHING
-        self.context: Any = NOTHING
-        if self.tape.context_fn:
-            context, self.context = self.tape.context_fn()
+        first, self.again = tape.context_fn() if tape.context_fn else (None, None)
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
-                with context:
-                    f, step.extra = step.branch(b, self.tape.compiler)
+                f, step.extra = self._branch(b, first)
                 step.check(b, f, count)
                 self.saved_by_block = len(self.running)
                 self.coupling = step.bind(a, b)
                 streams = step.couple(self.coupling, a, b, f)
-            self.saved = [(t.dtype, t.shape) for t in self.running]
+            self.dtypes, self.shapes = [t.dtype for t in self.running], [t.shape for t in self.running]
         finally:
             self.running = []
         if self.buffers:
@@ -92,16 +88,17 @@ class Frame:
 
     def replay(self, b: Tensor, solve: Callable[[Any], Tensor]) -> Tensor:
         """Run the step again on stream b, catching, and return stream a: `solve` finds it from the block's output."""
-        step, caught = self.step, Catch()
+        caught = Catch()
+        hooks = saved_tensors_hooks(caught.pack, caught.unpack)
         undo = self._lend(b)
         try:
             # The same tensors require grad as in forward: else the block would save others.
             again = b.detach().requires_grad_(self.needs_grad[1])
-            with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack), self.context:
-                f, _ = step.branch(again, self.tape.compiler)
+            with torch.enable_grad(), hooks:
+                f, _ = self._branch(again, self.again)
             a = solve(None if f is None else f.detach())
-            if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
-                with torch.enable_grad(), saved_tensors_hooks(caught.pack, caught.unpack):
+            if len(self.shapes) > self.saved_by_block:  # the coupling saves tensors, too
+                with torch.enable_grad(), hooks:
                     self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
         finally:
             while undo:
@@ -109,6 +106,12 @@ class Frame:
         self._check(caught)
         self.caught, self.round = caught.tensors, self.tape.round  # type: ignore[assignment]
         return a
+
+    def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
+        if context is None:
+            return self.step.branch(b, self.tape.compiler)
+        with context:
+            return self.step.branch(b, self.tape.compiler)
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
         """The step's forward again, without graph or trace, to learn whether it draws."""
@@ -154,11 +157,12 @@ class Frame:
                 f"{self.step.name}: a tensor of shape {list(shape)} needed for its gradient has been modified by an"
                 " inplace operation inside the block; use the operation that is not in-place"
             )
-        if (again := [(t.dtype, t.shape) for t in caught.tensors]) != self.saved:
-            pairs = enumerate(zip(self.saved, again, strict=False))
+        dtypes, shapes = [t.dtype for t in caught.tensors], [t.shape for t in caught.tensors]
+        if shapes != self.shapes or dtypes != self.dtypes:
+            pairs = enumerate(zip(zip(self.dtypes, self.shapes), zip(dtypes, shapes)))  # noqa: B905
             lines = [
                 f"{self.step.name} computes something else in backward than it did in forward: it saved"
-                f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
+                f" {len(self.shapes)} tensors for its gradient, and {len(shapes)} when recomputed.",
                 *[f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y][:3],
                 "A block must depend on its input, arguments, parameters, registered buffers and torch's generators"
                 " only.",
@@ -256,9 +260,12 @@ class Tape:
                 if self.streams is None or self.position < frame.index:
                     self.start(self._output())
                 self.keep = torch.is_grad_enabled()  # create_graph
-                with torch.no_grad() if self.keep else NOTHING:
-                    if self.surprise:
-                        self._find_draws(*self.surprise)
+                if self.keep or self.surprise:
+                    with torch.no_grad():
+                        if self.surprise:
+                            self._find_draws(*self.surprise)
+                        self._rewind(frame)
+                else:
                     self._rewind(frame)
         finally:
             set_eval_frame(compiler)
@@ -268,16 +275,20 @@ class Tape:
         a, b = self.streams
         self.streams = None  # after an error the next call starts afresh
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-            with self.environment.again() if self.environment_changed else NOTHING:
-                frame.replay(b, lambda f: a)
+            self._again(frame.replay, b, lambda f: a)
         for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
-            # Autocast is entered anew for each, since its cache of weights must not outlive a graph.
-            with self.environment.again() if self.environment_changed else NOTHING:
-                a, b = each.rewind(a, b)
+            a, b = self._again(each.rewind, a, b)
             self.position = each.index
             if self.position == 0:
                 self.arrived(a, b)
         self.streams = a, b
+
+    def _again(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call in the forward's environment; autocast anew each time, as its cache must not outlive a graph."""
+        if not self.environment_changed:
+            return function(*args)
+        with self.environment.again():
+            return function(*args)
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
@@ -302,8 +313,7 @@ class Tape:
         restore = start.lend(streams[0])
         try:
             while frame is not None:
-                with torch.no_grad(), self.environment.again():
-                    streams = frame.repeat(*streams)
+                streams = self._again(frame.repeat, *streams)
                 frame = frame.above
         finally:
             restore()
