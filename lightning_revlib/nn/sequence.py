@@ -168,7 +168,7 @@ class CoupledSequential(nn.Sequential):
             x = round_to_grid(x, self.grid_bits)
         dim = self.split_dim
         if dim is None:
-            return self.couplings[0].start(x)
+            return self.couplings[0].start(_dense(x))
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"split_dim={dim} is out of range for an {what} of shape {list(x.shape)}")
         if x.shape[dim] % 2:
@@ -181,8 +181,7 @@ class CoupledSequential(nn.Sequential):
     def _halves(self, x: Tensor) -> Streams:
         assert self.split_dim is not None
         a, b = x.chunk(2, self.split_dim)
-        # Kernels may round otherwise where memory is laid out otherwise, and inner streams are contiguous.
-        return (a, b) if self.grid_bits is None else (a.contiguous(), b.contiguous())
+        return _dense(a), _dense(b)
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         if self.split_dim is None:
@@ -315,6 +314,14 @@ class ReversibleSequential(CoupledSequential):
 
 def _is_invertible(module: nn.Module | None) -> bool:
     return hasattr(type(module), "inverse") and not isinstance(module, CoupledSequential)
+
+
+def _dense(stream: Tensor) -> Tensor:
+    """Without gaps, in the same order of dimensions: as streams between blocks are, so that backward meets the same.
+
+    Kernels, what they save and how they round, depend on how memory is laid out.
+    """
+    return stream if stream.is_contiguous() else stream.clone()
 
 
 def _pair(tensors: Sequence[Tensor]) -> Streams:

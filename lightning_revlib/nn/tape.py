@@ -48,7 +48,7 @@ class Frame:
 
     __slots__ = (
         "above", "again", "buffers", "caught", "coupling", "dtypes", "index", "modules", "needs_grad", "random",
-        "round", "running", "saved_by_block", "shapes", "step", "tape",
+        "round", "running", "saved_by_block", "shapes", "step", "stride", "tape",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
@@ -63,7 +63,7 @@ class Frame:
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
         step, tape, count = self.step, self.tape, version(b)
-        self.needs_grad = a.requires_grad, b.requires_grad
+        self.needs_grad, self.stride = (a.requires_grad, b.requires_grad), b.stride()
         if any([m._buffers for m in self.modules]):
             self.buffers = Buffers(self.modules)
         first, self.again = tape.context_fn() if tape.context_fn else (None, None)
@@ -92,8 +92,11 @@ class Frame:
         hooks = saved_tensors_hooks(caught.pack, caught.unpack)
         undo = self._lend(b)
         try:
-            # The same tensors require grad as in forward: else the block would save others.
-            again = b.detach().requires_grad_(self.needs_grad[1])
+            # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
+            again = b.detach()
+            if again.stride() != self.stride:
+                again = again.new_empty_strided(b.shape, self.stride).copy_(b)
+            again.requires_grad_(self.needs_grad[1])
             with torch.enable_grad(), hooks:
                 f, _ = self._branch(again, self.again)
             a = solve(None if f is None else f.detach())
