@@ -7,6 +7,7 @@ ModuleState      flags, parameters, buffers that it changes one a step
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -89,42 +90,42 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 class Settings:
-    """Training flags and parameters of modules: which tensors, their versions, whether they require grad.
+    """Training flags and parameters of modules, and the arguments of their calls.
 
-    Closed when forward ends. `changed` tells whether anything is different now; if so, `lend` sets
-    what was then for some of the modules, and returns calls that put back, in reverse order, what
-    was just before.
+    Closed when forward ends. `changed` tells whether modules are set otherwise now; if so, `lend`
+    sets what was then for some of them, and returns calls that put back, in reverse order, what was
+    just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("by_module", "modules", "names", "parameters", "requires_grad", "training", "versions")
+    __slots__ = ("arguments", "by_module", "modules", "names", "parameters", "requires_grad", "training",
+                 "versions")  # fmt: skip
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
+        self.modules, self.arguments = modules, arguments
         self.training = [m.training for m in modules]
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.names: list[tuple[nn.Module, str]] = []
-        self.parameters: list[Tensor] = []
-        for m in modules:
-            for name, p in m._parameters.items():
-                if p is not None:
-                    self.names.append((m, name))
-                    self.parameters.append(p)
+        self.names, self.parameters = _parameters(modules)
 
     def close(self) -> None:
-        self.versions = _versions(self.parameters)
         self.requires_grad = [p.requires_grad for p in self.parameters]
+        self.versions = _versions([*self.parameters, *self.arguments])
 
     def changed(self) -> bool:
-        if (versions := _versions(self.parameters)) != self.versions:
-            m, name = self.names[[x == y for x, y in zip(versions, self.versions, strict=True)].index(False)]
+        if (versions := _versions([*self.parameters, *self.arguments])) != self.versions:
+            at = [x == y for x, y in zip(versions, self.versions, strict=True)].index(False)
+            if at < len(self.parameters):
+                m, name = self.names[at]
+                what = f"parameter {name!r} of {m}"
+            else:
+                what = f"an argument of shape {list(self.arguments[at - len(self.parameters)].shape)}"
             raise RuntimeError(
-                f"parameter {name!r} of {m} has been modified in place since the forward of its reversible stack, which"
-                " backward has to run again; step the optimizer after backward"
+                f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
+                " run again; modify it, or step the optimizer, after backward"
             )
         return (
             [m.training for m in self.modules] != self.training
             or [p.requires_grad for p in self.parameters] != self.requires_grad
-            or any(m._parameters.get(n) is not p for (m, n), p in zip(self.names, self.parameters, strict=True))
+            or any(map(operator.is_not, _parameters(self.modules)[1], self.parameters))
         )
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
@@ -138,7 +139,7 @@ class Settings:
             undo.append(partial(setattr, m, "training", m.training))
             m.training = training
             for name, p, requires_grad in parameters:
-                now = m._parameters.get(name)
+                now = m._parameters[name] if name in m._parameters else None
                 if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
                     undo.append(partial(m._parameters.__setitem__, name, now))
                     m._parameters[name] = p  # type: ignore[assignment]
@@ -146,6 +147,18 @@ class Settings:
                     undo.append(partial(p.requires_grad_, p.requires_grad))
                     p.requires_grad_(requires_grad)
         return undo
+
+
+def _parameters(modules: list[nn.Module]) -> tuple[list[tuple[Any, str]], list[Tensor]]:
+    names: list[tuple[Any, str]] = []
+    parameters: list[Tensor] = []
+    for m in modules:
+        if m._parameters:
+            for name, p in m._parameters.items():
+                if p is not None:
+                    names.append((m, name))
+                    parameters.append(p)
+    return names, parameters
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
@@ -180,7 +193,7 @@ class Buffers:
         self.changing = [
             (m, name, before)
             for m, name, before, buffer, count in self.changing
-            if before is None or m._buffers.get(name) is not buffer or version(buffer) != count
+            if before is None or name not in m._buffers or m._buffers[name] is not buffer or version(buffer) != count
         ]
 
     def lend(self) -> list[Callable[[], Any]]:

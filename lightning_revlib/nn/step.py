@@ -95,7 +95,7 @@ class Step:
 
     def _check_grid(self, stream: Tensor) -> None:
         limit = getattr(self.coupling, "limit", None)
-        if limit is None:  # an invertible step
+        if limit is None or not stream.numel():  # an invertible step, an empty batch
             return
         largest = stream.detach().abs().amax().item()
         if not largest < limit(stream.dtype):

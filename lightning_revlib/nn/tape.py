@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts, version
@@ -66,7 +67,10 @@ class Frame:
         self.needs_grad, self.stride = (a.requires_grad, b.requires_grad), b.stride()
         if any([m._buffers for m in self.modules]):
             self.buffers = Buffers(self.modules)
-        first, self.again = tape.context_fn() if tape.context_fn else (None, None)
+        first: Any = None
+        self.again: Any = None
+        if tape.context_fn:
+            first, self.again = tape.context_fn()
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
                 f, step.extra = self._branch(b, first)
@@ -232,7 +236,9 @@ class Tape:
         for frame, above in zip(frames, [*frames[1:], None], strict=True):
             frame.above = above
         entrance, self.depth = (a.detach(), b.detach()), len(frames)
-        self.settings = Settings([m for frame in frames for m in frame.modules])
+        arguments = [t for step in steps if step.args or step.kwargs for t in tree_leaves((step.args, step.kwargs))]
+        unique = {id(t): t for t in arguments if isinstance(t, Tensor)}
+        self.settings = Settings([m for frame in frames for m in frame.modules], list(unique.values()))
         for frame in frames:
             a, b = frame.run(a, b)
             if expect_draws:

@@ -104,3 +104,8 @@ def test_bdia_holds_one_bit_an_element_and_evaluates_as_a_residual_network() -> 
     assert all(p.grad is not None for p in stack.parameters())
     with pytest.raises(ValueError, match="bdia has no inverse from its output alone"):
         revlib.CoupledSequential(nn.Linear(4, 4), coupling="bdia", grid_bits=12).inverse(torch.randn(2, 8))
+
+
+def test_an_empty_batch() -> None:
+    stack = revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), grid_bits=12)
+    assert stack(torch.zeros(0, 8, requires_grad=True)).shape == (0, 8)
