@@ -20,21 +20,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
 
-DEPTHS = (4, 16, 64, 256)
+DEPTHS = (4, 64, 1024)
 
 
 class Checkpointed(nn.Module):
     """The additive coupling with `torch.utils.checkpoint` round each step."""
 
-    def __init__(self, *blocks: nn.Module) -> None:
+    def __init__(self, *blocks: nn.Module, split_dim: int = 1) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks, self.split_dim = nn.ModuleList(blocks), split_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, 1)
+        a, b = x.chunk(2, self.split_dim)
         for block in self.blocks:
             a, b = b, checkpoint(lambda a, b, block=block: a + block(b), a, b, use_reentrant=False)
-        return torch.cat((a, b), 1)
+        return torch.cat((a, b), self.split_dim)
 
 
 def contestants() -> dict[str, Callable[..., nn.Module]]:
@@ -46,7 +46,9 @@ def contestants() -> dict[str, Callable[..., nn.Module]]:
     if importlib.util.find_spec("revlib"):
         import revlib as peer
 
-        found["RevLib 1.7.2"] = lambda *blocks: peer.ReversibleSequential(*copy.deepcopy(blocks), split_dim=1)
+        found["RevLib 1.7.2"] = lambda *blocks, split_dim=1: peer.ReversibleSequential(
+            *copy.deepcopy(blocks), split_dim=split_dim
+        )
     return found
 
 
@@ -70,23 +72,20 @@ def conv(width: int) -> nn.Module:
     return nn.Sequential(*layers, *copy.deepcopy(layers))
 
 
-class Transformer(nn.Module):
-    """A pre-norm block without its skip connections, on streams of shape (batch, width, length)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width))
-        self.feed_forward = nn.Sequential(nn.LayerNorm(width), mlp(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)
-        return self.feed_forward(x + self.attention(x)).transpose(1, 2)
+def attention(width: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), Attention(width))
 
 
-WORKLOADS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
-    "mlp": (mlp, (256, 128)),
-    "conv": (conv, (8, 32, 16, 16)),
-    "transformer": (Transformer, (4, 128, 64)),
+def feed_forward(width: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), mlp(width))
+
+
+# The blocks that take turns, the input's shape, and the dimension of it that is split.
+WORKLOADS: dict[str, tuple[tuple[Callable[[int], nn.Module], ...], tuple[int, ...], int]] = {
+    "mlp": ((mlp,), (2048, 64), 1),
+    "conv": ((conv,), (8, 32, 16, 16), 1),
+    "attention": ((attention,), (8, 256, 64), 2),
+    "transformer (attention, feed-forward)": ((attention, feed_forward), (8, 256, 64), 2),
 }
 
 
@@ -111,15 +110,15 @@ def measure(stack: nn.Module, x: Tensor) -> tuple[float, float, int | None]:
 def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}\n")
-    for workload, (make, shape) in WORKLOADS.items():
+    for workload, (makers, shape, dim) in WORKLOADS.items():
         print(f"| {workload}, held / peak / FLOPs | " + " | ".join(f"depth {d}" for d in DEPTHS) + " |")
         print("|---" * (len(DEPTHS) + 1) + "|")
         rows: dict[str, list[str]] = {name: [] for name in contestants()}
         for depth in DEPTHS:
-            blocks = [make(shape[1] // 2) for _ in range(depth)]
+            blocks = [makers[k % len(makers)](shape[dim] // 2) for k in range(depth)]
             x, plain = torch.randn(shape, requires_grad=True), 0
             for name, cls in contestants().items():
-                held, peak, flops = measure(cls(*blocks), x)
+                held, peak, flops = measure(cls(*blocks, split_dim=dim), x)
                 plain = plain or flops or 1
                 rows[name].append(f"{held:.2f} / {peak:.2f} / " + (f"{flops / plain:.3f}" if flops else "-"))
         for name, cells in rows.items():

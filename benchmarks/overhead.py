@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
-
 from memory import Checkpointed, contestants
+from torch import nn
 
 DEPTH, WIDTH, STEPS, WARM_UP = 32, 8, 120, 20
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

@@ -181,7 +181,7 @@ def branches_in_another_layout(case: Case) -> list[Tensor | None]:
 def channels_last(case: Case) -> list[Tensor | None]:
     blocks = [nn.Conv2d(WIDTH, case.out_width, 3, padding=1) for _ in range(3)]
     x = _tokens(case, 2, 2 * WIDTH, 4, 4).to(memory_format=torch.channels_last)
-    return case.train(case.stack(*blocks), x.requires_grad_())
+    return case.train(case.stack(*blocks, split_dim=1), x.requires_grad_())
 
 
 class Wide(nn.Module):
