@@ -1,12 +1,10 @@
 """Reversible execution in pure torch; nothing in here imports lightning (the linter holds it)."""
 
-from lightning_revlib.nn.coupling import (
-    BDIA,
+from lightning_revlib.nn.coupling import Alternating, Coupling
+from lightning_revlib.nn.couplings import (
     COUPLINGS,
     Additive,
     Affine,
-    Alternating,
-    Coupling,
     Invertible,
     Leapfrog,
     Midpoint,
@@ -16,6 +14,7 @@ from lightning_revlib.nn.coupling import (
     additive_coupling_inverse,
     get_coupling,
 )
+from lightning_revlib.nn.grid import BDIA
 from lightning_revlib.nn.invertible import Orthogonal, Permutation, SpaceToDepth
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.report import Report, report

@@ -18,17 +18,10 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 from torch.utils.checkpoint import checkpoint
 
-from lightning_revlib.nn.coupling import (
-    Coupling,
-    CouplingSpec,
-    Invertible,
-    Pair,
-    Streams,
-    get_coupling,
-    grid_limit,
-    round_to_grid,
-)
+from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.couplings import CouplingSpec, Invertible, Pair, get_coupling
 from lightning_revlib.nn.drift import Sentinel
+from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.step import Call, Step
 from lightning_revlib.nn.tape import Tape

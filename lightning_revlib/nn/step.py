@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.coupling import Coupling, Invertible, Streams
+from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.replay import version
 
 if TYPE_CHECKING:
