@@ -54,9 +54,10 @@ def test_skipped_steps_are_passed_over(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None
 
-    trainer(tmp_path, callbacks=[revlib.ActivationMemoryMonitor(1), revlib.DriftMonitor()], max_epochs=1).fit(
-        Skips(), data()
-    )
+    monitor = revlib.ActivationMemoryMonitor(1)
+    run = trainer(tmp_path, callbacks=[monitor, revlib.DriftMonitor()], max_epochs=1)
+    run.fit(Skips(), data())
+    assert monitor._meter is None and not run.callback_metrics
 
 
 def test_every_n_steps_is_checked() -> None:
