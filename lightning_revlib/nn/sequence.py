@@ -262,11 +262,13 @@ class ReversibleSequential(CoupledSequential):
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
         y, drew = None, False
+        drifts: dict[int, Tensor] = {}
         for treatment, pairs in groupby(zip(steps, self.treatments, strict=True), self._treatment):
             part = [step for step, _ in pairs]
             if treatment == "reversible":
                 joined = part[-1] is steps[-1] and self.split_dim is not None
-                tape = Tape(self._read if joined else _pair, self._arrived(Sentinel(a, b)), compiler, self.context_fn)
+                arrived = partial(self._arrived, Sentinel(a, b), drifts)
+                tape = Tape(self._read if joined else _pair, arrived, compiler, self.context_fn)
                 a, b = tape.run(part, a, b, self._draws)
                 drew |= tape.drew
                 if joined:
@@ -288,21 +290,20 @@ class ReversibleSequential(CoupledSequential):
     def _read(self, tensors: tuple[Tensor, ...]) -> Streams:
         return self._halves(tensors[0])
 
-    def _arrived(self, sentinel: Sentinel) -> Callable[[Tensor, Tensor], None]:
-        def arrived(a: Tensor, b: Tensor) -> None:
-            self._drift = sentinel.measure(a, b)
-            if self.on_drift == "ignore" or not (drift := self._drift.item()) > self.drift_tolerance:
-                return
-            message = (
-                f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
-                f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
-                " float32 streams, grid_bits, or checkpoint some blocks by `treatments`"
-            )
-            if self.on_drift == "raise":
-                raise RuntimeError(message)
-            warnings.warn(message, stacklevel=2)
-
-        return arrived
+    def _arrived(self, sentinel: Sentinel, drifts: dict[int, Tensor], a: Tensor, b: Tensor) -> None:
+        """Backward has rebuilt the entrance of a reversible part; `drifts` are those of the forward's parts."""
+        drifts[id(sentinel)] = sentinel.measure(a, b)
+        self._drift = torch.stack(list(drifts.values())).max()
+        if self.on_drift == "ignore" or (drift := self._drift.item()) <= self.drift_tolerance:
+            return
+        message = (
+            f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
+            f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
+            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`"
+        )
+        if self.on_drift == "raise":
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _is_invertible(module: nn.Module | None) -> bool:
@@ -324,6 +325,8 @@ def _pair(tensors: Sequence[Tensor]) -> Streams:
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:
     extras = [step.extra for step in steps]
+    for step in steps:
+        step.extra = None  # it refers to the graph, which refers to the step
     return (y, extras) if any(extra is not None for extra in extras) else y
 
 

@@ -210,3 +210,30 @@ def test_torch_func_is_refused_with_the_way_out() -> None:
         torch.func.grad(lambda x: stack(x).sum())(torch.randn(2, 8))
     revlib.restore(stack)
     assert torch.func.grad(lambda x: stack(x).sum())(torch.randn(2, 8)).shape == (2, 8)
+
+
+def test_drift_is_that_of_the_worst_part() -> None:
+    options = {"coupling_forward": torch.add, "coupling_inverse": [_wrong], "treatments": ["reversible", "store"] * 2}
+    stack = revlib.ReversibleSequential(*blocks(), **{**options, "coupling_forward": [torch.add]})
+    x = torch.randn(64, 8)
+    stack(x).sum().backward()
+    both = stack.drift
+    parts = []
+    for k in (0, 2):
+        part = revlib.ReversibleSequential(stack[k], coupling_forward=torch.add, coupling_inverse=_wrong)
+        with torch.no_grad():
+            entrance = stack[:k](x) if k else x
+        part(entrance).sum().backward()
+        parts.append(part.drift)
+    assert both == pytest.approx(max(parts), rel=1e-4)
+
+
+def test_a_drift_that_is_no_number_is_raised() -> None:
+    stack = revlib.ReversibleSequential(*blocks(), coupling_forward=torch.add, coupling_inverse=_nan, on_drift="raise")
+    loss = stack(torch.randn(64, 8)).sum()
+    with pytest.raises(RuntimeError, match="relative error of nan"):
+        loss.backward()
+
+
+def _nan(out: Tensor, f: Tensor) -> Tensor:
+    return (out - f) * float("nan")

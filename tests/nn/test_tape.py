@@ -114,6 +114,11 @@ def test_gradcheck_and_gradgradcheck(coupling: str, split_dim: int | None) -> No
     assert torch.autograd.gradgradcheck(stack, (x,))
 
 
+class WithLoss(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.tanh(), x.sigmoid().mean()
+
+
 def test_nothing_outlives_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     tapes: list[weakref.ref[Tape]] = []
     init = Tape.__init__
@@ -123,8 +128,13 @@ def test_nothing_outlives_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         init(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Tape, "__init__", spy)
-    blocks = [mlp(4), noisy(4), nn.Identity(), nn.Tanh()]
-    stack, x = revlib.ReversibleSequential(*blocks), torch.randn(2, 8, requires_grad=True)
+    blocks = [mlp(4), noisy(4), nn.Identity(), nn.Tanh(), WithLoss()]
+    whole, x = revlib.ReversibleSequential(*blocks), torch.randn(2, 8, requires_grad=True)
+
+    def stack(x: Tensor) -> Tensor:
+        y, extras = whole(x)
+        return y + extras[-1][0]
+
     gc.disable()  # what has to be collected is a cycle, and a leak
     try:
         y = stack(x)
