@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
@@ -90,9 +91,9 @@ class Peer(nn.Module):
                 done += len(run)
         return parts
 
+    @abstractmethod
     def part(self, kind: str, blocks: list[nn.Module], done: int, **options: Any) -> nn.Module:
         """The peer's module for `blocks`, which follow `done` others."""
-        raise NotImplementedError
 
     def invertible(self, block: nn.Module) -> nn.Module:
         """Between the peer's modules, by ordinary autograd."""
@@ -161,8 +162,9 @@ class Pairs(Peer):
             raise Inexpressible("two blocks are treated as one, and halve their input")
         return self.pairs(kind, list(zip(blocks[::2], blocks[1::2], strict=True)), self.split_dim)
 
+    @abstractmethod
     def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
-        raise NotImplementedError
+        """The peer's module for pairs of blocks."""
 
 
 class MemCNN(Pairs):

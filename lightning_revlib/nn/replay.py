@@ -1,8 +1,9 @@
 """What a block's call depends on besides its input, and how to meet the same again in backward.
 
-Environment      autocast and the default dtype             one a forward
-RandomState      generators of the CPU and the devices      one a step, if it draws
-ModuleState      flags, parameters, buffers that it changes one a step
+Environment   autocast and the default dtype           one a forward
+Settings      flags, parameters and arguments          one a forward
+RandomState   generators of the CPU and the device     one a step, if it draws
+Buffers       values of the buffers that it changes    one a step, if it has buffers
 """
 
 from __future__ import annotations

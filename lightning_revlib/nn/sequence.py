@@ -2,6 +2,8 @@
 
 CoupledSequential       a, b = split(x); a, b = coupling(a, b, block(b)) block by block; join(a, b)
 ReversibleSequential    the same function, holding its output only
+
+A third of the file describes the options, in one place for both classes and for `swap`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +21,13 @@ from torch._dynamo.eval_frame import set_eval_frame
 from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn.coupling import Coupling, Streams
-from lightning_revlib.nn.couplings import CouplingSpec, Invertible, Pair, get_coupling
+from lightning_revlib.nn.couplings import CouplingSpec, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
+from lightning_revlib.nn.options import CouplingFunction, OnDrift, Treatment, read_couplings, read_treatments
 from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.step import Call, Step
 from lightning_revlib.nn.tape import Tape
-
-CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Treatment: TypeAlias = Literal["reversible", "checkpoint", "store"]
-OnDrift: TypeAlias = Literal["ignore", "warn", "raise"]
 
 
 class CoupledSequential(nn.Sequential):
@@ -74,8 +73,8 @@ class CoupledSequential(nn.Sequential):
     """
 
     OPTIONS = (
-        "split_dim", "couplings", "stream_dtype", "residual", "grid_bits", "treatments", "context_fn", "on_drift",
-        "drift_tolerance",
+        "given", "split_dim", "couplings", "stream_dtype", "residual", "grid_bits", "treatments", "context_fn",
+        "on_drift", "drift_tolerance",
     )  # fmt: skip
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
 
@@ -95,7 +94,9 @@ class CoupledSequential(nn.Sequential):
         on_drift: OnDrift = "ignore",
         drift_tolerance: float = 1e-2,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "blocks", "__class__")}
         super().__init__(*blocks)  # type: ignore[arg-type]
+        self.given = given  # the options as they were passed, for `swap` to change some of them
         if len(self) == 0:
             raise ValueError(f"{type(self).__name__} got no blocks; pass at least one module")
         if split_dim is not None and (not isinstance(split_dim, int) or isinstance(split_dim, bool)):
@@ -103,9 +104,9 @@ class CoupledSequential(nn.Sequential):
         if on_drift not in get_args(OnDrift):
             raise ValueError(f"on_drift={on_drift!r} is none of {', '.join(map(repr, get_args(OnDrift)))}")
         self.split_dim, self.stream_dtype, self.residual, self.grid_bits = split_dim, stream_dtype, residual, grid_bits
-        self.couplings = _couplings(coupling, coupling_forward, coupling_inverse)
+        self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
         self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
-        self.treatments = _treatments(treatments, store_last, len(self))
+        self.treatments = read_treatments(treatments, store_last, len(self))
         self._set_grid()
 
     def forward(  # type: ignore[override]
@@ -254,10 +255,13 @@ class ReversibleSequential(CoupledSequential):
                 " lightning_revlib.restore(model) makes it an ordinary one, with the same parameters"
             )
         compiler = set_eval_frame(None)  # the engine is not compiled; its blocks are
+        steps = self._steps(x.dtype, args, kwargs, layerwise)
         try:
-            return self._run(x, self._steps(x.dtype, args, kwargs, layerwise), compiler)
+            return self._run(x, steps, compiler)
         finally:
             set_eval_frame(compiler)
+            for step in steps:
+                step.extra = None  # it refers to the graph, which refers to the step
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
@@ -325,45 +329,4 @@ def _pair(tensors: Sequence[Tensor]) -> Streams:
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:
     extras = [step.extra for step in steps]
-    for step in steps:
-        step.extra = None  # it refers to the graph, which refers to the step
     return (y, extras) if any(extra is not None for extra in extras) else y
-
-
-def _treatments(treatments: Sequence[Treatment] | None, store_last: int, count: int) -> tuple[Treatment, ...]:
-    if not 0 <= store_last <= count:
-        raise ValueError(f"store_last={store_last}: the stack has {count} blocks; take a number from 0 to {count}")
-    if treatments is None:
-        treatments = [*["reversible"] * (count - store_last), *["store"] * store_last]  # type: ignore[list-item]
-        return tuple(treatments)
-    if store_last:
-        raise ValueError(f"treatments={list(treatments)!r} and store_last={store_last} say the same; pass one of them")
-    if len(treatments) != count or not set(treatments) <= set(get_args(Treatment)):
-        raise ValueError(
-            f"treatments={list(treatments)!r}: pass one of {', '.join(map(repr, get_args(Treatment)))} for each of"
-            f" {count} blocks"
-        )
-    return tuple(treatments)
-
-
-def _couplings(
-    coupling: CouplingSpec | Sequence[CouplingSpec],
-    forward: CouplingFunction | Sequence[CouplingFunction] | None,
-    inverse: CouplingFunction | Sequence[CouplingFunction] | None,
-) -> tuple[Coupling, ...]:
-    if forward is None and inverse is None:
-        many = coupling if isinstance(coupling, Sequence) and not isinstance(coupling, str) else [coupling]
-        if not many:
-            raise ValueError(f"coupling={coupling!r} is empty; name at least one, such as 'additive'")
-        return tuple(get_coupling(one) for one in many)
-    if forward is None or inverse is None:
-        given, missing = ("coupling_forward", "coupling_inverse")[:: 1 if inverse is None else -1]
-        raise ValueError(f"{given} was given without {missing}: the engine needs both directions of your coupling")
-    forwards = list(forward) if isinstance(forward, Sequence) else [forward]
-    inverses = list(inverse) if isinstance(inverse, Sequence) else [inverse]
-    if len(forwards) != len(inverses) or not forwards:
-        raise ValueError(
-            f"coupling_forward has {len(forwards)} entries and coupling_inverse {len(inverses)}; pass as many of each,"
-            " and at least one"
-        )
-    return tuple(Pair(f, g) for f, g in zip(forwards, inverses, strict=True))

@@ -29,13 +29,13 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     >>> swap(model, {"net.blocks": {"coupling": "additive", "split_dim": 1}})
 
     Objects, children's names, parameters and their order stay, so that optimizers, checkpoints and
-    averages made before remain valid. What is reversible already is left alone and counted. A
-    CoupledSequential keeps its function; another container becomes a stack with the options given.
+    averages made before remain valid. What is reversible already is counted, too. A stack keeps the
+    options that are not given; another container becomes a stack with those that are.
 
     Args:
         model: any module; the path "" is the model itself.
         targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
-            `CoupledSequential`, or None for its defaults. Without, every CoupledSequential.
+            `CoupledSequential`, or None for none. Without, every CoupledSequential.
         strict: a target that matches nothing is an error; else it is passed over.
 
     Raises:
@@ -79,7 +79,7 @@ def restore(model: nn.Module) -> list[str]:
     restored = stacks(model)
     for module in restored.values():
         original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
-        for name in (*CoupledSequential.OPTIONS, "path", "_drift"):
+        for name in (*CoupledSequential.OPTIONS, "path", "_drift", "_draws"):
             module.__dict__.pop(name, None)
         module.__class__, options = original
         module.__dict__.update(options)
@@ -139,7 +139,15 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
     assert isinstance(module, ReversibleSequential)
     if options is not None or original is nn.Sequential:
         try:
-            template = CoupledSequential(OrderedDict(module._modules), **(options or {}))
+            merged = _merge(module.__dict__.get("given", {}), options or {})
+            template = CoupledSequential(OrderedDict(module._modules), **merged)
             module.__dict__.update(options_of(template))
         except (TypeError, ValueError) as error:
             raise type(error)(f"target {path!r}: {error}") from None
+
+
+def _merge(given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of before with the new ones above; of those that say the same, the new alone."""
+    rivals = [{"coupling", "coupling_forward", "coupling_inverse"}, {"store_last", "treatments"}]
+    replaced = {name for group in rivals if group & set(options) for name in group}
+    return {**{name: value for name, value in given.items() if name not in replaced}, **options}

@@ -55,6 +55,26 @@ def test_targets_by_path_and_glob_with_options() -> None:
     assert snapshot(model) == before
 
 
+def test_options_change_only_what_they_name() -> None:
+    model = Net()
+    revlib.swap(model, {"first": {"store_last": 1}})
+    assert model.first.couplings == (revlib.Midpoint(),) and model.first.treatments[-1] == "store"
+    revlib.swap(model, {"first": {"grid_bits": 12}})
+    assert model.first.couplings == (revlib.Midpoint().on_grid(12),) and model.first.treatments[-1] == "store"
+    revlib.swap(model, {"first": {"treatments": ["checkpoint"] * 3, "coupling_forward": torch.add,
+                                  "coupling_inverse": torch.sub, "grid_bits": None}})  # fmt: skip
+    assert model.first.couplings[0].coupling_forward is torch.add and set(model.first.treatments) == {"checkpoint"}
+
+
+def test_a_restored_module_keeps_nothing_of_the_run() -> None:
+    model = Net()
+    before = {name: set(m.__dict__) for name, m in model.named_modules()}
+    revlib.swap(model, {"first": None, "second": {}})
+    model.second(model.first(torch.randn(2, 8))).sum().backward()
+    revlib.restore(model)
+    assert {name: set(m.__dict__) for name, m in model.named_modules()} == before
+
+
 def test_the_model_itself_can_be_the_stack() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert revlib.swap(model, {"": {}}) == [""]
