@@ -25,7 +25,7 @@ from lightning_revlib.recipes.picture import draw
 
 def train(cfg: DictConfig) -> float:
     """Fit, test the best checkpoint, print the panel; returns that checkpoint's `optimized_metric`."""
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    _seed(cfg.seed)
     data: L.LightningDataModule = instantiate(cfg.data)
     module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
     if cfg.ckpt_path is not None:
@@ -84,17 +84,24 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
     """The Trainer of a configuration, with its callbacks and loggers."""
     _quiet()
     Path(cfg.paths.output_dir).mkdir(parents=True, exist_ok=True)
-    return instantiate(
-        cfg.trainer,
-        callbacks=[instantiate(one) for one in (cfg.get("callbacks") or {}).values()] + (callbacks or []),
-        logger=[instantiate(one) for one in (cfg.get("logger") or {}).values()],
-    )
+    watching = [instantiate(one) for one in (cfg.get("callbacks") or {}).values()] + (callbacks or [])
+    loggers = [instantiate(one) for one in (cfg.get("logger") or {}).values()]
+    for key in ("max_epochs", "max_steps"):
+        if isinstance(value := cfg.trainer.get(key), str):
+            raise ValueError(f"trainer.{key}={value}: pass a whole number, such as trainer.{key}=30")
+    return instantiate(cfg.trainer, callbacks=watching, logger=loggers)
 
 
 def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule, L.Trainer]:
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    _seed(cfg.seed)
     module = load_module(cfg)
     return instantiate(cfg.data), module, make_trainer(cfg)
+
+
+def _seed(seed: object) -> None:
+    if not isinstance(seed, int):
+        raise ValueError(f"seed={seed}: pass a whole number, such as seed=0")
+    L.seed_everything(seed, workers=True, verbose=False)
 
 
 @contextmanager
