@@ -8,26 +8,20 @@ A third of the file describes the options, in one place for both classes and for
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import groupby
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
-from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.couplings import CouplingSpec, Invertible
-from lightning_revlib.nn.drift import Sentinel
+from lightning_revlib.nn.execution import Execution, Reversible
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.options import CouplingFunction, OnDrift, Treatment, read_couplings, read_treatments
-from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.step import Call, Step
-from lightning_revlib.nn.tape import Tape
 
 
 class CoupledSequential(nn.Sequential):
@@ -222,7 +216,7 @@ class CoupledSequential(nn.Sequential):
                 )
 
 
-class ReversibleSequential(CoupledSequential):
+class ReversibleSequential(Reversible, CoupledSequential):
     """`CoupledSequential` in constant memory: it holds its output, and backward rebuilds the rest.
 
     >>> stack = ReversibleSequential(*[nn.Linear(32, 32) for _ in range(64)])
@@ -233,17 +227,6 @@ class ReversibleSequential(CoupledSequential):
     twice. Its output must not be changed in place. Prefer `torch.utils.checkpoint` where a block's
     output is much smaller than what its input needs, or where blocks change the shape.
     """
-
-    _drift: Tensor | None = None
-    _draws = True  # whether the last forward has drawn random numbers
-
-    @property
-    def drift(self) -> float | None:
-        """Relative error of the input as the last backward rebuilt it; None before, or if it need not be rebuilt.
-
-        With several reversible parts between stored or checkpointed blocks, the largest of theirs.
-        """
-        return None if self._drift is None else self._drift.item()
 
     @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Any:
@@ -265,49 +248,15 @@ class ReversibleSequential(CoupledSequential):
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
-        y, drew = None, False
-        drifts: dict[int, Tensor] = {}
-        for treatment, pairs in groupby(zip(steps, self.treatments, strict=True), self._treatment):
-            part = [step for step, _ in pairs]
-            if treatment == "reversible":
-                joined = part[-1] is steps[-1] and self.split_dim is not None
-                arrived = partial(self._arrived, Sentinel(a, b), drifts)
-                tape = Tape(self._read if joined else _pair, arrived, compiler, self.context_fn)
-                a, b = tape.run(part, a, b, self._draws)
-                drew |= tape.drew
-                if joined:
-                    (y,) = tape.fix(self._join(a, b))
-                else:
-                    a, b = tape.fix(a, b)
-            for step in part if treatment != "reversible" else ():
-                a, b = step.run(a, b, compiler, None if treatment == "store" else partial(self._checkpoint, step))
-        self._draws = drew
-        return _with_extras((self._join(a, b) if y is None else y).to(x.dtype), steps)
-
-    def _treatment(self, pair: tuple[Step, Treatment]) -> Treatment:
-        step, treatment = pair
-        return treatment if treatment != "reversible" or step.coupling.invertible(self.training) else "store"
-
-    def _checkpoint(self, step: Step, b: Tensor, compiler: Any) -> Any:
-        return checkpoint(Repeatable(step.module, step.branch, self.context_fn), b, compiler, use_reentrant=False)
-
-    def _read(self, tensors: tuple[Tensor, ...]) -> Streams:
-        return self._halves(tensors[0])
-
-    def _arrived(self, sentinel: Sentinel, drifts: dict[int, Tensor], a: Tensor, b: Tensor) -> None:
-        """Backward has rebuilt the entrance of a reversible part; `drifts` are those of the forward's parts."""
-        drifts[id(sentinel)] = sentinel.measure(a, b)
-        self._drift = torch.stack(list(drifts.values())).max()
-        if self.on_drift == "ignore" or (drift := self._drift.item()) <= self.drift_tolerance:
-            return
-        message = (
-            f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
-            f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
-            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`"
-        )
-        if self.on_drift == "raise":
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
+        execution = Execution(self, [step.module for step in steps], compiler)
+        for step, treatment in zip(steps, self.treatments, strict=True):
+            a, b = execution.step(step, treatment, a, b)
+        if self.split_dim is None:
+            y = self._join(*execution.close(a, b))
+        else:
+            y = execution.close_joined(self._join, self._halves, a, b)
+        self._draws = execution.drew
+        return _with_extras(y.to(x.dtype), steps)
 
 
 def _is_invertible(module: nn.Module | None) -> bool:
@@ -320,11 +269,6 @@ def _dense(stream: Tensor) -> Tensor:
     Kernels, what they save and how they round, depend on how memory is laid out.
     """
     return stream if stream.is_contiguous() else stream.clone()
-
-
-def _pair(tensors: Sequence[Tensor]) -> Streams:
-    a, b = tensors
-    return a, b
 
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:

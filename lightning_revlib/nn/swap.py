@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_revlib.nn.execution import Reversible
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 
 Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
@@ -86,9 +87,9 @@ def restore(model: nn.Module) -> list[str]:
     return list(restored)
 
 
-def stacks(model: nn.Module) -> dict[str, ReversibleSequential]:
+def stacks(model: nn.Module) -> dict[str, Any]:
     """The reversible stacks of a model by path."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, ReversibleSequential)}
+    return {path: m for path, m in model.named_modules() if isinstance(m, Reversible)}
 
 
 def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[Match]:

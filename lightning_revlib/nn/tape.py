@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
@@ -223,31 +223,16 @@ class Tape:
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.output: tuple[tuple[Tensor, int], ...] = ()  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
+        self.environment: Environment  # this and the next by `Recording`
+        self.settings: Settings
         self.lock = threading.RLock()  # CUDA backward runs in threads of its own
 
     def run(self, steps: Sequence[Step], a: Tensor, b: Tensor, expect_draws: bool) -> Streams:
-        """Run the steps. If they are expected to draw, the generators are looked at after each; else at the end only.
-
-        If they have drawn unexpectedly, the entrance is kept this once, for backward to find out where.
-        """
-        self.environment = Environment(a.device.type)
-        start = random = RandomState(a)
-        frames = [Frame(self, index, step) for index, step in enumerate(steps)]
-        for frame, above in zip(frames, [*frames[1:], None], strict=True):
-            frame.above = above
-        entrance, self.depth = (a.detach(), b.detach()), len(frames)
-        arguments = [t for step in steps if step.args or step.kwargs for t in tree_leaves((step.args, step.kwargs))]
-        unique = {id(t): t for t in arguments if isinstance(t, Tensor)}
-        self.settings = Settings([m for frame in frames for m in frame.modules], list(unique.values()))
-        for frame in frames:
-            a, b = frame.run(a, b)
-            if expect_draws:
-                after = RandomState(a)
-                if not after.same(random):
-                    frame.random, random, self.drew = random, after, True
-        self.settings.close()
-        if not expect_draws and not RandomState(a).same(start):
-            self.drew, self.surprise = True, (frames[0], start, entrance)
+        """Run the steps one after the other; see `Recording`."""
+        recording = Recording(self, [step.module for step in steps], a, b, expect_draws)
+        for step in steps:
+            a, b = recording.step(step, a, b)
+        recording.close()
         return a, b
 
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -326,6 +311,46 @@ class Tape:
                 frame = frame.above
         finally:
             restore()
+
+
+class Recording:
+    """One forward onto a tape, step by step, for a stack whose steps are called by others.
+
+    `modules` are those of all steps to come. If steps are expected to draw random numbers, the generators are looked at
+    after each; else at the end only: if they have drawn unexpectedly, the entrance is kept this once, for backward to
+    find out where. The frames live here until `close`, as the tape must not refer to them.
+    """
+
+    def __init__(self, tape: Tape, modules: Sequence[nn.Module], a: Tensor, b: Tensor, expect_draws: bool) -> None:
+        self.tape, self.expect_draws = tape, expect_draws
+        self.start = self.random = RandomState(a)
+        self.entrance = a.detach(), b.detach()
+        self.frames: list[Frame] = []
+        self.arguments: list[Tensor] = []
+        tape.environment = Environment(a.device.type)
+        tape.settings = Settings([m for module in modules for m in parts(module)], self.arguments)
+
+    def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+        frame = Frame(self.tape, len(self.frames), step)
+        if self.frames:
+            self.frames[-1].above = frame
+        self.frames.append(frame)
+        if step.args or step.kwargs:
+            self.arguments += [t for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
+        a, b = frame.run(a, b)
+        if self.expect_draws:
+            after = RandomState(a)
+            if not after.same(self.random):
+                frame.random, self.random, self.tape.drew = self.random, after, True
+        return a, b
+
+    def close(self) -> None:
+        tape = self.tape
+        tape.depth = len(self.frames)
+        self.arguments[:] = {id(t): t for t in self.arguments}.values()
+        tape.settings.close()
+        if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
+            tape.drew, tape.surprise = True, (self.frames[0], self.start, self.entrance)
 
 
 class Anchor(torch.autograd.Function):
