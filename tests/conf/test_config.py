@@ -12,12 +12,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
 from lightning_revlib import COUPLINGS, CoupledSequential, conf, get_coupling
+from tests.recipes import standin
 
 ROOT = Path(conf.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
 COMMANDS = ["train", "eval", "predict"]
 # callbacks and loggers are dictionaries of their own, and hydra and paths have one option each
 CHOICES = [f"{p.parent}={p.stem}" for p in FILES if p.parent.name not in ("", "hydra", "paths")]
+
+NEED_FOLDER = ("data=image_folder", "experiment=irevnet_imagenet")  # their classes are its folders
 
 
 def configuration(command, *overrides):
@@ -47,8 +50,9 @@ def test_commands_compose_and_resolve(command):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_option_composes_and_instantiates(choice):
-    cfg = configuration("train", choice, *["recipe.grid_bits=12"] * (choice == "coupling=bdia"))
+def test_every_option_composes_and_instantiates(choice, tmp_path):
+    folder = [f"data.root={standin.images(tmp_path)}"] if choice in NEED_FOLDER else []
+    cfg = configuration("train", choice, *["recipe.grid_bits=12"] * (choice == "coupling=bdia"), *folder)
     group = choice.split("=")[0]
     data = instantiate(cfg.data)
     module = instantiate(cfg.recipe, **data.model_arguments)

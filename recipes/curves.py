@@ -1,0 +1,45 @@
+"""The curves of a training as a PNG beside the table of its metrics."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+
+STAGES = ("train", "val", "test")
+
+
+def draw_curves(loggers: Sequence[Any]) -> Path | None:
+    """Write `curves.png` beside `metrics.csv`, if there is one: a field for each metric, a line for each stage."""
+    folder = next((Path(one.log_dir) for one in loggers if isinstance(one, CSVLogger)), None)
+    curves = read_curves(folder / "metrics.csv") if folder is not None and (folder / "metrics.csv").exists() else {}
+    if folder is None or not curves:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (metric, stages) in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True):
+        for stage, points in stages.items():
+            axis.plot(*zip(*points, strict=True), label=stage, marker="o" if len(points) == 1 else None)
+        axis.set(xlabel="epoch", title=metric)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path := folder / "curves.png", dpi=120)
+    return path
+
+
+def read_curves(table: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By metric and stage, the points (epoch, value) of a table of Lightning's CSVLogger."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                stage, _, metric = name.partition("/")
+                if value and row.get("epoch") and stage in STAGES:
+                    curves.setdefault(metric, {}).setdefault(stage, []).append((float(row["epoch"]), float(value)))
+    return curves
