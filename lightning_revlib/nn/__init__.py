@@ -17,6 +17,7 @@ from lightning_revlib.nn.couplings import (
 from lightning_revlib.nn.grid import BDIA
 from lightning_revlib.nn.invertible import Orthogonal, Permutation, SpaceToDepth
 from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.modulelist import ReversibleModuleList
 from lightning_revlib.nn.report import Report, report
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.swap import restore, swap
@@ -24,6 +25,7 @@ from lightning_revlib.nn.swap import restore, swap
 __all__ = [
     "CoupledSequential",
     "ReversibleSequential",
+    "ReversibleModuleList",
     "Coupling",
     "Alternating",
     "Additive",

@@ -55,10 +55,10 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None) -> Re
     Weights, gradients, buffers, modes, classes and random states are as before when it returns.
     The loss is the sum of the model's floating-point outputs. Raises what `swap` raises.
     """
-    found = [module for _, module, _ in find(model, targets)]
-    records = [record(module) for module in found]
+    found = find(model, targets)
+    records = record(found)
     try:
-        for module in found:
+        for _, module, _ in found:
             if isinstance(module, ReversibleSequential):
                 module.__class__ = CoupledSequential  # type: ignore[assignment]
         before = _measure(model, inputs)

@@ -50,6 +50,8 @@ class CoupledSequential(nn.Sequential):
         grid_bits: make the stack exact: streams are rounded to multiples of 2^-grid_bits and backward
             rebuilds them, and with them the gradients, to the last bit. Between 8 and 16 is usual;
             streams must stay below 2^(24 - grid_bits). For additive, midpoint, leapfrog and bdia.
+        ordinary: so many of the first blocks are called as they are, before the streams begin, such as
+            the block that changes the shape at the start of a residual network's stage.
         store_last: so many of the last blocks keep their activations, which saves their second run.
         treatments: instead, "reversible", "checkpoint" (keep the block's input, run it again) or
             "store" for each block.
@@ -67,8 +69,8 @@ class CoupledSequential(nn.Sequential):
     """
 
     OPTIONS = (
-        "given", "split_dim", "couplings", "stream_dtype", "residual", "grid_bits", "treatments", "context_fn",
-        "on_drift", "drift_tolerance",
+        "given", "split_dim", "couplings", "stream_dtype", "residual", "grid_bits", "ordinary", "treatments",
+        "context_fn", "on_drift", "drift_tolerance",
     )  # fmt: skip
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
 
@@ -82,6 +84,7 @@ class CoupledSequential(nn.Sequential):
         stream_dtype: torch.dtype | None = None,
         residual: bool = False,
         grid_bits: int | None = None,
+        ordinary: int = 0,
         store_last: int = 0,
         treatments: Sequence[Treatment] | None = None,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
@@ -98,6 +101,9 @@ class CoupledSequential(nn.Sequential):
         if on_drift not in get_args(OnDrift):
             raise ValueError(f"on_drift={on_drift!r} is none of {', '.join(map(repr, get_args(OnDrift)))}")
         self.split_dim, self.stream_dtype, self.residual, self.grid_bits = split_dim, stream_dtype, residual, grid_bits
+        if not isinstance(ordinary, int) or not 0 <= ordinary < len(self):
+            raise ValueError(f"ordinary={ordinary!r}: of {len(self)} blocks, 0 to {len(self) - 1} can be ordinary ones")
+        self.ordinary = ordinary
         self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
         self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
         self.treatments = read_treatments(treatments, store_last, len(self))
@@ -113,6 +119,7 @@ class CoupledSequential(nn.Sequential):
         tuple, dict or dataclass that begins with it), the stack returns ``(output, extras)`` with the
         rest of each block's output, or None, in a list.
         """
+        x = self._begin(x, args, kwargs, layerwise)
         a, b = self._split(x)
         steps = self._steps(x.dtype, args, kwargs, layerwise)
         for step in steps:
@@ -125,6 +132,8 @@ class CoupledSequential(nn.Sequential):
         Exact up to rounding in eval mode. In training mode dropout draws anew, and no inverse is
         exact. Raises ValueError with `split_dim=None`: one output does not tell two streams.
         """
+        if self.ordinary:
+            raise ValueError("inverse with ordinary blocks: they have none; call it on stack[ordinary:]")
         if self.split_dim is None:
             raise ValueError("inverse with split_dim=None: one output does not determine two streams; set a split_dim")
         a, b = self._split(y, "output")
@@ -144,6 +153,7 @@ class CoupledSequential(nn.Sequential):
         part = type(self).__new__(type(self))
         part.__dict__ = {**self.__dict__, "_modules": dict(list(self._modules.items())[index])}
         part.treatments = self.treatments[index]
+        part.ordinary = sum(i < self.ordinary for i in range(len(self))[index])
         return part
 
     def _split(self, x: Tensor, what: str = "input") -> Streams:
@@ -173,7 +183,7 @@ class CoupledSequential(nn.Sequential):
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         if self.split_dim is None:
-            return self.couplings[(len(self) - 1) % len(self.couplings)].finish(a, b)
+            return self.couplings[(len(self) - self.ordinary - 1) % len(self.couplings)].finish(a, b)
         return torch.cat((a, b), self.split_dim)
 
     def _steps(
@@ -186,9 +196,9 @@ class CoupledSequential(nn.Sequential):
         steps, blocks = [], 0
         for index, (name, module) in enumerate(self._modules.items()):
             assert module is not None
-            call: Call = (args, kwargs)
-            if layerwise is not None:
-                call = (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
+            if index < self.ordinary:
+                continue
+            call = _call_of(index, args, kwargs, layerwise)
             coupling: Coupling
             if _is_invertible(module):
                 coupling = Invertible(module)
@@ -196,6 +206,14 @@ class CoupledSequential(nn.Sequential):
                 coupling, blocks = self.couplings[blocks % len(self.couplings)], blocks + 1
             steps.append(Step(self, name, module, coupling, dtype, call))
         return steps
+
+    def _begin(
+        self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Call] | None
+    ) -> Tensor:
+        for index in range(self.ordinary):
+            first, named = _call_of(index, args, kwargs, layerwise)
+            x = self[index](x, *first, **named)
+        return x
 
     def _set_grid(self) -> None:
         if self.grid_bits is None:
@@ -237,6 +255,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 "torch.func transforms cannot run a reversible stack, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes it an ordinary one, with the same parameters"
             )
+        x = self._begin(x, args, kwargs, layerwise)
         compiler = set_eval_frame(None)  # the engine is not compiled; its blocks are
         steps = self._steps(x.dtype, args, kwargs, layerwise)
         try:
@@ -249,7 +268,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
         execution = Execution(self, [step.module for step in steps], compiler)
-        for step, treatment in zip(steps, self.treatments, strict=True):
+        for step, treatment in zip(steps, self.treatments[self.ordinary :], strict=True):
             a, b = execution.step(step, treatment, a, b)
         if self.split_dim is None:
             y = self._join(*execution.close(a, b))
@@ -257,6 +276,13 @@ class ReversibleSequential(Reversible, CoupledSequential):
             y = execution.close_joined(self._join, self._halves, a, b)
         self._draws = execution.drew
         return _with_extras(y.to(x.dtype), steps)
+
+
+def _call_of(index: int, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Call] | None) -> Call:
+    """The arguments of one block: the common ones and, after and above them, its own."""
+    if layerwise is None:
+        return args, kwargs
+    return (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
 
 
 def _is_invertible(module: nn.Module | None) -> bool:

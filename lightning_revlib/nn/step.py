@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,13 +25,14 @@ Branch: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
 class Step:
     """What a stack runs and the engine runs again. `extra` is what the block has returned besides its branch."""
 
-    __slots__ = ("args", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack")
+    __slots__ = ("args", "call", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack")
 
     def __init__(
         self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call
     ) -> None:
         self.stack, self.key, self.module, self.coupling, self.dtype = stack, key, module, coupling, dtype
         self.args, self.kwargs = call
+        self.call: Callable[..., Any] = module
         self.extra: Any = None
 
     @property
@@ -53,15 +55,19 @@ class Step:
             return None, None
         x = b if b.dtype is self.dtype else b.to(self.dtype)
         if compiler is None:
-            out = self.module(x, *self.args, **self.kwargs)
+            out = self.call(x, *self.args, **self.kwargs)
         else:
             engine = set_eval_frame(compiler)
             try:
-                out = self.module(x, *self.args, **self.kwargs)
+                out = self.call(x, *self.args, **self.kwargs)
             finally:
                 set_eval_frame(engine)
-        f, extra = (out, None) if isinstance(out, Tensor) else _first(out)
+        f, extra = (out, None) if isinstance(out, Tensor) else self.split(out)
         return (f - x if self.stack.residual and isinstance(f, Tensor) else f), extra
+
+    def split(self, out: Any) -> tuple[Any, Any]:
+        """What a block returned that is no tensor, as its branch and the rest."""
+        return rest_of(out)
 
     def bind(self, a: Tensor, b: Tensor) -> Coupling:
         return self.coupling.at(a, b, self.stack.training)
@@ -106,7 +112,7 @@ class Step:
             )
 
 
-def _first(out: Any) -> tuple[Any, Any]:
+def rest_of(out: Any) -> tuple[Any, Any]:
     """The first member of what a block returned, and the others: a tuple, or a dict by name."""
     if isinstance(out, Mapping):
         names = list(out)
@@ -117,3 +123,18 @@ def _first(out: Any) -> tuple[Any, Any]:
     if isinstance(out, Sequence) and len(out):
         return out[0], tuple(out[1:])
     return out, None
+
+
+def with_first(out: Any, first: Any) -> Any:
+    """What a block returned with its first member replaced; the same type."""
+    if isinstance(out, Mapping):  # before dataclasses: some are both
+        copied = copy.copy(out)
+        copied[next(iter(out))] = first  # type: ignore[index]
+        return copied
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: first})
+    if hasattr(out, "_fields"):
+        return out._replace(**{out._fields[0]: first})
+    if isinstance(out, Sequence) and len(out):
+        return type(out)([first, *out[1:]])  # type: ignore[call-arg]
+    return out

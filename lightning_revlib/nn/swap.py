@@ -16,8 +16,18 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_revlib.nn.execution import Reversible
+from lightning_revlib.nn.modulelist import ReversibleModuleList
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 
+COUPLED = (CoupledSequential, ReversibleModuleList)
+PLAIN = (nn.Sequential, nn.ModuleList)
+SWAPPABLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Sequential: ReversibleSequential,
+    nn.ModuleList: ReversibleModuleList,
+    CoupledSequential: ReversibleSequential,
+    ReversibleSequential: ReversibleSequential,
+    ReversibleModuleList: ReversibleModuleList,
+}
 Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
 Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
 Record: TypeAlias = tuple[nn.Module, type[nn.Module], dict[str, Any]]
@@ -48,9 +58,9 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     if strict and not found:
         raise ValueError(
             f"nothing to swap: {type(model).__name__} has no CoupledSequential; build its stack from one, or name an"
-            " nn.Sequential by targets={'path.to.it': {'coupling': 'additive'}}"
+            " nn.Sequential or nn.ModuleList by targets={'path.to.it': {'coupling': 'additive'}}"
         )
-    before = [record(module) for _, module, _ in found]
+    before = record(found)
     try:
         for path, module, options in found:
             _swap_one(path, module, options)
@@ -60,9 +70,11 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     return [path for path, _, _ in found]
 
 
-def record(module: nn.Module) -> Record:
-    """All that swapping changes of a module, for `put_back`."""
-    return module, module.__class__, dict(module.__dict__)
+def record(found: list[Match]) -> list[Record]:
+    """All that swapping changes of modules, for `put_back`."""
+    modules = [module for _, module, _ in found]
+    layers = [layer for module in modules if isinstance(module, nn.ModuleList) for layer in module]
+    return [(module, module.__class__, dict(module.__dict__)) for module in (*modules, *layers)]
 
 
 def put_back(records: list[Record]) -> None:
@@ -75,12 +87,18 @@ def put_back(records: list[Record]) -> None:
 def restore(model: nn.Module) -> list[str]:
     """Undo `swap` and return the paths restored: ordinary autograd, keys and parameters untouched.
 
-    A ReversibleSequential that was built as such becomes a CoupledSequential, the same function.
+    A ReversibleSequential that was built as such becomes a CoupledSequential, the same function; a
+    ReversibleModuleList that was built as such stores all its layers.
     """
     restored = stacks(model)
     for module in restored.values():
+        if isinstance(module, ReversibleModuleList):
+            if "_swapped_from" not in module.__dict__:
+                module.treatments = tuple("store" for _ in module)
+                continue
+            module.release()
         original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
-        for name in (*CoupledSequential.OPTIONS, "path", "_drift", "_draws"):
+        for name in (*ReversibleModuleList.OPTIONS, "path", "_drift", "_draws"):
             module.__dict__.pop(name, None)
         module.__class__, options = original
         module.__dict__.update(options)
@@ -96,7 +114,7 @@ def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     """What `swap` would swap: (path, module, options) of each stack."""
     modules = dict(model.named_modules())
     if targets is None:
-        return [(path, m, None) for path, m in modules.items() if isinstance(m, CoupledSequential)]
+        return [(path, m, None) for path, m in modules.items() if isinstance(m, COUPLED)]
     found: dict[str, Mapping[str, Any] | None] = {}
     for pattern, options in targets.items():
         paths = [pattern] if pattern in modules else _glob(pattern, modules)
@@ -104,7 +122,9 @@ def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
             containers = [path for path, m in modules.items() if _is_container(m)]
             near = difflib.get_close_matches(pattern, containers, cutoff=0.4) or containers[:5]
             hint = f"near it: {', '.join(map(repr, near))}" if near else "and has none at all"
-            raise ValueError(f"target {pattern!r} matches no nn.Sequential of {type(model).__name__}; {hint}")
+            raise ValueError(
+                f"target {pattern!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}"
+            )
         found.update(dict.fromkeys(paths, options))
     return [(path, modules[path], options) for path, options in found.items()]
 
@@ -114,7 +134,7 @@ def options_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_container(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential or isinstance(module, CoupledSequential)
+    return type(module) in SWAPPABLE
 
 
 def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -123,26 +143,24 @@ def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -> None:
     original = type(module)
-    if original is not ReversibleSequential:
-        if original not in (CoupledSequential, nn.Sequential):
-            why = (
-                "its model's own forward calls the layers"
-                if original is nn.ModuleList
-                else "its forward may do anything"
-            )
-            raise TypeError(
-                f"target {path!r} is a {original.__name__}, which cannot be swapped, since {why}; a target is an"
-                " nn.Sequential or a CoupledSequential itself"
-            )
+    if original not in SWAPPABLE:
+        raise TypeError(
+            f"target {path!r} is a {original.__name__}, which cannot be swapped, since its forward may do anything; a"
+            " target is an nn.Sequential, an nn.ModuleList or a CoupledSequential itself"
+        )
+    reversible = SWAPPABLE[original]
+    if original is not reversible:
         swapped_from = original, options_of(module)
-        module.__class__ = ReversibleSequential
+        module.__class__ = reversible
         module.path, module._swapped_from = path, swapped_from  # type: ignore[assignment]
-    assert isinstance(module, ReversibleSequential)
-    if options is not None or original is nn.Sequential:
+    if options is not None or original in PLAIN:
+        merged = _merge(module.__dict__.get("given", {}), options or {})
         try:
-            merged = _merge(module.__dict__.get("given", {}), options or {})
-            template = CoupledSequential(OrderedDict(module._modules), **merged)
-            module.__dict__.update(options_of(template))
+            if isinstance(module, ReversibleModuleList):
+                module.set_options(merged)
+            else:
+                template = CoupledSequential(OrderedDict(module._modules), **merged)  # type: ignore[arg-type]
+                module.__dict__.update(options_of(template))
         except (TypeError, ValueError) as error:
             raise type(error)(f"target {path!r}: {error}") from None
 

@@ -273,6 +273,8 @@ class Tape:
         for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
             a, b = self._again(each.rewind, a, b)
             self.position = each.index
+            if each.above is not None and not self.keep:
+                each.above.caught = []  # what is left was saved for an output that nobody uses
             if self.position == 0:
                 self.arrived(a, b)
         self.streams = a, b

@@ -237,3 +237,18 @@ def test_a_drift_that_is_no_number_is_raised() -> None:
 
 def _nan(out: Tensor, f: Tensor) -> Tensor:
     return (out - f) * float("nan")
+
+
+def test_ordinary_blocks_come_before_the_streams() -> None:
+    blocks = [nn.Linear(3, 8), *[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]]
+    plain = revlib.CoupledSequential(*blocks[1:], split_dim=None)
+    stack = revlib.ReversibleSequential(*blocks, split_dim=None, ordinary=1)
+    x = torch.randn(2, 3)
+    assert torch.equal(stack(x), plain(blocks[0](x)))
+    stack(x).sum().backward()
+    assert stack.drift is not None and blocks[0].weight.grad is not None
+    assert stack[1:].ordinary == 0 and stack[:2].ordinary == 1
+    with pytest.raises(ValueError, match=r"ordinary=4: of 4 blocks, 0 to 3 can be ordinary"):
+        revlib.ReversibleSequential(*blocks, ordinary=4)
+    with pytest.raises(ValueError, match="inverse with ordinary blocks"):
+        stack.inverse(stack(x))

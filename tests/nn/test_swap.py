@@ -100,8 +100,16 @@ def test_residual_blocks_compute_their_branch() -> None:
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
-        ({"secnd": None}, ValueError, r"target 'secnd' matches no nn\.Sequential of Net; near it: 'second'"),
-        ({"x.*": None}, ValueError, r"target 'x\.\*' matches no nn\.Sequential of Net; near it: 'first', 'second'"),
+        (
+            {"secnd": None},
+            ValueError,
+            r"target 'secnd' matches no nn\.Sequential or nn\.ModuleList of Net; near it: 'second'",
+        ),
+        (
+            {"x.*": None},
+            ValueError,
+            r"target 'x\.\*' matches no nn\.Sequential or nn\.ModuleList of Net; near it: 'first', 'second'",
+        ),
         ({"stem": None}, TypeError, "target 'stem' is a Linear, which cannot be swapped"),
         ({"first": None, "second": {"coupling": "affin"}}, ValueError, "target 'second': coupling='affin' is unknown"),
         ({"first": None, "second": {"dim": 2}}, TypeError, "target 'second': .*unexpected keyword argument 'dim'"),
