@@ -96,7 +96,6 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
     def extra_repr(self) -> str:
         return f"coupling={self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)}"
 
-    @torch.compiler.disable(recursive=False)
     def call(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's call by the model, in place of its forward."""
         compiler = set_eval_frame(None)
@@ -116,6 +115,8 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
             return out
         finally:
             set_eval_frame(compiler)
+
+    call_eagerly = torch.compiler.disable(call, recursive=False)
 
     def _advance(self, run: _Run, step: Step, compiler: Any) -> Any:
         treatment, run.index = self.treatments[run.index], run.index + 1
@@ -194,7 +195,8 @@ class Layer:
         self.inner: Any = module.__dict__.get("forward")  # another's stand-in
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.owner.call(self, args, kwargs)
+        call = self.owner.call if torch.compiler.is_exporting() else self.owner.call_eagerly
+        return call(self, args, kwargs)
 
     def original(self) -> Any:
         return self.inner or partial(type(self.module).forward, self.module)

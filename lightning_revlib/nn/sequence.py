@@ -246,8 +246,13 @@ class ReversibleSequential(Reversible, CoupledSequential):
     output is much smaller than what its input needs, or where blocks change the shape.
     """
 
-    @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return super().forward(x, *args, layerwise=layerwise, **kwargs)
+        return self._forward(x, args, kwargs, layerwise)
+
+    @torch.compiler.disable(recursive=False)
+    def _forward(self, x: Tensor, args: Any, kwargs: Any, layerwise: Sequence[Call] | None) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:

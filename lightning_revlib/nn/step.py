@@ -63,7 +63,9 @@ class Step:
             finally:
                 set_eval_frame(engine)
         f, extra = (out, None) if isinstance(out, Tensor) else self.split(out)
-        return (f - x if self.stack.residual and isinstance(f, Tensor) else f), extra
+        if self.stack.residual and isinstance(f, Tensor) and f.shape == x.shape:
+            f = f - x
+        return f, extra
 
     def split(self, out: Any) -> tuple[Any, Any]:
         """What a block returned that is no tensor, as its branch and the rest."""
@@ -95,7 +97,8 @@ class Step:
         if f.shape != (shape := self.coupling.branch_shape(b.shape)):
             raise ValueError(
                 f"{self.name} returned shape {list(f.shape)}; for a stream of shape {list(b.shape)} its coupling,"
-                f" {self.coupling}, needs {list(shape)}. An invertible step such as SpaceToDepth may change shapes"
+                f" {self.coupling}, needs {list(shape)}. An invertible step such as SpaceToDepth may change shapes, and"
+                " so may the first blocks of a stack, if they stay ordinary ones: ordinary=1"
             )
         if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
