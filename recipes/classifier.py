@@ -125,3 +125,14 @@ class ImageClassifier(L.LightningModule):
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
         return loss
+
+
+def image_dim(split_dim: int) -> int:
+    """The dimension 1, 2 or 3 of an image batch along which streams may divide it; ValueError for others."""
+    if split_dim in (1, 2, 3, -1, -2, -3):
+        return split_dim % 4
+    why = "the streams would be different images, each changing how the others are classified"
+    raise ValueError(
+        f"split_dim={split_dim}: {why if split_dim in (0, -4) else 'an image batch has the dimensions 0 to 3'};"
+        " take 1 (channels), 2 (height) or 3 (width)"
+    )

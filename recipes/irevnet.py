@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, SpaceToDepth, get_coupling
-from lightning_revlib.recipes.classifier import ImageClassifier, OptimizerFactory, SchedulerFactory
+from lightning_revlib.recipes.classifier import ImageClassifier, OptimizerFactory, SchedulerFactory, image_dim
 from lightning_revlib.recipes.panel import Row
 from lightning_revlib.recipes.picture import draw, pairs, to_unit
 
@@ -118,7 +118,12 @@ class IRevNet(nn.Module):
         super().__init__()
         blocks = [depth] * len(strides) if isinstance(depth, int) else list(depth)
         _check_stages(blocks, channels, strides, bottleneck)
-        dim = _check_split_dim(split_dim)
+        if split_dim is None:
+            raise ValueError(
+                "split_dim=None: one output does not tell two streams, and i-RevNet is to be inverted; take 1"
+                " (channels), 2 (height) or 3 (width)"
+            )
+        dim = image_dim(split_dim)
         _check_size(shape, initial_psi, strides, dim)
         streams = 2 if dim == 1 else 1  # how many lie along the channels
         seen, width = shape[0] * max(1, initial_psi) ** 2, channels[0] // strides[0] ** 2
@@ -225,16 +230,6 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
         raise ValueError(
             f"channels[0]={channels[0]} is to be a multiple of {strides[0] ** 2} and at least bottleneck={bottleneck}"
         )
-
-
-def _check_split_dim(split_dim: int | None) -> int:
-    if split_dim in (1, 2, 3, -1, -2, -3):
-        return split_dim % 4
-    why = {
-        None: "one output does not tell two streams, and i-RevNet is to be inverted",
-        0: "the streams would be different images, each changing how the others are classified",
-    }.get(split_dim, "an image batch has the dimensions 0 to 3")
-    raise ValueError(f"split_dim={split_dim}: {why}; take 1 (channels), 2 (height) or 3 (width)")
 
 
 def _check_size(shape: Sequence[int], initial_psi: int, strides: Sequence[int], dim: int) -> None:

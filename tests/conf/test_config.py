@@ -97,7 +97,7 @@ def test_the_default_is_the_experiment_on_digits():
         (["split_dim=2"], lambda stack: stack.split_dim == 2),
         (["coupling=momentum"], lambda stack: stack.couplings[0].gamma == 0.9),
         (["coupling=momentum", "coupling.gamma=0.95"], lambda stack: stack.couplings[0].gamma == 0.95),
-        (["experiment=irevnet_paper"], lambda stack: len(stack) == 56),
+        (["experiment=irevnet_cifar10"], lambda stack: len(stack) == 56),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

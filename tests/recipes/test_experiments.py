@@ -1,0 +1,61 @@
+"""Every experiment runs: two steps on data of the right shape, validation, test and the panel; and as published."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lightning_revlib import conf
+from lightning_revlib.cli import main
+from tests.recipes import standin
+
+EXPERIMENTS = sorted(path.stem for path in (Path(conf.__file__).parent / "experiment").glob("*.yaml"))
+# what stands in for data that are not bundled, in a folder
+STANDIN = {
+    "irevnet_fashion_mnist": lambda folder: [f"data.root={standin.idx(folder)}", "data.validation=10"],
+    "irevnet_cifar10": lambda folder: [f"data.root={standin.cifar(folder)}", "data.validation=10"],
+    "momentumnet_cifar10": lambda folder: [f"data.root={standin.cifar(folder)}", "data.validation=10"],
+    "momentumnet_cifar100": lambda folder: [f"data.root={standin.cifar(folder, 100)}", "data.validation=100"],
+    "irevnet_imagenet": lambda folder: [
+        f"data.root={standin.images(folder)}",
+        "data.validation=4",
+        "data.num_workers=0",
+    ],
+}
+SHALLOW = {
+    "irevnet_cifar10": ["depth=1"],
+    "momentumnet_cifar10": ["depth=[1,2,1,2]"],
+    "momentumnet_cifar100": ["depth=[1,2,1,2]"],
+    "irevnet_imagenet": ["depth=1"],
+}
+SHORT = [
+    "+trainer.max_steps=2", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1", "data.batch_size=4",
+    "logger=csv", "hydra.run.dir=run",
+]  # fmt: skip
+
+
+def two_steps(experiment, tmp_path, monkeypatch, *more):
+    monkeypatch.chdir(tmp_path)
+    data = STANDIN.get(experiment, lambda folder: [])(tmp_path / "data")
+    assert main(["train", f"experiment={experiment}", *data, *SHORT, *more]) == 0
+    with (tmp_path / "run/csv/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["test/loss"] for row in rows) and max(int(row["step"]) for row in rows) == 2
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_two_steps(experiment, tmp_path, monkeypatch):
+    two_steps(experiment, tmp_path, monkeypatch, *SHALLOW.get(experiment, []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", SHALLOW)
+def test_two_steps_as_deep_as_published(experiment, tmp_path, monkeypatch):
+    two_steps(experiment, tmp_path, monkeypatch)
+
+
+def test_the_injective_network_for_imagenet(tmp_path, monkeypatch):
+    wider = ["recipe.channels=[32,128,512,2048]", "depth=1", "data.size=64"]
+    two_steps("irevnet_imagenet", tmp_path, monkeypatch, *wider)
