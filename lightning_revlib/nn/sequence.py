@@ -246,7 +246,9 @@ class ReversibleSequential(Reversible, CoupledSequential):
     output is much smaller than what its input needs, or where blocks change the shape.
     """
 
-    def forward(self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *args: Any, layerwise: Sequence[Call] | None = None, **kwargs: Any
+    ) -> Any:
         if torch.compiler.is_exporting():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
         return self._forward(x, args, kwargs, layerwise)
