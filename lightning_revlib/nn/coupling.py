@@ -29,6 +29,7 @@ class Coupling(ABC):
     """
 
     needs_grid = False  # works on the exact grid only
+    growth = 1.0  # the factor by which a step's inverse multiplies an error; 0 if it makes none
 
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:

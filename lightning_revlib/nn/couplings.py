@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -74,6 +75,10 @@ class Momentum(Coupling):
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r}: momentum has an inverse for 0 < gamma <= 1 only; 0.9 is usual")
 
+    @property
+    def growth(self) -> float:  # type: ignore[override]
+        return 1 / self.gamma if self.gamma else math.inf
+
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
         v = self.gamma * a + (1 - self.gamma) * f
         return v, b + v
@@ -141,8 +146,10 @@ class Leapfrog(Summing):
 class Scaled(Alternating):
     """(a, b) -> (b, scale a + f); inverse a = (b' - f) / scale.
 
-    With a small scale a pretrained residual network is nearly itself, for fine-tuning; each step
-    multiplies the reconstruction's error by 1 / scale, so not for deep stacks with small scale.
+    With a small scale a pretrained network is nearly itself, for fine-tuning: f is the whole block,
+    its skip connection included (so not `residual=True`), and with `split_dim=None` b comes out.
+    Each step multiplies the reconstruction's error by 1 / scale, so not for deep stacks with small
+    scale.
     MEFT, https://arxiv.org/abs/2306.00477.
     """
 
@@ -151,11 +158,18 @@ class Scaled(Alternating):
     def __post_init__(self) -> None:
         _nonzero("scale", self.scale)
 
+    @property
+    def growth(self) -> float:  # type: ignore[override]
+        return max(1.0, 1 / abs(self.scale))
+
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return self.scale * a + f
 
     def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return (out - f) / self.scale
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return b
 
 
 def additive_coupling_forward(other_stream: Tensor, fn_out: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
-"""The drift sentinel: how far backward's reconstruction of a stack's input is from the input itself."""
+"""Drift: how far backward's reconstruction of a stack's input is from the input itself, expected and measured."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from lightning_revlib.nn.coupling import Coupling
 
 SAMPLE = 256  # elements a stream, at most; never more than one in 512
 
@@ -28,3 +32,15 @@ class Sentinel:
             stride = max(1, count // max(8, min(SAMPLE, count // 512))) | 1  # odd: not one column for ever
             index = torch.arange(0, count, stride, device=streams[0].device)
             return torch.cat([stream.take(index) for stream in streams])
+
+
+def expected_drift(coupling: Coupling, depth: int, dtype: torch.dtype) -> float:
+    """The order of the drift to expect after `depth` steps, from above: eps (1 + g + ... + g^(depth - 1)).
+
+    g is the coupling's `growth`, eps the rounding of streams of `dtype`. Blocks that amplify what
+    they get add to it.
+    """
+    eps, g = torch.finfo(dtype).eps, coupling.growth
+    if g in (0.0, 1.0, math.inf):
+        return eps * depth * g
+    return eps * math.expm1(min(depth * math.log(g), 700)) / (g - 1)

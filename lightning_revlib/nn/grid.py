@@ -46,6 +46,7 @@ class Exact(Alternating):
 
     inner: Summing
     bits: int
+    growth = 0.0
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return self.inner.carry(a, b) + self._contribution(b, f)
@@ -82,6 +83,7 @@ class BDIA(Coupling):
     gamma: float = 0.5
     bits: int | None = None
     needs_grid = True
+    growth = 0.0
 
     def __post_init__(self) -> None:
         if self.gamma != 0.5:

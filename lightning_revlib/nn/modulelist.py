@@ -245,7 +245,7 @@ class _Run:
         self.handed = self.guard = None
         if x is handed:
             pass
-        elif isinstance(x, Tensor) and _alias(x, handed):
+        elif isinstance(x, Tensor) and same_memory(x, handed):
             if guard is not None:
                 guard.remove()
             # its value is b's, exactly, its gradient is x's
@@ -261,7 +261,8 @@ class _Run:
         return True
 
 
-def _alias(x: Tensor, y: Tensor) -> bool:
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are one, but for their place in the graph."""
     return (
         (x.shape, x.stride(), x.dtype, x.storage_offset()) == (y.shape, y.stride(), y.dtype, y.storage_offset())
         and x.device == y.device

