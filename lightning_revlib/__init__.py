@@ -21,6 +21,9 @@ __version__ = "0.1.0"
 
 _LIGHTNING = {
     "ReversibleStrategy": "strategy",
+    "ReversibleDDPStrategy": "strategy",
+    "ReversibleFSDPStrategy": "fsdp",
+    "ReversibleDeepSpeedStrategy": "deepspeed",
     "ReversibleCallback": "callback",
     "ActivationMemoryMonitor": "callback",
     "DriftMonitor": "callback",
@@ -38,9 +41,14 @@ def __getattr__(name: str) -> Any:
 def _register() -> None:
     """Register the strategy names, now or when Lightning is imported: this import must not wait for it."""
     if "lightning.pytorch.strategies" in sys.modules:
-        importlib.import_module("lightning_revlib.strategy")
+        _register_now()
     else:
         sys.meta_path.insert(0, _WhenLightningComes())
+
+
+def _register_now() -> None:
+    for name in ("strategy", "fsdp", "deepspeed"):
+        importlib.import_module(f"lightning_revlib.{name}")
 
 
 class _WhenLightningComes:
@@ -58,7 +66,7 @@ class _WhenLightningComes:
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                importlib.import_module("lightning_revlib.strategy")
+                _register_now()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

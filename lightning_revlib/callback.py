@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.swap import Targets, stacks
-from lightning_revlib.strategy import swap_module
+from lightning_revlib.swapping import explain_memory, read_targets, swap_module
 
 
 class ReversibleCallback(Callback):

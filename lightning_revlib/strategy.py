@@ -1,98 +1,149 @@
-"""Lightning strategies that run a model's stacks reversibly: the swap of `nn.swap` at the right moments.
+"""`Trainer(strategy="reversible")`: reversible stacks on one device, or on many by DDP.
 
 Importing this module registers the strategy names.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_revlib.nn.swap import Targets, find, swap
+from lightning_revlib.nn.swap import Targets
+from lightning_revlib.swapping import Swapping, check_arguments
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
     from lightning.fabric.strategies import _StrategyRegistry
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import Precision
+
+StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
 
-class Swapping(Strategy):
-    """Mixin for a strategy: swaps before hooks see the module, and again what `setup` and `configure_model` built."""
-
-    targets: Targets | None = None
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        assert self.lightning_module is not None
-        swap_module(self.lightning_module, self.targets, strict=False)
-
-    @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        assert self.lightning_module is not None
-        swap_module(self.lightning_module, self.targets)
-        super().setup(trainer)
-
-
-class ReversibleStrategy(Swapping, SingleDeviceStrategy):
-    """Run the stacks of the LightningModule in constant activation memory, on one device of any kind.
-
-    >>> Trainer(strategy="reversible")
-    >>> Trainer(strategy=ReversibleStrategy(targets={"net.blocks": {"coupling": "additive"}}))
-
-    The module is swapped in place (see `swap`) and stays so: `restore(module)` undoes it. State-dict
-    keys, parameters and their order do not change, so that checkpoints go both ways.
-
-    Args:
-        targets: which modules, and with which options, as in `swap`. Without, the module's attribute
-            or method `reversible_targets`; without that, every CoupledSequential.
-        **kwargs: of `SingleDeviceStrategy`.
-
-    Raises:
-        ValueError: at setup, if nothing can be swapped or a target is wrong; when a Trainer gives it
-            more than one device.
-    """
+class ReversibleDDPStrategy(Swapping, DDPStrategy):
+    """Lightning's DDPStrategy with reversible stacks: what `ReversibleStrategy` is on several devices."""
 
     strategy_name = "reversible"
-
-    def __init__(self, targets: Targets | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.targets = targets
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """Empty, so that the Trainer sets it: a single-device strategy does not learn its device otherwise."""
-        return []
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) > 1:
-            raise ValueError(
-                f"strategy='reversible' runs on one device, and the Trainer has {len(devices)}: pass devices=1, or"
-                " keep strategy='ddp' and add callbacks=[ReversibleCallback()]"
-            )
-        if devices:
-            self._root_device = torch.device(devices[0])
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="reversible stacks in constant activation memory", override=True
+        """It has no name of its own."""
+
+
+class ReversibleStrategy(Swapping, SingleDeviceStrategy):
+    """Run the stacks of the LightningModule in constant activation memory, on one device or many, of any kind.
+
+    >>> Trainer(strategy="reversible")
+    >>> Trainer(strategy=ReversibleStrategy(targets={"net.blocks": {"coupling": "additive"}}))
+    >>> Trainer(strategy=ReversibleStrategy(find_unused_parameters=True), devices=4, num_nodes=2)
+
+    With one process it is Lightning's SingleDeviceStrategy, without a process group; with more it
+    becomes a `ReversibleDDPStrategy` as soon as the Trainer has counted its devices and nodes. It
+    changes its class and not the object, since Lightning asks strategies for theirs: samplers,
+    BatchSizeFinder and Apple's devices depend on the answer.
+
+    The module is swapped in place (see `swap`) and stays so unless `restore` is set. State-dict
+    keys, parameters and their order do not change, so that checkpoints go both ways.
+
+    Names: "reversible"; "reversible_spawn" and "reversible_fork" by the way in which processes
+    start; "reversible_find_unused_parameters_true".
+
+    Args:
+        targets, optimizer_in_backward, restore: see `Swapping`.
+        start_method: of the processes, if there are several; default "popen", in notebooks "fork".
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in
+            any of Lightning's strategies; the Trainer sets them.
+        process_group_backend, timeout, **kwargs: for several processes, as in Lightning's
+            DDPStrategy and torch's DistributedDataParallel.
+
+    Raises:
+        TypeError: for an unknown argument; for a subclass with several devices.
+        ValueError: at setup, if nothing can be swapped or a target is wrong.
+    """
+
+    strategy_name = "reversible"
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        *,
+        optimizer_in_backward: bool = False,
+        restore: bool = False,
+        start_method: StartMethod | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(type(self), kwargs, ReversibleStrategy, DDPStrategy, DistributedDataParallel)
+        ours: dict[str, Any] = {
+            "targets": targets, "optimizer_in_backward": optimizer_in_backward, "restore": restore,
+        }  # fmt: skip
+        super().__init__(
+            **ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
         )
+        start_method = start_method or ("fork" if _IS_INTERACTIVE else "popen")
+        self._ddp = {**ours, "start_method": start_method, "process_group_backend": process_group_backend, **kwargs}
+        if timeout is not None:
+            self._ddp["timeout"] = timeout
+        # the Trainer sets these on a strategy that has them
+        self.parallel_devices = parallel_devices
+        self.cluster_environment = cluster_environment
+        self.num_nodes = 1
+        self._layer_sync: Any = None
 
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[0] if self.parallel_devices else self._root_device
 
-def swap_module(module: pl.LightningModule, targets: Targets | None, *, strict: bool = True) -> list[str]:
-    """`swap` with the targets given, or else those that the LightningModule names itself."""
-    if targets is None:
-        targets = getattr(module, "reversible_targets", None)
-        if callable(targets):
-            targets = targets()
-    if not strict and not find(module, targets, strict=False):
-        return []
-    return swap(module, targets, strict=strict)
+    @override
+    def _configure_launcher(self) -> None:
+        """The last the Trainer does in configuring a strategy: from here on it is known how many processes there are."""
+        outside = self.cluster_environment
+        count = len(self.parallel_devices or ()) * self.num_nodes
+        if count > 1 or (outside is not None and outside.creates_processes_externally and outside.world_size() > 1):
+            self._become_many()
+
+    def _become_many(self) -> None:
+        if type(self) is not ReversibleStrategy:
+            raise TypeError(
+                f"{type(self).__name__} is a subclass of ReversibleStrategy and so for one device; for several,"
+                " subclass ReversibleDDPStrategy"
+            )
+        arguments, num_nodes, layer_sync = self._ddp, self.num_nodes, self._layer_sync
+        for name in ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"):
+            arguments[name] = self.__dict__.get(f"_{name}", self.__dict__.get(name))
+        self.__dict__.clear()
+        self.__class__ = ReversibleDDPStrategy  # type: ignore[assignment]
+        ReversibleDDPStrategy.__init__(self, **arguments)  # type: ignore[arg-type]
+        self.num_nodes, self._layer_sync = num_nodes, layer_sync
+        self.set_world_ranks()  # type: ignore[attr-defined]
+        self._configure_launcher()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        names: dict[str, dict[str, Any]] = {
+            cls.strategy_name: {},
+            f"{cls.strategy_name}_spawn": {"start_method": "spawn"},
+            f"{cls.strategy_name}_fork": {"start_method": "fork"},
+            f"{cls.strategy_name}_find_unused_parameters_true": {"find_unused_parameters": True},
+        }
+        for name, arguments in names.items():
+            what = "reversible stacks in constant activation memory, on one device or by DDP"
+            strategy_registry.register(name, cls, description=what, override=True, **arguments)
 
 
 ReversibleStrategy.register_strategies(StrategyRegistry)

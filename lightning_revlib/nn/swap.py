@@ -143,12 +143,12 @@ def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -> None:
     original = type(module)
-    if original not in SWAPPABLE:
+    if original not in SWAPPABLE and not isinstance(module, Reversible):
         raise TypeError(
             f"target {path!r} is a {original.__name__}, which cannot be swapped, since its forward may do anything; a"
             " target is an nn.Sequential, an nn.ModuleList or a CoupledSequential itself"
         )
-    reversible = SWAPPABLE[original]
+    reversible = SWAPPABLE.get(original, original)  # a subclass is such by `fully_shard`
     if original is not reversible:
         swapped_from = original, options_of(module)
         module.__class__ = reversible

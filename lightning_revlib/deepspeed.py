@@ -1,0 +1,86 @@
+"""`Trainer(strategy="reversible_deepspeed_stage_2")` and its like: reversible stacks under DeepSpeed's ZeRO.
+
+Importing this module registers the strategies' names, also where DeepSpeed is not installed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
+from typing_extensions import override
+
+from lightning_revlib.nn.swap import Targets
+from lightning_revlib.swapping import Swapping, check_arguments
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies import _StrategyRegistry
+
+
+class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
+    """Lightning's DeepSpeedStrategy, on CUDA devices, with the stacks in constant activation memory.
+
+    >>> Trainer(strategy="reversible_deepspeed_stage_3", precision="bf16-mixed", devices=8)
+    >>> Trainer(strategy=ReversibleDeepSpeedStrategy(stage=2, offload_optimizer=True), precision="bf16-mixed")
+
+    Names: "reversible_deepspeed_stage_1", "_2" and "_3", and each with "_offload" after it.
+
+    Args:
+        targets, restore: see `Swapping`. DeepSpeed steps its own optimizer, after backward.
+        stage: 1 shards the optimizer's state, 2 gradients as well, 3 parameters as well.
+        offload_optimizer: keep and step the optimizer's state on the host.
+        offload_parameters: at stage 3, keep parameters on the host.
+        **kwargs: as in `DeepSpeedStrategy`.
+
+    Raises:
+        ModuleNotFoundError: without deepspeed; it says how to get it.
+        TypeError: for an unknown argument.
+        ValueError: for another stage; at setup, if nothing can be swapped or a target is wrong.
+
+    Source: ZeRO, https://arxiv.org/abs/1910.02054
+    """
+
+    strategy_name = "reversible_deepspeed"
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        *,
+        restore: bool = False,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(type(self), kwargs, ReversibleDeepSpeedStrategy, DeepSpeedStrategy)
+        if stage not in (1, 2, 3):
+            raise ValueError(f"stage={stage!r}: DeepSpeed's ZeRO has stages 1, 2 and 3")
+        if offload_parameters and stage != 3:
+            raise ValueError(f"offload_parameters=True with stage={stage}: only stage=3 shards parameters")
+        if not _DEEPSPEED_AVAILABLE:
+            raise ModuleNotFoundError(
+                f"strategy='{self.strategy_name}_stage_{stage}' needs deepspeed 0.16 or later, which is not installed:"
+                " pip install deepspeed; without it, strategy='reversible_fsdp' shards as stage 3 does"
+            )
+        super().__init__(
+            targets,
+            restore=restore,
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            **kwargs,
+        )
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for stage in (1, 2, 3):
+            for offload in (False, True):
+                name = f"{cls.strategy_name}_stage_{stage}{'_offload' if offload else ''}"
+                what = f"reversible stacks under DeepSpeed, ZeRO stage {stage}{', offloaded' if offload else ''}"
+                arguments = {"offload_optimizer": offload, "offload_parameters": offload and stage == 3}
+                strategy_registry.register(name, cls, description=what, override=True, stage=stage, **arguments)
+
+
+ReversibleDeepSpeedStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,137 @@
+"""What all reversible strategies add to Lightning's own: the swap at the right moments, and what goes with it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+from typing_extensions import override
+
+from lightning_revlib.in_backward import InBackward
+from lightning_revlib.nn.swap import Targets, find, restore, stacks, swap
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+class Swapping(Strategy):
+    """Mixin for a strategy: the LightningModule's stacks are swapped before hooks see it.
+
+    They are swapped again, which does no harm, when `setup` and `configure_model` have built the rest.
+
+    Args:
+        targets: which modules, and with which options, as in `swap`. Without, the module's attribute
+            or method `reversible_targets`; without that, every CoupledSequential.
+        optimizer_in_backward: step each parameter as soon as backward has its gradient, and free the
+            gradient: the same results, and gradients of one parameter at a time. See `InBackward`.
+        restore: undo the swap when the run ends, however it ends.
+        **kwargs: of Lightning's strategy.
+
+    Raises:
+        TypeError: for an unknown argument, or targets that are no mapping.
+        ValueError: at setup, if nothing can be swapped or a target is wrong.
+    """
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        *,
+        optimizer_in_backward: bool = False,
+        restore: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.targets = read_targets(targets)
+        self.restore = restore
+        self.in_backward = InBackward() if optimizer_in_backward else None
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        swap_module(self.lightning_module, self.targets, strict=False)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        swap_module(self.lightning_module, self.targets)
+        super().setup(trainer)
+        if self.in_backward is not None and trainer.training:
+            self.in_backward.attach(trainer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning's, but nothing in a checkpoint is executed unless `weights_only=False` allows it."""
+        return super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)  # type: ignore[safe-super]
+        if self.lightning_module is not None:
+            explain_memory(exception, self.lightning_module)
+
+    @override
+    def teardown(self) -> None:
+        if self.in_backward is not None:
+            self.in_backward.detach()
+        super().teardown()
+        if self.restore and self.lightning_module is not None:
+            restore(self.lightning_module)
+
+
+def swap_module(module: nn.Module, targets: Targets | None, *, strict: bool = True) -> list[str]:
+    """`swap` with the targets given, or else those that the module names itself."""
+    if targets is None:
+        targets = getattr(module, "reversible_targets", None)
+        targets = read_targets(targets() if callable(targets) else targets)
+    if not strict and not find(module, targets, strict=False):
+        return []
+    return swap(module, targets, strict=strict)
+
+
+def read_targets(targets: Any) -> Targets | None:
+    """Targets as `swap` takes them; those of Hydra become plain, so that they can be pickled and compared."""
+    if (omegaconf := sys.modules.get("omegaconf")) is not None and omegaconf.OmegaConf.is_config(targets):
+        targets = omegaconf.OmegaConf.to_container(targets, resolve=True)
+    if targets is not None and not isinstance(targets, Mapping):
+        raise TypeError(
+            f"targets={targets!r}: pass a mapping from the path of a module to its options, such as"
+            " {'net.blocks': {'coupling': 'additive'}}"
+        )
+    return targets
+
+
+def check_arguments(owner: type, given: Mapping[str, Any], *takers: Any) -> None:
+    """Raise TypeError for an argument that none of the takers has: they would say so too late, or never."""
+    known = {name for taker in takers for name in inspect.signature(taker).parameters} - {"self", "kwargs", "module"}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            raise TypeError(f"{owner.__name__} has no argument {name}={given[name]!r}; {hint}")
+
+
+def explain_memory(exception: BaseException, module: nn.Module) -> None:
+    """Add to an error of exhausted memory what can still be changed."""
+    if not isinstance(exception, torch.OutOfMemoryError) and "not enough memory" not in str(exception):
+        return
+    storing = {path: len(s) - s.treatments.count("reversible") for path, s in stacks(module).items()}
+    ways = [
+        f"{path}: {count} of {len(module.get_submodule(path))} blocks keep activations"  # type: ignore[arg-type]
+        for path, count in storing.items()
+        if count
+    ]
+    advice = (
+        f"{'; '.join(ways)}: give the stack a smaller store_last, or treatments of 'reversible'"
+        if ways
+        else "all stacks hold their output only; a smaller batch or a shorter stack outside of them,"
+        " accumulate_grad_batches or optimizer_in_backward=True remain"
+    )
+    text = f"{exception}\nreversible stacks: {advice}; revlib.report(model, batch) measures it"
+    exception.args = (text, *exception.args[1:])
