@@ -28,7 +28,7 @@ class ReversibleCallback(Callback):
     """
 
     def __init__(self, targets: Targets | None = None) -> None:
-        self.targets = targets
+        self.targets = read_targets(targets)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -38,6 +38,10 @@ class ReversibleCallback(Callback):
         swap_module(pl_module, self.targets)  # what `configure_model` has built since
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        explain_memory(exception, pl_module)
 
 
 class DriftMonitor(Callback):

@@ -132,7 +132,7 @@ def _check_order(module: nn.Module) -> None:
     for path, m in module.named_modules():
         if isinstance(m, FSDPModule) and isinstance(m, CoupledSequential) and not isinstance(m, ReversibleSequential):
             raise ValueError(
-                f"{path} was sharded before it was swapped; call revlib.swap(self) in configure_model, before fully_shard"
+                f"{path} was sharded before it was swapped; in configure_model, call revlib.swap(self) first"
             )
 
 

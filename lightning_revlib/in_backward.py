@@ -1,6 +1,6 @@
 """The optimizer in backward: each parameter is stepped as its gradient arrives, and the gradient freed.
 
-    backward:  for each parameter, as soon as its gradient is complete:  p <- step(p, g);  g <- nothing
+backward:  for each parameter, as soon as its gradient is complete:  p <- step(p, g);  g <- nothing
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class InBackward:
         self.detach()
         if why := _obstacle(trainer):
             raise ValueError(f"optimizer_in_backward=True does not go with {why}")
-        self._clip = trainer.gradient_clip_val  # type: ignore[assignment]
+        self._clip = trainer.gradient_clip_val
         (optimizer,) = trainer.strategy.optimizers
         for group in optimizer.param_groups:
             for parameter in group["params"]:

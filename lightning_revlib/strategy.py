@@ -110,7 +110,7 @@ class ReversibleStrategy(Swapping, SingleDeviceStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        """The last the Trainer does in configuring a strategy: from here on it is known how many processes there are."""
+        """The last call in configuring a strategy: now it is known how many processes there are."""
         outside = self.cluster_environment
         count = len(self.parallel_devices or ()) * self.num_nodes
         if count > 1 or (outside is not None and outside.creates_processes_externally and outside.world_size() > 1):
@@ -127,7 +127,7 @@ class ReversibleStrategy(Swapping, SingleDeviceStrategy):
             arguments[name] = self.__dict__.get(f"_{name}", self.__dict__.get(name))
         self.__dict__.clear()
         self.__class__ = ReversibleDDPStrategy  # type: ignore[assignment]
-        ReversibleDDPStrategy.__init__(self, **arguments)  # type: ignore[arg-type]
+        ReversibleDDPStrategy.__init__(self, **arguments)
         self.num_nodes, self._layer_sync = num_nodes, layer_sync
         self.set_world_ranks()  # type: ignore[attr-defined]
         self._configure_launcher()

@@ -72,7 +72,7 @@ class Swapping(Strategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)  # type: ignore[safe-super]
+        super().on_exception(exception)
         if self.lightning_module is not None:
             explain_memory(exception, self.lightning_module)
 

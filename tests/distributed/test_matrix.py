@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,18 +13,30 @@ from tests.distributed.pair import run
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     results: dict[str, dict[Any, float]] = {}
+    folders: dict[str, Any] = {}
 
     def of(group: str) -> dict[Any, float]:
         if group not in results:
-            results[group] = run("cells.py", tmp_path_factory.mktemp(group), group)
+            folders[group] = tmp_path_factory.mktemp(group)
+            reference = []
+            if group == "spawn":
+                of("popen")
+                reference = [folders["popen"] / "reference.pt"]
+            results[group] = run("cells.py", folders[group], group, *reference)
         return results[group]
 
     return of
 
 
-@pytest.mark.parametrize(
-    ("group", "cell"), [(group, cell) for group in GROUPS for cell in cells(group)], ids=lambda x: "-".join([*x][:4])
-)
+SLOW = ("start methods",)
+CELLS = [
+    pytest.param(group, cell, id="-".join(cell), marks=[pytest.mark.slow] if group in SLOW else [])
+    for group in GROUPS
+    for cell in cells(group)
+]
+
+
+@pytest.mark.parametrize(("group", "cell"), CELLS)
 def test_as_the_stock_strategy(found: Any, group: str, cell: tuple[str, str, str, str]) -> None:
     _, precision, entry, _ = cell
     assert found(group)[cell] <= (TOLERANCES[precision] if entry == "fit" else 1e-6)
