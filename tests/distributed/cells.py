@@ -125,9 +125,10 @@ def main(out: Path, group: str, reference: str | None = None) -> None:
             expected = outcome(stock, processes, precision, entry, built, False, out)
         else:
             expected = torch.load(reference, weights_only=True)
+            expected = {k: v.float() for k, v in expected.items()}  # as they come back into the main process's module
         found = outcome(ours, processes, precision, entry, built, name == "callback", out)
         distances[cell] = distance(found, expected)
-        if cell == REFERENCE:
+        if cell == REFERENCE and torch.distributed.get_rank() == 0:
             torch.save(expected, out / "reference.pt")
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(distances, out / "result.pt")
