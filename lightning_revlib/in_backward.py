@@ -35,13 +35,15 @@ class InBackward:
     def __init__(self) -> None:
         self._hooks: list[Any] = []
         self._clip: float | None = None
+        self._trainer: pl.Trainer | None = None  # while it has lent us its clipping
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Hook the parameters of the Trainer's optimizer; it must have been set up."""
         self.detach()
         if why := _obstacle(trainer):
             raise ValueError(f"optimizer_in_backward=True does not go with {why}")
-        self._clip = trainer.gradient_clip_val
+        self._trainer, self._clip = trainer, trainer.gradient_clip_val
+        trainer.gradient_clip_val = None
         (optimizer,) = trainer.strategy.optimizers
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -52,6 +54,8 @@ class InBackward:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._trainer is not None:
+            self._trainer.gradient_clip_val, self._trainer = self._clip, None
 
 
 class _Step:
