@@ -14,6 +14,7 @@ import importlib.util
 import sys
 from typing import Any
 
+from lightning_revlib.names import REGISTRIES, register
 from lightning_revlib.nn import *  # noqa: F403
 from lightning_revlib.nn import __all__ as _nn
 
@@ -24,6 +25,10 @@ _LIGHTNING = {
     "ReversibleDDPStrategy": "strategy",
     "ReversibleFSDPStrategy": "fsdp",
     "ReversibleDeepSpeedStrategy": "deepspeed",
+    "ReversibleFabricStrategy": "fabric",
+    "ReversibleFabricDDPStrategy": "fabric",
+    "ReversibleFabricFSDPStrategy": "fabric",
+    "merge_checkpoint": "shards",
     "ReversibleCallback": "callback",
     "ActivationMemoryMonitor": "callback",
     "DriftMonitor": "callback",
@@ -40,21 +45,18 @@ def __getattr__(name: str) -> Any:
 
 def _register() -> None:
     """Register the strategy names, now or when Lightning is imported: this import must not wait for it."""
-    if "lightning.pytorch.strategies" in sys.modules:
-        _register_now()
-    else:
-        sys.meta_path.insert(0, _WhenLightningComes())
-
-
-def _register_now() -> None:
-    for name in ("strategy", "fsdp", "deepspeed"):
-        importlib.import_module(f"lightning_revlib.{name}")
+    for name in REGISTRIES:
+        if name in sys.modules:
+            register(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _WhenLightningComes(name))
 
 
 class _WhenLightningComes:
-    """A finder that finds nothing, but lets `lightning.pytorch.strategies` be followed by our registration."""
+    """A finder that finds nothing, but lets the import of `target` be followed by our registration."""
 
-    target = "lightning.pytorch.strategies"
+    def __init__(self, target: str) -> None:
+        self.target = target
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.target:
@@ -66,7 +68,7 @@ class _WhenLightningComes:
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                _register_now()
+                register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -1,21 +1,14 @@
-"""`Trainer(strategy="reversible_deepspeed_stage_2")` and its like: reversible stacks under DeepSpeed's ZeRO.
-
-Importing this module registers the strategies' names, also where DeepSpeed is not installed.
-"""
+"""`Trainer(strategy="reversible_deepspeed_stage_2")` and its like: reversible stacks under DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
-from typing_extensions import override
 
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.swapping import Swapping, check_arguments
-
-if TYPE_CHECKING:
-    from lightning.fabric.strategies import _StrategyRegistry
 
 
 class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
@@ -71,16 +64,3 @@ class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             **kwargs,
         )
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        for stage in (1, 2, 3):
-            for offload in (False, True):
-                name = f"{cls.strategy_name}_stage_{stage}{'_offload' if offload else ''}"
-                what = f"reversible stacks under DeepSpeed, ZeRO stage {stage}{', offloaded' if offload else ''}"
-                arguments = {"offload_optimizer": offload, "offload_parameters": offload and stage == 3}
-                strategy_registry.register(name, cls, description=what, override=True, stage=stage, **arguments)
-
-
-ReversibleDeepSpeedStrategy.register_strategies(StrategyRegistry)

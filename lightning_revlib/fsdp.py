@@ -1,7 +1,4 @@
-"""`Trainer(strategy="reversible_fsdp")`: reversible stacks whose parameters are sharded over all processes, by FSDP2.
-
-Importing this module registers the strategy's name.
-"""
+"""`Trainer(strategy="reversible_fsdp")`: reversible stacks, parameters sharded over all processes by FSDP2."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -21,8 +19,6 @@ from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import Swapping, swap_module
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
-    from lightning.fabric.strategies import _StrategyRegistry
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
@@ -107,14 +103,23 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
         with _configured(module):
             super().setup(trainer)
 
-    @classmethod
     @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        what = "reversible stacks in constant activation memory, parameters sharded by FSDP2"
-        strategy_registry.register(cls.strategy_name, cls, description=what, override=True)
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        except IndexError:  # of Lightning, which looks at the first state of an optimizer; SGD has none
+            optimizers, self._optimizers = self._optimizers, []
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        finally:
+            self._optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({name: value for name, value in saved.items() if name != "params"})
+        return checkpoint
 
 
-def shard(module: pl.LightningModule, mesh: DeviceMesh, **policies: Any) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
     """Shard each block of each stack by itself, inner stacks first, and the rest of the module at its root."""
     for stack in reversed(stacks(module).values()):
         for block in stack:
@@ -124,7 +129,7 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh, **policies: Any) -> None
                     register_fsdp_forward_method(block, "inverse")
     fully_shard(module, mesh=mesh, **policies)
     for name in [*STEPS, "inverse"]:
-        if hasattr(module, name) and (name not in STEPS or is_overridden(name, module)):
+        if hasattr(module, name) and (name not in STEPS or is_overridden(name, module, pl.LightningModule)):
             register_fsdp_forward_method(module, name)
 
 
@@ -147,6 +152,3 @@ def _configured(module: pl.LightningModule) -> Iterator[None]:
     finally:
         if not own:
             object.__delattr__(module, "configure_model")
-
-
-ReversibleFSDPStrategy.register_strategies(StrategyRegistry)

@@ -6,15 +6,17 @@ import difflib
 import inspect
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from typing_extensions import override
 
 from lightning_revlib.in_backward import InBackward
 from lightning_revlib.nn.swap import Targets, find, restore, stacks, swap
+from lightning_revlib.shards import is_sharded, merge_checkpoint, plain_data_only
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -51,6 +53,11 @@ class Swapping(Strategy):
         self.restore = restore
         self.in_backward = InBackward() if optimizer_in_backward else None
 
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """The names are in `names.py`; inherited, this would register Lightning's."""
+
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -67,8 +74,14 @@ class Swapping(Strategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """As Lightning's, but nothing in a checkpoint is executed unless `weights_only=False` allows it."""
-        return super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
+        """As Lightning's, but of every strategy's kind, and executing nothing unless `weights_only=False` allows it."""
+        safe = weights_only is not False
+        if not is_sharded(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=safe)
+        if not isinstance(self, ModelParallelStrategy):
+            return merge_checkpoint(checkpoint_path, weights_only=safe)
+        with plain_data_only(checkpoint_path) if safe else nullcontext():
+            return super().load_checkpoint(checkpoint_path, weights_only=safe)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import lightning
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
@@ -60,6 +62,10 @@ def test_every_option_composes_and_instantiates(choice, tmp_path):
     if group in ("callbacks", "logger"):
         assert cfg[group]
         assert [instantiate(one) for one in cfg[group].values()]
+    if choice == "strategy=reversible_deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(InstantiationException, match="reversible_deepspeed_stage_2' needs deepspeed"):
+            instantiate(cfg.trainer)
+        return
     assert isinstance(instantiate(cfg.trainer, logger=False, enable_progress_bar=False), lightning.Trainer)
 
 

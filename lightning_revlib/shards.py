@@ -1,0 +1,93 @@
+"""Checkpoints that are folders of shards, as FSDP2 writes them: read without executing anything, and by any strategy.
+
+torch reads a folder's index by plain `pickle`, and its smaller entries without `weights_only`. Both are closed here.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+INDEX = ".metadata"
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
+        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device", *(name for name, one in vars(torch).items() if isinstance(one, torch.dtype))},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+}  # fmt: skip
+
+
+def is_sharded(path: Any) -> bool:
+    return (Path(path) / INDEX).is_file()
+
+
+@contextmanager
+def plain_data_only(folder: Any) -> Iterator[None]:
+    """While active, reading `folder` executes nothing. Raises UnpicklingError if its index holds more than data."""
+    with (Path(folder) / INDEX).open("rb") as index:
+        _Index(index).load()
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"  # which is stronger than the arguments of torch's own calls of torch.load
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = before
+
+
+def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
+    """The checkpoint of a folder of shards in the form of a file: whole tensors, parameters of optimizers by number.
+
+    >>> torch.save(merge_checkpoint("last.ckpt"), "whole.ckpt")
+    >>> Net.load_from_checkpoint("whole.ckpt")
+
+    Args:
+        folder: as `ReversibleFSDPStrategy` writes it.
+        weights_only: execute nothing that the checkpoint may contain.
+
+    Raises:
+        ValueError: if it is no such folder.
+        UnpicklingError: for a checkpoint that holds more than plain data.
+    """
+    if not is_sharded(folder):
+        raise ValueError(f"folder={str(folder)!r} is no folder of shards: it has no {INDEX}")
+    with plain_data_only(folder) if weights_only else nullcontext():
+        checkpoint = _load_distributed_checkpoint(Path(folder))
+    states: list[Any] = []
+    while (name := f"optimizer_{len(states)}") in checkpoint:
+        states.append(_by_number(checkpoint.pop(name)))
+    return {**checkpoint, "optimizer_states": states} if states else checkpoint
+
+
+def _by_number(state: dict[str, Any]) -> dict[str, Any]:
+    groups = state["param_groups"]
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
+    return {
+        "state": {numbers[name]: one for name, one in state.get("state", {}).items()},
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
+
+
+class _Index(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(
+                f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint: nothing of it was"
+                " executed; pass weights_only=False if you trust where it comes from"
+            )
+        return super().find_class(module, name)
