@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn.coupling import Streams
@@ -59,8 +59,8 @@ class Reversible:
 class Execution:
     """One forward of a stack. `step` for each step in turn, `close` behind the last, which must say so to `step`."""
 
-    def __init__(self, stack: Any, modules: Sequence[nn.Module], compiler: Any) -> None:
-        self.stack, self.modules, self.compiler = stack, modules, compiler
+    def __init__(self, stack: Any, compiler: Any) -> None:
+        self.stack, self.compiler = stack, compiler
         self.recording: Recording | None = None
         self.drifts: dict[int, Tensor] = {}
         self.drew = False
@@ -71,7 +71,7 @@ class Execution:
             if self.recording is None:
                 arrived = partial(self.stack._arrived, Sentinel(a, b), self.drifts)
                 tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
-                self.recording = Recording(tape, self.modules, a, b, self.stack._draws)
+                self.recording = Recording(tape, a, b, self.stack._draws)
             return self.recording.step(step, a, b)
         a, b = self.close(a, b)
         return step.run(a, b, self.compiler, partial(self._checkpoint, step) if treatment == "checkpoint" else None)

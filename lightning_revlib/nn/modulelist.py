@@ -147,7 +147,7 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
         run = _Run(self.ordinary)
         run.a, run.b = self._split(x)  # type: ignore[misc]
         if torch.is_grad_enabled() and not torch.compiler.is_exporting() and not _cached(call, self.path):
-            run.execution = Execution(self, list(self)[self.ordinary :], compiler)
+            run.execution = Execution(self, compiler)
         return run
 
     def _go_on(self, run: _Run | None, layer: nn.Module, x: Any) -> _Run | None:

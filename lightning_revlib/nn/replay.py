@@ -93,21 +93,20 @@ def parts(module: nn.Module) -> list[nn.Module]:
 class Settings:
     """Training flags and parameters of modules, and the arguments of their calls.
 
-    Closed when forward ends. `changed` tells whether modules are set otherwise now; if so, `lend`
+    Made when forward ends. `changed` tells whether modules are set otherwise now; if so, `lend`
     sets what was then for some of them, and returns calls that put back, in reverse order, what was
     just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("arguments", "by_module", "modules", "names", "parameters", "requires_grad", "training",
+    __slots__ = ("arguments", "by_module", "modules", "parameters", "registered", "requires_grad", "training",
                  "versions")  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules, self.arguments = modules, arguments
-        self.training = [m.training for m in modules]
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.names, self.parameters = _parameters(modules)
-
-    def close(self) -> None:
+        self.registered = [(m, dict(m._parameters.items())) for m in modules if m._parameters]
+        self.parameters = [p for _, named in self.registered for p in named.values() if p is not None]
+        self.training = [m.training for m in modules]
         self.requires_grad = [p.requires_grad for p in self.parameters]
         self.versions = _versions([*self.parameters, *self.arguments])
 
@@ -115,7 +114,7 @@ class Settings:
         if (versions := _versions([*self.parameters, *self.arguments])) != self.versions:
             at = [x == y for x, y in zip(versions, self.versions, strict=True)].index(False)
             if at < len(self.parameters):
-                m, name = self.names[at]
+                m, name, _ = list(self._named())[at]
                 what = f"parameter {name!r} of {m}"
             else:
                 what = f"an argument of shape {list(self.arguments[at - len(self.parameters)].shape)}"
@@ -123,17 +122,18 @@ class Settings:
                 f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
                 " run again; modify it, or step the optimizer, after backward"
             )
+        now = [p for m in self.modules if m._parameters for p in m._parameters.values() if p is not None]
         return (
             [m.training for m in self.modules] != self.training
             or [p.requires_grad for p in self.parameters] != self.requires_grad
-            or any(map(operator.is_not, _parameters(self.modules)[1], self.parameters))
+            or any(map(operator.is_not, now, self.parameters))
         )
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
         undo: list[Callable[[], Any]] = []
         if self.by_module is None:
             self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
-            for (m, name), p, requires_grad in zip(self.names, self.parameters, self.requires_grad, strict=True):
+            for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
                 self.by_module[m][1].append((name, p, requires_grad))
         for m in modules:
             training, parameters = self.by_module[m]
@@ -149,17 +149,8 @@ class Settings:
                     p.requires_grad_(requires_grad)
         return undo
 
-
-def _parameters(modules: list[nn.Module]) -> tuple[list[tuple[Any, str]], list[Tensor]]:
-    names: list[tuple[Any, str]] = []
-    parameters: list[Tensor] = []
-    for m in modules:
-        if m._parameters:
-            for name, p in m._parameters.items():
-                if p is not None:
-                    names.append((m, name))
-                    parameters.append(p)
-    return names, parameters
+    def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        return ((m, name, p) for m, named in self.registered for name, p in named.items() if p is not None)
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
@@ -224,7 +215,6 @@ class Repeatable:
         self, module: nn.Module, function: Callable[..., Any], context_fn: Callable[[], tuple[Any, Any]] | None
     ) -> None:
         self.modules, self.function = parts(module), function
-        self.settings = Settings(self.modules)
         self.first: Any = NOTHING
         self.again: Any = NOTHING
         if context_fn:
@@ -237,7 +227,7 @@ class Repeatable:
             with self.first:
                 out = self.function(*args)
             self.buffers.close()
-            self.settings.close()
+            self.settings = Settings(self.modules)
             return out
         undo = [*self.settings.lend(self.modules), *self.buffers.lend()]
         try:

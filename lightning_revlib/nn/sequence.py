@@ -274,7 +274,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
-        execution = Execution(self, [step.module for step in steps], compiler)
+        execution = Execution(self, compiler)
         for step, treatment in zip(steps, self.treatments[self.ordinary :], strict=True):
             a, b = execution.step(step, treatment, a, b)
         if self.split_dim is None:

@@ -28,11 +28,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
@@ -48,8 +49,8 @@ class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = (
-        "above", "again", "buffers", "caught", "coupling", "dtypes", "index", "modules", "needs_grad", "random",
-        "round", "running", "saved_by_block", "shapes", "step", "stride", "tape",
+        "above", "again", "buffers", "calls_autograd", "caught", "changed", "coupling", "index", "modules",
+        "needs_grad", "random", "round", "running", "saved", "saved_by_block", "step", "stride", "tape", "versions",
     )  # fmt: skip
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
@@ -58,9 +59,12 @@ class Frame:
         self.above: Frame | None = None
         self.random: RandomState | None = None  # set if the step draws
         self.buffers: Buffers | None = None  # set if it has any
-        self.running: list[Tensor] = []  # until the step ends, for a block that calls autograd itself
-        self.caught: list[Tensor | None] = []
-        self.round = 0  # of the tape, in which the tensors were caught
+        self.calls_autograd = False  # the block does, itself
+        self.running: list[Tensor] = []  # what is saved until the step ends, for such a block
+        self.versions: list[int] = []  # theirs, when they were saved
+        self.changed: torch.Size | None = None  # the shape of one that was modified after it was saved
+        self.caught: list[Any] = []
+        self.round = -1  # of the tape, in which the tensors were caught
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
         step, tape, count = self.step, self.tape, version(b)
@@ -75,12 +79,15 @@ class Frame:
             with saved_tensors_hooks(self._pack, self._unpack):
                 f, step.extra = self._branch(b, first)
                 step.check(b, f, count)
-                self.saved_by_block = len(self.running)
+                saved = self.running
+                self.saved_by_block = len(saved)
                 self.coupling = step.bind(a, b)
                 streams = step.couple(self.coupling, a, b, f)
-            self.dtypes, self.shapes = [t.dtype for t in self.running], [t.shape for t in self.running]
+            self.saved = [t.dtype for t in saved], [t.shape for t in saved]
+            if [t._version for t in saved] != self.versions:
+                self.changed = next(t.shape for t, v in zip(saved, self.versions, strict=True) if t._version != v)
         finally:
-            self.running = []
+            self.running, self.versions = [], []
         if self.buffers:
             self.buffers.close()
         return streams
@@ -88,13 +95,14 @@ class Frame:
     def rewind(self, a_out: Tensor, b_out: Tensor) -> Streams:
         """The streams before the step from those after it, catching what autograd has saved in between."""
         b = self.coupling.recover(a_out, b_out)
-        return self.replay(b, lambda f: self.coupling.inverse(a_out, b_out, b, f)), b
+        return self.replay(b, (a_out, b_out)), b
 
-    def replay(self, b: Tensor, solve: Callable[[Any], Tensor]) -> Tensor:
-        """Run the step again on stream b, catching, and return stream a: `solve` finds it from the block's output."""
-        caught = Catch()
-        hooks = saved_tensors_hooks(caught.pack, caught.unpack)
-        undo = self._lend(b)
+    def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
+        """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
+        caught: list[Tensor] = []
+        pack: Any = partial(_append, caught) if self.calls_autograd else caught.append
+        hooks = saved_tensors_hooks(pack, caught.__getitem__)
+        undo = self._lend(b) if self.tape.settings_changed or self.buffers or self.random else []
         try:
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
             again = b.detach()
@@ -103,15 +111,18 @@ class Frame:
             again.requires_grad_(self.needs_grad[1])
             with torch.enable_grad(), hooks:
                 f, _ = self._branch(again, self.again)
-            a = solve(None if f is None else f.detach())
-            if len(self.shapes) > self.saved_by_block:  # the coupling saves tensors, too
+            if a is None:
+                a = self.coupling.inverse(*out, b, None if f is None else f.detach())  # type: ignore[arg-type]
+            if len(self.saved[0]) > self.saved_by_block:  # the coupling saves tensors, too
                 with torch.enable_grad(), hooks:
                     self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
         finally:
+            caught[:] = [t if t.is_leaf else t.detach() for t in caught]  # the second graph refers to this list
             while undo:
                 undo.pop()()
-        self._check(caught)
-        self.caught, self.round = caught.tensors, self.tape.round  # type: ignore[assignment]
+        if self.changed is not None or ([t.dtype for t in caught], [t.shape for t in caught]) != self.saved:
+            self._complain(caught)
+        self.caught, self.round = caught, self.tape.round
         return a
 
     def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
@@ -142,61 +153,45 @@ class Frame:
         return undo
 
     def _pack(self, tensor: Tensor) -> int:
-        self.running.append(tensor)
-        return len(self.running) - 1
+        self.versions.append(tensor._version)
+        return _append(self.running, tensor)
 
     def _unpack(self, number: int) -> Tensor:
-        tensor = self.caught[number] if self.caught and self.round == self.tape.round else None
+        tape = self.tape
+        tensor = self.caught[number] if self.caught and self.round == tape.round else None
         if tensor is None:
             if self.running:
+                self.calls_autograd = True
                 return self.running[number]
-            self.tape.rewind(self)
+            tape.rewind(self)
             tensor = self.caught[number]
-            assert tensor is not None
-        if not self.tape.keep:
+        if not tape.keep:
             self.caught[number] = None
         return tensor
 
-    def _check(self, caught: Catch) -> None:
-        if [t._version for t in caught.tensors] != caught.versions:
-            shape = next(t.shape for t, v in zip(caught.tensors, caught.versions, strict=True) if t._version != v)
+    def _complain(self, caught: list[Tensor]) -> None:
+        if self.changed is not None:
             raise RuntimeError(
-                f"{self.step.name}: a tensor of shape {list(shape)} needed for its gradient has been modified by an"
-                " inplace operation inside the block; use the operation that is not in-place"
+                f"{self.step.name}: a tensor of shape {list(self.changed)} needed for its gradient has been modified by"
+                " an inplace operation inside the block; use the operation that is not in-place"
             )
-        dtypes, shapes = [t.dtype for t in caught.tensors], [t.shape for t in caught.tensors]
-        if shapes != self.shapes or dtypes != self.dtypes:
-            pairs = enumerate(zip(zip(self.dtypes, self.shapes), zip(dtypes, shapes)))  # noqa: B905
-            lines = [
-                f"{self.step.name} computes something else in backward than it did in forward: it saved"
-                f" {len(self.shapes)} tensors for its gradient, and {len(shapes)} when recomputed.",
-                *[f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y][:3],
-                "A block must depend on its input, arguments, parameters, registered buffers and torch's generators"
-                " only.",
-            ]
-            raise RuntimeError("\n".join(lines))
+        pairs = enumerate(zip(zip(*self.saved), [(t.dtype, t.shape) for t in caught]))  # noqa: B905
+        lines = [
+            f"{self.step.name} computes something else in backward than it did in forward: it saved"
+            f" {len(self.saved[0])} tensors for its gradient, and {len(caught)} when recomputed.",
+            *[f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y][:3],
+            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
+        ]
+        raise RuntimeError("\n".join(lines))
 
 
-class Catch:
-    """Collects, in order, what autograd saves; detached, since an output that is saved refers to its own graph."""
-
-    __slots__ = ("tensors", "versions")
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.versions: list[int] = []
-
-    def pack(self, tensor: Tensor) -> int:
-        self.versions.append(tensor._version)
-        self.tensors.append(tensor.detach() if tensor.requires_grad else tensor)
-        return len(self.versions) - 1
-
-    def unpack(self, number: int) -> Tensor:
-        return self.tensors[number]
+def _append(tensors: list[Tensor], tensor: Tensor) -> int:
+    tensors.append(tensor)
+    return len(tensors) - 1
 
 
 # Autograd calls these while a compiled block runs: they are not to be compiled themselves.
-for function in (Frame._pack, Frame._unpack, Catch.pack, Catch.unpack):
+for function in (Frame._pack, Frame._unpack, _append):
     skip_code(function.__code__)
 
 
@@ -227,14 +222,6 @@ class Tape:
         self.settings: Settings
         self.lock = threading.RLock()  # CUDA backward runs in threads of its own
 
-    def run(self, steps: Sequence[Step], a: Tensor, b: Tensor, expect_draws: bool) -> Streams:
-        """Run the steps one after the other; see `Recording`."""
-        recording = Recording(self, [step.module for step in steps], a, b, expect_draws)
-        for step in steps:
-            a, b = recording.step(step, a, b)
-        recording.close()
-        return a, b
-
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Pass what came out through the anchor; `read` must give the last streams from it."""
         self.output = tuple((t.detach(), t._version) for t in tensors)
@@ -254,37 +241,29 @@ class Tape:
                 if self.streams is None or self.position < frame.index:
                     self.start(self._output())
                 self.keep = torch.is_grad_enabled()  # create_graph
-                if self.keep or self.surprise:
-                    with torch.no_grad():
-                        if self.surprise:
-                            self._find_draws(*self.surprise)
-                        self._rewind(frame)
-                else:
+                if not (self.keep or self.surprise or self.environment_changed):
+                    return self._rewind(frame)
+                with torch.no_grad(), self.environment.again():
+                    if self.surprise:
+                        self._find_draws(*self.surprise)
                     self._rewind(frame)
         finally:
             set_eval_frame(compiler)
 
     def _rewind(self, frame: Frame) -> None:
         assert self.streams is not None
-        a, b = self.streams
+        a, b = out = self.streams
         self.streams = None  # after an error the next call starts afresh
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-            self._again(frame.replay, b, lambda f: a)
+            frame.replay(b, out, a)
         for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
-            a, b = self._again(each.rewind, a, b)
+            a, b = each.rewind(a, b)
             self.position = each.index
             if each.above is not None and not self.keep:
                 each.above.caught = []  # what is left was saved for an output that nobody uses
             if self.position == 0:
                 self.arrived(a, b)
         self.streams = a, b
-
-    def _again(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call in the forward's environment; autocast anew each time, as its cache must not outlive a graph."""
-        if not self.environment_changed:
-            return function(*args)
-        with self.environment.again():
-            return function(*args)
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
@@ -309,36 +288,32 @@ class Tape:
         restore = start.lend(streams[0])
         try:
             while frame is not None:
-                streams = self._again(frame.repeat, *streams)
+                streams = frame.repeat(*streams)
                 frame = frame.above
         finally:
             restore()
 
 
 class Recording:
-    """One forward onto a tape, step by step, for a stack whose steps are called by others.
+    """One forward onto a tape, step by step, for a stack whose steps may be called by others.
 
-    `modules` are those of all steps to come. If steps are expected to draw random numbers, the generators are looked at
-    after each; else at the end only: if they have drawn unexpectedly, the entrance is kept this once, for backward to
-    find out where. The frames live here until `close`, as the tape must not refer to them.
+    If steps are expected to draw random numbers, the generators are looked at after each; else at the end only: if they
+    have drawn unexpectedly, the entrance is kept this once, for backward to find out where. The frames live here until
+    `close`, as the tape must not refer to them.
     """
 
-    def __init__(self, tape: Tape, modules: Sequence[nn.Module], a: Tensor, b: Tensor, expect_draws: bool) -> None:
+    def __init__(self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool) -> None:
         self.tape, self.expect_draws = tape, expect_draws
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
-        self.arguments: list[Tensor] = []
         tape.environment = Environment(a.device.type)
-        tape.settings = Settings([m for module in modules for m in parts(module)], self.arguments)
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         frame = Frame(self.tape, len(self.frames), step)
         if self.frames:
             self.frames[-1].above = frame
         self.frames.append(frame)
-        if step.args or step.kwargs:
-            self.arguments += [t for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
         a, b = frame.run(a, b)
         if self.expect_draws:
             after = RandomState(a)
@@ -347,10 +322,11 @@ class Recording:
         return a, b
 
     def close(self) -> None:
-        tape = self.tape
-        tape.depth = len(self.frames)
-        self.arguments[:] = {id(t): t for t in self.arguments}.values()
-        tape.settings.close()
+        tape, steps = self.tape, [frame.step for frame in self.frames]
+        tape.depth = len(steps)
+        arguments = [t for step in steps if step.args or step.kwargs for t in tree_leaves((step.args, step.kwargs))]
+        unique = {id(t): t for t in arguments if isinstance(t, Tensor)}
+        tape.settings = Settings([m for frame in self.frames for m in frame.modules], list(unique.values()))
         if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
             tape.drew, tape.surprise = True, (self.frames[0], self.start, self.entrance)
 
