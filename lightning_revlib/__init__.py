@@ -32,6 +32,7 @@ _LIGHTNING = {
     "ReversibleCallback": "callback",
     "ActivationMemoryMonitor": "callback",
     "DriftMonitor": "callback",
+    "CouplingAnnealing": "annealing",
 }
 
 __all__ = [*_nn, *_LIGHTNING]

@@ -65,15 +65,18 @@ class Momentum(Coupling):
     The streams are (v, x) and the block always sees x. With `split_dim=None`, v starts at zero or
     at `init(x)`, and x comes out. Each step multiplies the reconstruction's error by 1 / gamma
     (float32, 24 blocks: about 1e-7 at 0.99, 8e-6 at 0.9), so not for deep stacks with small
-    gamma. Momentum ResNet, https://arxiv.org/abs/2102.07870.
+    gamma. With gamma 0 it is the plain residual network, which stores its activations. Momentum ResNet, https://arxiv.org/abs/2102.07870.
     """
 
     gamma: float = 0.9
     init: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma <= 1:
+        if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma!r}: momentum has an inverse for 0 < gamma <= 1 only; 0.9 is usual")
+
+    def invertible(self, training: bool) -> bool:
+        return self.gamma > 0
 
     @property
     def growth(self) -> float:  # type: ignore[override]
@@ -149,18 +152,17 @@ class Scaled(Alternating):
     With a small scale a pretrained network is nearly itself, for fine-tuning: f is the whole block,
     its skip connection included (so not `residual=True`), and with `split_dim=None` b comes out.
     Each step multiplies the reconstruction's error by 1 / scale, so not for deep stacks with small
-    scale.
-    MEFT, https://arxiv.org/abs/2306.00477.
+    scale. With scale 0 it is the network as it was, which stores its activations. MEFT, https://arxiv.org/abs/2306.00477.
     """
 
     scale: float = 0.9
 
-    def __post_init__(self) -> None:
-        _nonzero("scale", self.scale)
+    def invertible(self, training: bool) -> bool:
+        return self.scale != 0
 
     @property
     def growth(self) -> float:  # type: ignore[override]
-        return max(1.0, 1 / abs(self.scale))
+        return max(1.0, 1 / abs(self.scale)) if self.scale else math.inf
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return self.scale * a + f

@@ -8,6 +8,7 @@ A third of the file describes the options, in one place for both classes and for
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -134,6 +135,8 @@ class CoupledSequential(nn.Sequential):
         """
         if self.ordinary:
             raise ValueError("inverse with ordinary blocks: they have none; call it on stack[ordinary:]")
+        if hopeless := [c for c in self.couplings if c.growth == math.inf]:
+            raise ValueError(f"inverse with coupling {hopeless[0]}: it has none")
         if self.split_dim is None:
             raise ValueError("inverse with split_dim=None: one output does not determine two streams; set a split_dim")
         a, b = self._split(y, "output")

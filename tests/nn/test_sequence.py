@@ -88,7 +88,7 @@ def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dt
         ({"coupling": "aditive"}, ValueError, r"coupling='aditive' is unknown; did you mean 'additive'\?"),
         ({"coupling": {"name": "momentum", "beta": 0.9}}, ValueError, "'momentum' has no option 'beta'; it has gamma"),
         ({"coupling": {"gamma": 0.9}}, ValueError, "has no name"),
-        ({"coupling": {"name": "momentum", "gamma": 0}}, ValueError, "gamma=0"),
+        ({"coupling": {"name": "momentum", "gamma": -1}}, ValueError, "gamma=-1"),
         ({"coupling": {"name": "midpoint", "h": 0}}, ValueError, "h=0"),
         ({"coupling": []}, ValueError, "empty"),
         ({"coupling_forward": torch.add}, ValueError, "coupling_forward was given without coupling_inverse"),
@@ -251,4 +251,13 @@ def test_ordinary_blocks_come_before_the_streams() -> None:
     with pytest.raises(ValueError, match=r"ordinary=4: of 4 blocks, 0 to 3 can be ordinary"):
         revlib.ReversibleSequential(*blocks, ordinary=4)
     with pytest.raises(ValueError, match="inverse with ordinary blocks"):
+        stack.inverse(stack(x))
+
+
+@pytest.mark.parametrize("coupling", [revlib.Momentum(0), revlib.Scaled(0)], ids=str)
+def test_couplings_without_an_inverse_store(coupling: revlib.Coupling) -> None:
+    stack, x = revlib.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(3)], coupling=coupling), torch.randn(2, 8)
+    stack(x).sum().backward()
+    assert stack.drift is None and all(p.grad.isfinite().all() for p in stack.parameters())
+    with pytest.raises(ValueError, match="inverse with coupling"):
         stack.inverse(stack(x))
