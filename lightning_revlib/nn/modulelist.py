@@ -23,11 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
+from lightning_revlib.nn.branches import BranchSpec
 from lightning_revlib.nn.coupling import Coupling
 from lightning_revlib.nn.execution import Execution, Reversible
 from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.sequence import CoupledSequential
 from lightning_revlib.nn.step import Step, rest_of, with_first
+
+
+class _LayerStep(Step):
+    __slots__ = ()
+
+    def split(self, out: Any) -> tuple[Any, Any]:
+        return rest_of(out)[0], with_first(out, None)
 
 
 class ReversibleModuleList(Reversible, nn.ModuleList):
@@ -56,10 +64,12 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
     """
 
     OPTIONS = (*CoupledSequential.OPTIONS, "_runs")
+    _step: type[Step] = _LayerStep
     path = "layers"
     couplings: tuple[Coupling, ...]
     treatments: tuple[Treatment, ...]
     ordinary: int
+    branches: tuple[BranchSpec, ...]
 
     def __init__(self, modules: Iterable[nn.Module] = (), **options: Any) -> None:
         super().__init__(modules)
@@ -106,10 +116,11 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
             run = self._go_on(run, layer.module, x) or self._begin(layer.module, x, (args, kwargs), compiler)
             if run.execution is not None:
                 args, kwargs = _without_cache((args, kwargs), self.path)
-            coupling = self.couplings[(run.index - self.ordinary) % len(self.couplings)]
-            step = _LayerStep(self, str(run.index), layer.module, coupling, x.dtype, (args, kwargs))  # type: ignore[arg-type]
-            step.call = layer.original()
-            out = self._advance(run, step, compiler)
+            first = (run.index - self.ordinary) * (len(self.branches) or 1)
+            steps = self._steps_of(run.index, first, str(run.index), layer.module, x.dtype, (args, kwargs))  # type: ignore[misc]
+            if not self.branches:
+                steps[0].call = layer.original()
+            out = self._advance(run, steps, compiler)
             if run.index < len(self):
                 self._runs[thread] = run
             return out
@@ -118,12 +129,13 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
 
     call_eagerly = torch.compiler.disable(call, recursive=False)
 
-    def _advance(self, run: _Run, step: Step, compiler: Any) -> Any:
-        treatment, run.index = self.treatments[run.index], run.index + 1
-        if run.execution is None:
-            run.a, run.b = step.run(run.a, run.b, compiler)
-        else:
-            run.a, run.b = run.execution.step(step, treatment, run.a, run.b)
+    def _advance(self, run: _Run, steps: list[Step], compiler: Any) -> Any:
+        run.index += 1
+        for step in steps:
+            if run.execution is None:
+                run.a, run.b = step.run(run.a, run.b, compiler)
+            else:
+                run.a, run.b = run.execution.step(step, step.treatment, run.a, run.b)
         if run.index < len(self):
             out = run.hand(step.dtype, step.name)
         else:
@@ -178,7 +190,7 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
         index = next(i for i, m in enumerate(self) if m is layer)
         return f"{self.path}.{index} ({type(layer).__name__})"
 
-    _split, _join = CoupledSequential._split, CoupledSequential._join
+    _split, _join, _steps_of = CoupledSequential._split, CoupledSequential._join, CoupledSequential._steps_of
 
 
 ORDER = (
@@ -209,13 +221,6 @@ class Layer:
         if name not in kwargs:
             raise TypeError(f"{self.owner._name(self.module)} was called without its first argument, the stream")
         return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
-
-
-class _LayerStep(Step):
-    __slots__ = ()
-
-    def split(self, out: Any) -> tuple[Any, Any]:
-        return rest_of(out)[0], with_first(out, None)
 
 
 class _Run:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.branches import Branch, BranchSpec, check_branches
+from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec, Invertible
 from lightning_revlib.nn.execution import Execution, Reversible
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
@@ -48,6 +49,8 @@ class CoupledSequential(nn.Sequential):
         stream_dtype: the streams' dtype; default float32 for half-precision input, else the
             input's. Blocks and the output have the input's dtype in any case.
         residual: the blocks contain their skip connection: f(x) - x is their branch.
+        branches: the parts of each residual branch of a block, to make each a step of its own, such as
+            ``[["ln_1", "attn"], ["ln_2", "mlp"]]``; see `lightning_revlib.nn.branches.Branch`.
         grid_bits: make the stack exact: streams are rounded to multiples of 2^-grid_bits and backward
             rebuilds them, and with them the gradients, to the last bit. Between 8 and 16 is usual;
             streams must stay below 2^(24 - grid_bits). For additive, midpoint, leapfrog and bdia.
@@ -70,9 +73,10 @@ class CoupledSequential(nn.Sequential):
     """
 
     OPTIONS = (
-        "given", "split_dim", "couplings", "stream_dtype", "residual", "grid_bits", "ordinary", "treatments",
-        "context_fn", "on_drift", "drift_tolerance",
+        "given", "split_dim", "couplings", "stream_dtype", "residual", "branches", "grid_bits", "ordinary",
+        "treatments", "context_fn", "on_drift", "drift_tolerance",
     )  # fmt: skip
+    _step: type[Step] = Step
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
 
     def __init__(
@@ -84,6 +88,7 @@ class CoupledSequential(nn.Sequential):
         coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None,
         stream_dtype: torch.dtype | None = None,
         residual: bool = False,
+        branches: Sequence[BranchSpec] | None = None,
         grid_bits: int | None = None,
         ordinary: int = 0,
         store_last: int = 0,
@@ -105,6 +110,11 @@ class CoupledSequential(nn.Sequential):
         if not isinstance(ordinary, int) or not 0 <= ordinary < len(self):
             raise ValueError(f"ordinary={ordinary!r}: of {len(self)} blocks, 0 to {len(self) - 1} can be ordinary ones")
         self.ordinary = ordinary
+        self.branches = tuple(branches or ())
+        if branches is not None:
+            children = list(self._modules.items())[ordinary:]
+            named = {key: m for key, m in children if m is not None and not _is_invertible(m)}
+            check_branches(named, branches, residual)
         self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
         self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
         self.treatments = read_treatments(treatments, store_last, len(self))
@@ -186,7 +196,9 @@ class CoupledSequential(nn.Sequential):
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         if self.split_dim is None:
-            return self.couplings[(len(self) - self.ordinary - 1) % len(self.couplings)].finish(a, b)
+            return self.couplings[
+                ((len(self) - self.ordinary) * (len(self.branches) or 1) - 1) % len(self.couplings)
+            ].finish(a, b)
         return torch.cat((a, b), self.split_dim)
 
     def _steps(
@@ -202,12 +214,25 @@ class CoupledSequential(nn.Sequential):
             if index < self.ordinary:
                 continue
             call = _call_of(index, args, kwargs, layerwise)
-            coupling: Coupling
             if _is_invertible(module):
-                coupling = Invertible(module)
+                steps.append(Step(self, name, module, Invertible(module), dtype, call))
+                steps[-1].treatment = self.treatments[index]
             else:
-                coupling, blocks = self.couplings[blocks % len(self.couplings)], blocks + 1
-            steps.append(Step(self, name, module, coupling, dtype, call))
+                added = self._steps_of(index, blocks, name, module, dtype, call)
+                steps, blocks = steps + added, blocks + len(added)
+        return steps
+
+    def _steps_of(
+        self, index: int, first: int, name: str, module: nn.Module, dtype: torch.dtype, call: Call
+    ) -> list[Step]:
+        """The step of a block, or one for each of its branches; `first` is its number, which gives it its coupling."""
+        steps: list[Step] = []
+        branches: list[Branch | None] = [Branch(module, spec) for spec in self.branches]
+        for branch in branches or [None]:
+            key = name if branch is None else f"{name}.{branch.name}"
+            coupling = self.couplings[(first + len(steps)) % len(self.couplings)]
+            steps.append(self._step(self, key, module, coupling, dtype, call))
+            steps[-1].treatment, steps[-1].call = self.treatments[index], branch or module
         return steps
 
     def _begin(
@@ -278,8 +303,8 @@ class ReversibleSequential(Reversible, CoupledSequential):
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
         execution = Execution(self, compiler)
-        for step, treatment in zip(steps, self.treatments[self.ordinary :], strict=True):
-            a, b = execution.step(step, treatment, a, b)
+        for step in steps:
+            a, b = execution.step(step, step.treatment, a, b)
         if self.split_dim is None:
             y = self._join(*execution.close(a, b))
         else:

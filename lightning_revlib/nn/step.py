@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.couplings import Invertible
+from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.replay import version
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Branch: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
 class Step:
     """What a stack runs and the engine runs again. `extra` is what the block has returned besides its branch."""
 
-    __slots__ = ("args", "call", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack")
+    __slots__ = ("args", "call", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack", "treatment")
 
     def __init__(
         self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call
@@ -34,6 +35,7 @@ class Step:
         self.args, self.kwargs = call
         self.call: Callable[..., Any] = module
         self.extra: Any = None
+        self.treatment: Treatment = "reversible"
 
     @property
     def name(self) -> str:

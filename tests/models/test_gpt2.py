@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,3 +98,13 @@ def test_saved_pretrained_and_restored(tmp_path: Any) -> None:
     for name in ("swapped", "restored"):
         again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / name).eval()
         assert torch.equal(again(ids).logits, plain)
+
+
+def test_attention_and_feed_forward_as_steps_of_their_own() -> None:
+    branches = {"branches": [["ln_1", "attn"], ["ln_2", "mlp"]]}
+    family = replace(GPT2, options=branches)
+    check_gradients(family, "midpoint")
+    model, data = build(3).eval(), batch()
+    expected = model(**data).loss
+    revlib.swap(model, family.targets(coupling={"name": "momentum", "gamma": 0.0}))
+    assert torch.allclose(model(**data).loss, expected)

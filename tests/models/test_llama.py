@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+import lightning_revlib as revlib
 from tests.models.family import COUPLINGS, Family, check_gradients, check_memory, check_training
 
 transformers = pytest.importorskip("transformers")
@@ -42,3 +44,13 @@ def test_training_then_generation(tmp_path: Any) -> None:
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached = model.generate(prompt, use_cache=True, **settings)  # type: ignore[operator]
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))  # type: ignore[operator]
+
+
+def test_attention_and_feed_forward_as_steps_of_their_own() -> None:
+    branches = {"branches": [["input_layernorm", "self_attn"], ["post_attention_layernorm", "mlp"]]}
+    family = replace(LLAMA, options=branches)
+    check_gradients(family, "midpoint")
+    model, data = build(3).eval(), batch()
+    expected = model(**data).loss
+    revlib.swap(model, family.targets(coupling={"name": "momentum", "gamma": 0.0}))
+    assert torch.allclose(model(**data).loss, expected)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_revlib as revlib
+from tests.nn.test_modulelist import close, gradients, stored
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(hidden).chunk(3, -1)
+        weights = (q @ k.mT + (0 if mask is None else mask)).softmax(-1)
+        return self.out(weights @ v), weights
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(8), Attention(), nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask)[0]
+        return x + self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([Block() for _ in range(4)])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x, mask=mask)
+        return x.square().sum()
+
+
+def by_function(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return block.attention(block.norm1(x), mask)[0]
+
+
+COUPLINGS: list[Any] = ["additive", {"name": "momentum", "gamma": 0.8}, ["midpoint", "leapfrog"]]
+NAMES = [["norm1", "attention"], ["norm2", "mlp"]]
+
+
+@pytest.mark.parametrize("branches", [NAMES, [by_function, ["feed_forward"]]], ids=["names", "function, method"])
+@pytest.mark.parametrize(
+    "coupling", ["additive", {"name": "momentum", "gamma": 0.8}, ["midpoint", "leapfrog"]], ids=str
+)
+def test_branches_are_steps(coupling: Any, branches: Any) -> None:
+    model, args = Model().double(), (torch.randn(2, 5, 8).double(), torch.randn(5, 5).double())
+    revlib.swap(model, {"layers": {"coupling": coupling, "branches": branches}})
+    close(gradients(model, *args), gradients(stored(model), *args))
+    assert model.layers.drift is not None
+    revlib.restore(model)
+    stack = nn.Sequential(*model.layers)
+    revlib.swap(stack, {"": {"coupling": coupling, "branches": branches, "split_dim": None}})
+    y = stack(args[0], mask=args[1])
+    twin = copy.deepcopy(stack)
+    revlib.swap(twin, {"": {"store_last": 4}})
+    torch.manual_seed(1)
+    y = stack(args[0], mask=args[1]).square().sum()
+    torch.manual_seed(1)
+    z = twin(args[0], mask=args[1]).square().sum()
+    y.backward(), z.backward()
+    close([p.grad for p in stack.parameters()], [p.grad for p in twin.parameters()])  # type: ignore[misc]
+
+
+def test_without_coupling_they_are_the_block() -> None:
+    model = Model().double().eval()
+    x, mask = torch.randn(2, 5, 8).double(), torch.randn(5, 5).double()
+    expected = model(x, mask)
+    revlib.swap(model, {"layers": {"coupling": {"name": "momentum", "gamma": 0.0}, "branches": NAMES}})
+    assert torch.allclose(model(x, mask), expected, rtol=1e-12)
+
+
+def test_a_branch_needs_less_memory_than_a_block() -> None:
+    def peak(**options: Any) -> int:
+        model, x, mask = Model(), torch.randn(16, 5, 8), torch.zeros(5, 5)
+        revlib.swap(model, {"layers": {"coupling": "midpoint", **options}})
+        with revlib.MemoryMeter() as meter:
+            model(x, mask).backward()
+        return meter.peak
+
+    assert peak(branches=NAMES) < 0.8 * peak(residual=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"branches": NAMES, "residual": True}, "branches with residual=True"),
+        ({"branches": [["norm1", "atention"]]}, r"block 0 \(Block\) has no 'atention'; it has \['attention'\]"),
+        ({"branches": ["norm1", "attention"]}, "'norm1' is no list of names"),
+        ({"branches": []}, r"branches=\[\]: name the parts of each branch"),
+    ],
+)
+def test_wrong_branches(options: Any, message: str) -> None:
+    model = Model()
+    with pytest.raises(ValueError, match=f"target 'layers': .*{message}"):
+        revlib.swap(model, {"layers": options})
+    assert type(model.layers) is nn.ModuleList
