@@ -1,6 +1,6 @@
-"""`revlib train | eval | predict`, with Hydra overrides after the command.
+"""`revlib train | eval | predict | report`, with Hydra overrides after the command; `revlib list | copy`.
 
-The commands' work is in `lightning_revlib.recipes.run`; their configuration in `lightning_revlib.conf`.
+The commands' work is in `lightning_revlib.recipes`; their configuration in `lightning_revlib.conf`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ CONFIG = "pkg://lightning_revlib.conf"
 COMMANDS = {
     "train": ("train", "train a recipe, test its best checkpoint and print what was found"),
     "eval": ("evaluate", "test a checkpoint: revlib eval ckpt_path=..."),
-    "predict": ("predict", "draw images beside their reconstruction: revlib predict ckpt_path=..."),
+    "predict": ("predict", "run a checkpoint on held-out data and show what it makes: revlib predict ckpt_path=..."),
+    "report": ("report_memory", "draw the activation memory of a recipe against its depth"),
+}
+OTHERS = {
+    "list": ("show_list", "the recipes and experiments, with a line about each: revlib list [GROUP ...]"),
+    "copy": ("copy_out", "write a recipe's configuration and module out for editing: revlib copy NAME [FOLDER]"),
 }
 HELP = f"""\
 usage: revlib COMMAND [-m] [group=option] [key=value] ...
 
-{"".join(f"  {name:<9}{what}{chr(10)}" for name, (_, what) in COMMANDS.items())}
+{"".join(f"  {name:<9}{what}{chr(10)}" for name, (_, what) in (COMMANDS | OTHERS).items())}
   revlib train                                      i-RevNet on handwritten digits, the default
   revlib train depth=5 coupling=momentum            deeper, with another coupling
   revlib train coupling=momentum coupling.gamma=0.95
   revlib train strategy=auto                        ordinary autograd, to compare
   revlib train -m depth=2,3,4 seed=0,1              six runs, one after the other
+  revlib train -m launcher=joblib depth=2,3,4       or side by side
 
-`revlib COMMAND --help` lists groups, options and keys. HYDRA_FULL_ERROR=1 adds the traceback to errors."""
+`revlib COMMAND --help` lists groups, options and keys; eval "$(revlib -sc install=bash)" completes them by the tab
+key (zsh and fish likewise). HYDRA_FULL_ERROR=1 adds the traceback to errors."""
 
 
 class _Mistake(BaseException):
@@ -46,18 +53,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"revlib {__version__}")
         return 0
     command, *overrides = argv
+    if command in ("-sc", "--shell-completion"):
+        return _complete(argv)
+    if command in OTHERS:
+        from lightning_revlib.recipes import catalogue
+
+        try:
+            getattr(catalogue, OTHERS[command][0])(overrides)
+        except (ValueError, OSError) as error:
+            return _fail(str(error))
+        return 0
     if command not in COMMANDS:
-        return _fail(f"unknown command {command!r}{_near(command, COMMANDS)}; commands are {', '.join(COMMANDS)}")
+        known = [*COMMANDS, *OTHERS]
+        return _fail(f"unknown command {command!r}{_near(command, known)}; commands are {', '.join(known)}")
     from hydra.errors import HydraException
 
+    overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # Hydra takes it in front only
     try:
         _run(command, overrides)
     except _Mistake as mistake:
         return _fail(str(mistake))
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         if _full_error():
             raise
         return _fail(explain(error, command, overrides))
+    return 0
+
+
+def _complete(argv: Sequence[str]) -> int:
+    """Shell completion by Hydra, of the command in the line: the shell asks the program without one."""
+    command, line = "train", os.environ.get("COMP_LINE", "")
+    if "query=" in "".join(argv):
+        program, *words = line.split(maxsplit=2) or [""]
+        if not words or words[0] not in COMMANDS or line == f"{program} {words[0]}":
+            print(" ".join([*COMMANDS, *OTHERS]))
+            return 0
+        command, os.environ["COMP_LINE"] = words[0], f"{program} {words[1] if len(words) > 1 else ''}"
+    _run(command, argv)
     return 0
 
 
@@ -83,12 +115,14 @@ def _run(command: str, overrides: Sequence[str]) -> None:
                 raise
             raise _Mistake(explain(error, command, overrides)) from None
 
+    sys.path.append(here := os.getcwd())  # where `revlib copy` puts modules
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out of Hydra as they were raised
     sys.argv = [original[0], *overrides]
     try:
         hydra.main(config_path=CONFIG, config_name=command, version_base="1.3")(task)()
     finally:
         sys.argv = original
+        sys.path.remove(here)
         if not traceback:
             del os.environ["HYDRA_FULL_ERROR"]
 

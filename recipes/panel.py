@@ -26,15 +26,22 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def show_training(
-    metrics: Mapping[str, float], found: Report, drift: Any, seconds: float, logs: str, best: str | None
+    metrics: Mapping[str, float],
+    found: Report | None,
+    drift: Any,
+    seconds: float,
+    logs: str,
+    best: str | None,
+    *,
+    reversible: bool,
 ) -> None:
     """What `revlib train` reports. `found` is measured on one batch, with one forward and backward of each kind."""
     best = best and os.path.relpath(best)
+    none, unknown = "none: ordinary autograd rebuilds nothing", "not measured, without callbacks.drift"
     rows = [
         *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
-        ("activations held", _compare(found.held_before, found.held_after)),
-        ("peak in backward", _compare(found.peak_before, found.peak_after)),
-        ("drift", "none: ordinary autograd rebuilds nothing" if drift is None else f"{float(drift):.1e}, relative"),
+        *([] if found is None else _activations(found)),
+        ("drift", (unknown if reversible else none) if drift is None else f"{float(drift):.1e}, relative"),
         ("training", f"{seconds:.1f} s"),
         ("logs", os.path.relpath(logs)),
         ("best checkpoint", best or "none kept"),
@@ -54,5 +61,9 @@ def _format(name: str, value: float) -> str:
     return f"{value:.2%}" if name == "acc" else f"{value:.4g}"
 
 
-def _compare(before: int, after: int) -> str:
-    return f"{format_bytes(before)} by autograd, {format_bytes(after)} reversible: {before / after:.1f} x less"
+def _activations(found: Report) -> list[Row]:
+    held, peak = (found.held_before, found.held_after), (found.peak_before, found.peak_after)
+    return [
+        (name, f"{format_bytes(a)} by autograd, {format_bytes(b)} reversible: {a / b:.1f} x less")
+        for name, (a, b) in (("activations held", held), ("peak in backward", peak))
+    ]

@@ -18,10 +18,15 @@ from tests.recipes import standin
 
 ROOT = Path(conf.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
-COMMANDS = ["train", "eval", "predict"]
+COMMANDS = ["train", "eval", "predict", "report"]
 # callbacks and loggers are dictionaries of their own, and hydra and paths have one option each
 CHOICES = [f"{p.parent}={p.stem}" for p in FILES if p.parent.name not in ("", "hydra", "paths")]
 
+PLUGINS = {  # what a configuration needs that is not installed with the package
+    "launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
+    "launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hparams_search=optuna": "hydra_plugins.hydra_optuna_sweeper",
+}
 NEED_FOLDER = ("data=image_folder", "experiment=irevnet_imagenet")  # their classes are its folders
 
 
@@ -53,6 +58,8 @@ def test_commands_compose_and_resolve(command):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_option_composes_and_instantiates(choice, tmp_path):
+    if choice in PLUGINS:
+        pytest.importorskip(PLUGINS[choice])
     folder = [f"data.root={standin.images(tmp_path)}"] if choice in NEED_FOLDER else []
     cfg = configuration("train", choice, *["recipe.grid_bits=12"] * (choice == "coupling=bdia"), *folder)
     group = choice.split("=")[0]
@@ -73,7 +80,7 @@ def test_groups_are_those_documented():
     groups = {p.parent.name for p in FILES} - {""}
     assert groups == {
         "recipe", "data", "coupling", "scheduler", "strategy", "trainer", "callbacks", "logger", "experiment", "paths",
-        "hydra",
+        "hydra", "launcher", "hparams_search",
     }  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+"""`revlib report`: the activation memory of a recipe as it gets deeper, by three ways to execute it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from lightning_revlib.nn.report import report
+
+WAYS = ("plain", "checkpointed", "reversible")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one depth takes: by the way of execution, bytes held after forward and at the peak of backward."""
+
+    depth: Any
+    steps: int
+    held: Mapping[str, int]
+    peak: Mapping[str, int]
+
+
+def report_memory(cfg: DictConfig) -> None:
+    """Measure `cfg.recipe` at each of `cfg.depths` on a batch of zeros; print a table and draw it."""
+    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
+        raise ValueError(f"batch_size={cfg.batch_size}: pass a whole number of 1 or more")
+    depths = OmegaConf.to_container(cfg.depths) if OmegaConf.is_list(cfg.depths) else [cfg.depths]
+    if not isinstance(depths, list) or not depths:
+        raise ValueError(f"depths={cfg.depths}: give one depth or more, such as depths=[2,4,8]")
+    torch.manual_seed(cfg.seed)
+    data = instantiate(cfg.data) if "_target_" in cfg.get("data", {}) else None
+    arguments = getattr(data, "model_arguments", {})
+    points = []
+    for depth in depths:
+        with open_dict(cfg):
+            cfg.depth = depth
+        points.append(measure(instantiate(cfg.recipe, **arguments), depth, cfg.batch_size))
+    _print(points, cfg.batch_size)
+    path = draw(cfg.picture, points, f"{type_name(cfg)}, batch of {cfg.batch_size}")
+    print(f"picture: {os.path.relpath(path)}")
+
+
+def measure(module: Any, depth: Any, batch_size: int) -> Point:
+    """Run forward and backward of a recipe's module on its `example_input_array`, repeated to a batch."""
+    example = getattr(module, "example_input_array", None)
+    if example is None:
+        raise ValueError(
+            f"{type(module).__name__} has no example_input_array: set it in __init__ to an input of one sample"
+        )
+    inputs = example.expand(batch_size, *example.shape[1:])
+    found = report(module, inputs)
+    steps = sum(count for _, count, _ in found.stacks)
+    kept = {path: {"treatments": ["checkpoint"] * count} for path, count, _ in found.stacks}
+    checkpointed = report(module, inputs, targets=kept)
+    return Point(
+        depth,
+        steps,
+        dict(zip(WAYS, (found.held_before, checkpointed.held_after, found.held_after), strict=True)),
+        dict(zip(WAYS, (found.peak_before, checkpointed.peak_after, found.peak_after), strict=True)),
+    )
+
+
+def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
+    """Write a PNG: bytes held after forward beside the peak in backward, against the number of steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axis, what, values in zip(
+        figure.subplots(1, 2), ("held after forward", "peak in backward"), ("held", "peak"), strict=True
+    ):
+        for way in WAYS:
+            sizes = [getattr(point, values)[way] / 2**20 for point in points]
+            axis.plot([point.steps for point in points], sizes, marker="o", label=way)
+        axis.set(xlabel="reversible steps", ylabel="activations, MiB", title=what, ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def type_name(cfg: DictConfig) -> str:
+    return str(cfg.recipe["_target_"]).rpartition(".")[2].removesuffix("Module")
+
+
+def _print(points: Sequence[Point], batch_size: int) -> None:
+    largest = max(max(point.peak.values()) for point in points)
+    unit, size = ("MiB", 2**20) if largest >= 10 * 2**20 else ("KiB", 2**10)
+    table = Table(title=f"{unit} of activations held / peak in backward, batch of {batch_size}", title_justify="left")
+    for column in ("depth", "steps", *WAYS):
+        table.add_column(column, justify="left" if column == "depth" else "right")
+    for p in points:
+        cells = [f"{p.held[way] / size:,.1f} / {p.peak[way] / size:,.1f}" for way in WAYS]
+        table.add_row(str(p.depth), str(p.steps), *cells)
+    Console().print(table)

@@ -1,0 +1,51 @@
+"""`revlib report`: memory against depth."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_revlib.cli import main
+from lightning_revlib.recipes.growth import measure
+from lightning_revlib.recipes.irevnet import IRevNetModule
+
+SMALL = {"shape": (1, 8, 8), "channels": (16, 64), "strides": (1, 2), "initial_psi": 2}
+
+
+def test_reversible_memory_does_not_grow_with_depth_and_the_others_does():
+    points = [measure(IRevNetModule(**SMALL, depth=depth), depth, 4) for depth in (2, 4, 6)]
+    assert [point.steps for point in points] == [5, 9, 13]
+    assert len({point.held["reversible"] for point in points}) == 1
+    for way in ("plain", "checkpointed"):
+        one, two, three = (point.held[way] for point in points)
+        assert two - one == three - two > 0
+    assert all(p.held["plain"] > p.held["checkpointed"] > p.held["reversible"] for p in points)
+
+
+@pytest.mark.parametrize("recipe", ["irevnet", "momentumnet"])
+def test_report_prints_a_table_and_draws_it(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", f"recipe={recipe}", "depths=[2,3]", "batch_size=2", "picture=deep/memory.png"]) == 0
+    out = capsys.readouterr().out
+    assert "checkpointed" in out and "picture: deep/memory.png" in out
+    assert (tmp_path / "deep/memory.png").stat().st_size > 10_000
+
+
+def test_the_published_networks_are_measured_without_their_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["experiment=irevnet_imagenet", "~data", "depths=[1,[2,1,1,1]]", "batch_size=1"]
+    assert main(["report", *arguments, "+recipe.shape=[3,64,64]", "+recipe.classes=5"]) == 0
+    assert "[2, 1, 1, 1]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("depths=0", "depth=[0, 0]: each stage needs a block"),
+        ("depths=[]", "depths=[]: give one depth or more"),
+        ("batch_size=no", "batch_size=no: pass a whole number"),
+    ],
+)
+def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", argv]) == 1
+    assert message in capsys.readouterr().err
