@@ -24,7 +24,7 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
     figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (metric, stages) in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True):
-        for stage, points in stages.items():
+        for stage, points in sorted(stages.items(), key=lambda item: STAGES.index(item[0])):
             axis.plot(*zip(*points, strict=True), label=stage, marker="o" if len(points) == 1 else None)
         axis.set(xlabel="epoch", title=metric)
         axis.grid(alpha=0.3)

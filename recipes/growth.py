@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from lightning_revlib.nn.report import report
+from lightning_revlib.nn import MemoryMeter, restore, swap
 
 WAYS = ("plain", "checkpointed", "reversible")
+Bytes: TypeAlias = dict[str, tuple[int, int]]  # by way of execution: held after forward, peak in backward
 
 
-@dataclass(frozen=True)
-class Point:
-    """What one depth takes: by the way of execution, bytes held after forward and at the peak of backward."""
+class Point(NamedTuple):
+    """What one depth takes."""
 
     depth: Any
     steps: int
-    held: Mapping[str, int]
-    peak: Mapping[str, int]
+    bytes: Bytes
 
 
 def report_memory(cfg: DictConfig) -> None:
@@ -56,17 +55,37 @@ def measure(module: Any, depth: Any, batch_size: int) -> Point:
         raise ValueError(
             f"{type(module).__name__} has no example_input_array: set it in __init__ to an input of one sample"
         )
-    inputs = example.expand(batch_size, *example.shape[1:])
-    found = report(module, inputs)
-    steps = sum(count for _, count, _ in found.stacks)
-    kept = {path: {"treatments": ["checkpoint"] * count} for path, count, _ in found.stacks}
-    checkpointed = report(module, inputs, targets=kept)
-    return Point(
-        depth,
-        steps,
-        dict(zip(WAYS, (found.held_before, checkpointed.held_after, found.held_after), strict=True)),
-        dict(zip(WAYS, (found.peak_before, checkpointed.peak_after, found.peak_after), strict=True)),
-    )
+    found = activations(module, example.expand(batch_size, *example.shape[1:]))
+    return Point(depth, sum(len(module.get_submodule(path)) for path in swap(module)), found)
+
+
+def activations(module: nn.Module, inputs: Any, ways: Sequence[str] = WAYS) -> Bytes:
+    """The bytes of one forward and backward, inputs, parameters and their gradients left out.
+
+    It leaves the module in ordinary execution, with gradients and running statistics that mean nothing.
+    Raises ValueError if it has no stack.
+    """
+    restore(module)
+    counts = {path: len(module.get_submodule(path)) for path in swap(module)}  # type: ignore[arg-type]
+    restore(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    found = {}
+    for way in ways:
+        if way == "checkpointed":
+            swap(module, {path: {"treatments": ["checkpoint"] * count} for path, count in counts.items()})
+        elif way == "reversible":
+            swap(module)
+        with torch.enable_grad(), MemoryMeter() as meter:
+            output = module(inputs)
+            held = meter.live
+            gradient = torch.ones_like(output)
+            meter.reset_peak()
+            output.backward(gradient)
+        found[way] = held, meter.peak
+        del output, gradient
+        restore(module)
+    return found
 
 
 def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
@@ -77,11 +96,11 @@ def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for axis, what, values in zip(
-        figure.subplots(1, 2), ("held after forward", "peak in backward"), ("held", "peak"), strict=True
+    for axis, what, index in zip(
+        figure.subplots(1, 2), ("held after forward", "peak in backward"), (0, 1), strict=True
     ):
         for way in WAYS:
-            sizes = [getattr(point, values)[way] / 2**20 for point in points]
+            sizes = [point.bytes[way][index] / 2**20 for point in points]
             axis.plot([point.steps for point in points], sizes, marker="o", label=way)
         axis.set(xlabel="reversible steps", ylabel="activations, MiB", title=what, ylim=(0, None))
         axis.grid(alpha=0.3)
@@ -97,12 +116,12 @@ def type_name(cfg: DictConfig) -> str:
 
 
 def _print(points: Sequence[Point], batch_size: int) -> None:
-    largest = max(max(point.peak.values()) for point in points)
+    largest = max(peak for point in points for _, peak in point.bytes.values())
     unit, size = ("MiB", 2**20) if largest >= 10 * 2**20 else ("KiB", 2**10)
     table = Table(title=f"{unit} of activations held / peak in backward, batch of {batch_size}", title_justify="left")
     for column in ("depth", "steps", *WAYS):
         table.add_column(column, justify="left" if column == "depth" else "right")
     for p in points:
-        cells = [f"{p.held[way] / size:,.1f} / {p.peak[way] / size:,.1f}" for way in WAYS]
+        cells = [" / ".join(f"{count / size:,.1f}" for count in p.bytes[way]) for way in WAYS]
         table.add_row(str(p.depth), str(p.steps), *cells)
     Console().print(table)

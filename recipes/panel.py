@@ -11,7 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lightning_revlib.nn.report import Report, format_bytes
+from lightning_revlib.nn.report import format_bytes
+from lightning_revlib.recipes.growth import Bytes
 
 Row: TypeAlias = tuple[str, str]
 NAMES = {"acc": "accuracy", "bpb": "bits per byte"}
@@ -27,7 +28,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 def show_training(
     metrics: Mapping[str, float],
-    found: Report | None,
+    found: Bytes | None,
     drift: Any,
     seconds: float,
     logs: str,
@@ -61,9 +62,9 @@ def _format(name: str, value: float) -> str:
     return f"{value:.2%}" if name == "acc" else f"{value:.4g}"
 
 
-def _activations(found: Report) -> list[Row]:
-    held, peak = (found.held_before, found.held_after), (found.peak_before, found.peak_after)
+def _activations(found: Bytes) -> list[Row]:
+    pairs = zip(found["plain"], found["reversible"], strict=True)
     return [
         (name, f"{format_bytes(a)} by autograd, {format_bytes(b)} reversible: {a / b:.1f} x less")
-        for name, (a, b) in (("activations held", held), ("peak in backward", peak))
+        for name, (a, b) in zip(("activations held", "peak in backward"), pairs, strict=True)
     ]

@@ -16,10 +16,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_revlib.nn.report import report
 from lightning_revlib.nn.swap import find, stacks
 from lightning_revlib.recipes.checkpoint import SignCheckpoint, load_data, load_module, read, same_architecture
 from lightning_revlib.recipes.curves import draw_curves
+from lightning_revlib.recipes.growth import activations
 from lightning_revlib.recipes.growth import report_memory as report_memory
 from lightning_revlib.recipes.panel import show, show_training
 
@@ -48,8 +48,10 @@ def train(cfg: DictConfig) -> float:
     options: Any = {"datamodule": data, "ckpt_path": best, "verbose": False, "weights_only": True}
     metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
     if trainer.is_global_zero:
-        found = report(module.train(), _inputs(data, module)) if find(module) else None
         folder, reversible = cfg.paths.output_dir, bool(stacks(module))
+        found = None
+        if trainer.world_size == 1 and find(module):  # one process of several cannot run a model that is shared out
+            found = activations(module.train(), _inputs(data, module), ("plain", "reversible"))
         show_training(metrics, found, drift, seconds, folder, best, reversible=reversible)
         draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:

@@ -136,7 +136,7 @@ def test_what_cannot_be_converted():
         ({"velocity": "zero"}, "velocity='zero' is neither null, for zero, nor 'learned'"),
         ({"velocity": "learned", "coupling": "additive"}, "only coupling=momentum with split_dim=null"),
         ({"velocity": "learned", "split_dim": 1}, "only coupling=momentum with split_dim=null"),
-        ({"coupling": {"name": "momentum", "gamma": 0}}, "gamma=0"),
+        ({"coupling": {"name": "momentum", "gamma": 1.5}}, "gamma=1.5"),
         ({"grid_bits": 12}, "grid_bits=12: momentum cannot be exact"),
     ],
     ids=str,
