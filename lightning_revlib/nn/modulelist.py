@@ -15,9 +15,9 @@ import inspect
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,31 +38,17 @@ class _LayerStep(Step):
         return rest_of(out)[0], with_first(out, None)
 
 
-class ReversibleModuleList(Reversible, nn.ModuleList):
-    """An `nn.ModuleList` whose layers run reversibly when its model calls them in their order.
+class Layerwise(Reversible):
+    """A container whose layers are stood in for; see `ReversibleModuleList`."""
 
-    >>> layers = ReversibleModuleList([nn.Linear(8, 8) for _ in range(64)], coupling="midpoint")
-    >>> x = torch.randn(4, 8)
-    >>> for layer in layers:
-    ...     x = layer(x)
-    >>> x.sum().backward()
+    if TYPE_CHECKING:  # of the containers
+        training: bool
 
-    The model must call each layer once, in order, with what the one before returned. Gradients are
-    those of the same loop by ordinary autograd, which is what runs with all layers stored,
-    ``store_last=len(layers)``, and where gradients are off. `swap` makes one of an nn.ModuleList,
-    `restore` an nn.ModuleList of it. Not for models that read the hidden states between the layers.
+        def __len__(self) -> int: ...
+        def __iter__(self) -> Iterator[nn.Module]: ...
+        def __getitem__(self, index: Any) -> Any: ...
 
-    Args:
-        modules: the layers. The first argument of each is the stream, of unchanging shape; what it
-            returns is the stream, or a tuple, dict or dataclass that begins with it.
-        **options: of `CoupledSequential`; `split_dim` is None, and `residual=True` keeps the skip
-            connection which layers of existing models contain.
-
-    Raises:
-        ValueError, TypeError: for wrong options; when layers are called, for another order, another
-            input, or a layer that changes the stream's shape. Errors name the layer by its path.
-    """
-
+    _modules: dict[str, Any]
     OPTIONS = (*CoupledSequential.OPTIONS, "_runs")
     _step: type[Step] = _LayerStep
     path = "layers"
@@ -71,15 +57,11 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
     ordinary: int
     branches: tuple[BranchSpec, ...]
 
-    def __init__(self, modules: Iterable[nn.Module] = (), **options: Any) -> None:
-        super().__init__(modules)
-        self.set_options(options)
-
     def set_options(self, options: Mapping[str, Any]) -> None:
         """Take the options and stand in for the layers; ValueError or TypeError before anything has changed."""
         if options.get("split_dim") is not None:
             raise ValueError(
-                f"split_dim={options['split_dim']!r}: the layers of a ModuleList see the whole stream; leave it out"
+                f"split_dim={options['split_dim']!r}: layers that their model calls see the whole stream; leave it out"
             )
         template = CoupledSequential(OrderedDict(self._modules), **{**options, "split_dim": None})
         self.__dict__.update({name: template.__dict__[name] for name in CoupledSequential.OPTIONS})
@@ -97,9 +79,6 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
                 if stand_in.inner is not None:
                     layer.forward = stand_in.inner
 
-    def __getitem__(self, index: Any) -> Any:
-        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runs": {}}
 
@@ -116,8 +95,8 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
             run = self._go_on(run, layer.module, x) or self._begin(layer.module, x, (args, kwargs), compiler)
             if run.execution is not None:
                 args, kwargs = _without_cache((args, kwargs), self.path)
-            first = (run.index - self.ordinary) * (len(self.branches) or 1)
-            steps = self._steps_of(run.index, first, str(run.index), layer.module, x.dtype, (args, kwargs))  # type: ignore[misc]
+            key, first = list(self._modules)[run.index], (run.index - self.ordinary) * (len(self.branches) or 1)
+            steps = self._steps_of(run.index, first, key, layer.module, x.dtype, (args, kwargs))  # type: ignore[misc]
             if not self.branches:
                 steps[0].call = layer.original()
             out = self._advance(run, steps, compiler)
@@ -187,10 +166,54 @@ class ReversibleModuleList(Reversible, nn.ModuleList):
         return run
 
     def _name(self, layer: nn.Module) -> str:
-        index = next(i for i, m in enumerate(self) if m is layer)
-        return f"{self.path}.{index} ({type(layer).__name__})"
+        key = next(key for key, m in self._modules.items() if m is layer)
+        return f"{self.path}.{key} ({type(layer).__name__})"
 
     _split, _join, _steps_of = CoupledSequential._split, CoupledSequential._join, CoupledSequential._steps_of
+
+
+class ReversibleModuleList(Layerwise, nn.ModuleList):
+    """An `nn.ModuleList` whose layers run reversibly when its model calls them in their order.
+
+    >>> layers = ReversibleModuleList([nn.Linear(8, 8) for _ in range(64)], coupling="midpoint")
+    >>> x = torch.randn(4, 8)
+    >>> for layer in layers:
+    ...     x = layer(x)
+    >>> x.sum().backward()
+
+    The model must call each layer once, in order, with what the one before returned. Gradients are
+    those of the same loop by ordinary autograd, which is what runs with all layers stored,
+    ``store_last=len(layers)``, and where gradients are off. `swap` makes one of an nn.ModuleList,
+    `restore` an nn.ModuleList of it. Not for models that read the hidden states between the layers.
+
+    Args:
+        modules: the layers. The first argument of each is the stream, of unchanging shape; what it
+            returns is the stream, or a tuple, dict or dataclass that begins with it.
+        **options: of `CoupledSequential`; `split_dim` is None, and `residual=True` keeps the skip
+            connection which layers of existing models contain.
+
+    Raises:
+        ValueError, TypeError: for wrong options; when layers are called, for another order, another
+            input, or a layer that changes the stream's shape. Errors name the layer by its path.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = (), **options: Any) -> None:
+        super().__init__(modules)
+        self.set_options(options)
+
+    def __getitem__(self, index: Any) -> Any:
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+
+class IteratedSequential(Layerwise, nn.Sequential):
+    """The same for an `nn.Sequential` whose blocks are called one by one: by `swap` with ``iterated=True``."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return (
+            nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+            if isinstance(index, slice)
+            else (super().__getitem__(index))
+        )
 
 
 ORDER = (
@@ -202,7 +225,7 @@ ORDER = (
 class Layer:
     """Stands in for the forward of one layer: an attribute of the object, so that its class and its hooks stay."""
 
-    def __init__(self, owner: ReversibleModuleList, module: nn.Module) -> None:
+    def __init__(self, owner: Layerwise, module: nn.Module) -> None:
         self.owner, self.module = owner, module
         self.inner: Any = module.__dict__.get("forward")  # another's stand-in
 

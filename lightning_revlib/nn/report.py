@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_revlib.nn.drift import expected_drift
 from lightning_revlib.nn.meter import MemoryMeter
-from lightning_revlib.nn.modulelist import ReversibleModuleList
+from lightning_revlib.nn.modulelist import Layerwise
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.survey import survey
+from lightning_revlib.nn.survey import TOLERANCE, steadier, survey
 from lightning_revlib.nn.swap import Match, Targets, find, put_back, record, swap
 
 Figures: TypeAlias = tuple[int, int, int]
@@ -120,7 +120,10 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None, **kwa
     stacks: list[Stack] = []
     for path, _, options in find(model, targets):
         try:
-            stacks.append(call.alone(path, {path: options}, outputs))
+            stack = call.alone(path, {path: options}, outputs)
+            while not given and (stack.drift or 0) > TOLERANCE and (options := steadier(options)):
+                stack, targets = call.alone(path, {path: options}, outputs), {**(targets or {}), path: options}
+            stacks.append(stack)
         except (ValueError, TypeError, RuntimeError) as error:
             if given:
                 raise
@@ -204,7 +207,7 @@ def _store(found: list[Match]) -> None:
     for _, module, _ in found:
         if isinstance(module, ReversibleSequential):
             module.__class__ = CoupledSequential  # type: ignore[assignment]
-        elif isinstance(module, ReversibleModuleList):
+        elif isinstance(module, Layerwise):
             module.treatments = tuple("store" for _ in module)
 
 

@@ -17,6 +17,7 @@ from lightning_revlib.nn.modulelist import same_memory
 from lightning_revlib.nn.step import rest_of
 from lightning_revlib.nn.swap import PLAIN
 
+TOLERANCE = 1e-3
 GAMMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
@@ -33,19 +34,21 @@ class _Seen:
     calls: list[int] = field(default_factory=list)
     shapes: list[tuple[Any, Any]] = field(default_factory=list)
     chained: list[bool] = field(default_factory=list)
+    whole: int = 0  # calls of the container itself
     last: Any = None
 
 
-def survey(model: nn.Module, run: Callable[[], Any], tolerance: float = 1e-3) -> Survey:
+def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
     """Watch `run()`, a forward of the model, and propose options for the containers that a swap fits.
 
     A residual network's function is least changed by momentum with a small gamma: the smallest is
-    taken whose expected drift in float32 stays below `tolerance`.
+    taken whose expected drift in float32 stays below `TOLERANCE`.
     """
     containers = {path: m for path, m in model.named_modules() if isinstance(m, PLAIN) and len(m) > 1}
     seen = {path: _Seen() for path in containers}
     with ExitStack() as stack, torch.no_grad():
         for path, container in containers.items():
+            stack.callback(container.register_forward_hook(partial(_count, seen[path])).remove)
             for index, child in enumerate(container):
                 hook = child.register_forward_hook(partial(_watch, seen[path], index), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -60,14 +63,20 @@ def survey(model: nn.Module, run: Callable[[], Any], tolerance: float = 1e-3) ->
             others[path] = reason
         elif any(p.requires_grad for p in container.parameters()):
             steps = len(container) - ordinary
-            gamma = next((g for g in GAMMAS if expected_drift(Momentum(g), steps, torch.float32) < tolerance), 0.99)
+            gamma = next((g for g in GAMMAS if expected_drift(Momentum(g), steps, torch.float32) < TOLERANCE), 0.99)
             options: dict[str, Any] = {"coupling": {"name": "momentum", "gamma": gamma}, "residual": True}
             if isinstance(container, nn.Sequential):
-                options["split_dim"] = None
+                options |= {"split_dim": None} if seen[path].whole else {"iterated": True}
             if ordinary:
                 options["ordinary"] = ordinary
             targets[path] = options
     return Survey(targets, others)
+
+
+def steadier(options: Any) -> dict[str, Any] | None:
+    """The options with the next larger gamma, for blocks that amplify errors; None if there is none."""
+    larger = [gamma for gamma in GAMMAS if gamma > options["coupling"]["gamma"]]
+    return {**options, "coupling": {"name": "momentum", "gamma": larger[0]}} if larger else None
 
 
 def _watch(seen: _Seen, index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -77,6 +86,10 @@ def _watch(seen: _Seen, index: int, module: nn.Module, args: Any, kwargs: Any, o
     seen.calls.append(index)
     seen.shapes.append((_shape(x), _shape(y)))
     seen.last = y
+
+
+def _count(seen: _Seen, *args: Any) -> None:
+    seen.whole += 1
 
 
 def _judge(path: str, container: nn.Module, seen: _Seen) -> tuple[int, str]:

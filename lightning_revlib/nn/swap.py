@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_revlib.nn.execution import Reversible
-from lightning_revlib.nn.modulelist import ReversibleModuleList
+from lightning_revlib.nn.modulelist import IteratedSequential, Layerwise, ReversibleModuleList
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 
-COUPLED = (CoupledSequential, ReversibleModuleList)
+COUPLED: tuple[Any, ...] = (CoupledSequential, Layerwise)
 PLAIN = (nn.Sequential, nn.ModuleList)
 SWAPPABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: ReversibleSequential,
@@ -27,6 +27,7 @@ SWAPPABLE: dict[type[nn.Module], type[nn.Module]] = {
     CoupledSequential: ReversibleSequential,
     ReversibleSequential: ReversibleSequential,
     ReversibleModuleList: ReversibleModuleList,
+    IteratedSequential: IteratedSequential,
 }
 Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
 Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
@@ -46,7 +47,8 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     Args:
         model: any module; the path "" is the model itself.
         targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
-            `CoupledSequential`, or None for none. Without, every CoupledSequential.
+            `CoupledSequential`, or None for none. Without, every CoupledSequential. ``iterated=True`` is
+            for an nn.Sequential whose blocks the model calls one by one.
         strict: a target that matches nothing is an error; else it is passed over.
 
     Raises:
@@ -73,7 +75,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
 def record(found: list[Match]) -> list[Record]:
     """All that swapping changes of modules, for `put_back`."""
     modules = [module for _, module, _ in found]
-    layers = [layer for module in modules if isinstance(module, nn.ModuleList) for layer in module]
+    layers = [layer for module in modules for layer in module.children()]
     return [(module, module.__class__, dict(module.__dict__)) for module in (*modules, *layers)]
 
 
@@ -92,13 +94,13 @@ def restore(model: nn.Module) -> list[str]:
     """
     restored = stacks(model)
     for module in restored.values():
-        if isinstance(module, ReversibleModuleList):
+        if isinstance(module, Layerwise):
             if "_swapped_from" not in module.__dict__:
                 module.treatments = tuple("store" for _ in module)
                 continue
             module.release()
         original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
-        for name in (*ReversibleModuleList.OPTIONS, "path", "_drift", "_draws"):
+        for name in (*Layerwise.OPTIONS, "path", "_drift", "_draws"):
             module.__dict__.pop(name, None)
         module.__class__, options = original
         module.__dict__.update(options)
@@ -149,6 +151,8 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
             " target is an nn.Sequential, an nn.ModuleList or a CoupledSequential itself"
         )
     reversible = SWAPPABLE.get(original, original)  # a subclass is such by `fully_shard`
+    if original is nn.Sequential and options and options.get("iterated"):
+        reversible, options = IteratedSequential, {key: value for key, value in options.items() if key != "iterated"}
     if original is not reversible:
         swapped_from = original, options_of(module)
         module.__class__ = reversible
@@ -156,7 +160,7 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
     if options is not None or original in PLAIN:
         merged = _merge(module.__dict__.get("given", {}), options or {})
         try:
-            if isinstance(module, ReversibleModuleList):
+            if isinstance(module, Layerwise):
                 module.set_options(merged)
             else:
                 template = CoupledSequential(OrderedDict(module._modules), **merged)  # type: ignore[arg-type]

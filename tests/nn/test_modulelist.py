@@ -393,7 +393,7 @@ def test_layers_that_change_the_shape() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split_dim": 1}, "target 'layers': split_dim=1: the layers of a ModuleList see the whole stream"),
+        ({"split_dim": 1}, "target 'layers': split_dim=1: layers that their model calls see the whole stream"),
         ({"ordinary": 5}, "target 'layers': ordinary=5: of 5 blocks, 0 to 4"),
         ({"coupling": "bdia"}, "target 'layers': coupling 'bdia' works on the exact grid only"),
     ],
@@ -453,3 +453,20 @@ def test_torch_func_is_refused_with_the_way_out() -> None:
     revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
     with pytest.raises(RuntimeError, match=r"restore\(model\) makes them ordinary"):
         torch.func.grad(model)(torch.randn(2, 6))
+
+
+def test_a_sequential_whose_blocks_are_called_one_by_one() -> None:
+    model = Model(dropout=0.1).double()
+    model.layers = nn.Sequential(OrderedDict((f"block{i}", layer) for i, layer in enumerate(model.layers)))  # type: ignore[assignment]
+    x, keys = torch.randn(3, 6).double(), list(model.state_dict())
+    report = revlib.report(model, x)
+    assert report.targets == {
+        "layers": {"coupling": {"name": "momentum", "gamma": 0.2}, "residual": True, "iterated": True}
+    }
+    assert report.held_after < report.held_before
+    revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True, "iterated": True}})
+    close(gradients(model, x), gradients(stored(model), x))
+    assert model.layers.drift is not None and list(model.state_dict()) == keys and len(model.layers[1:]) == 4
+    with pytest.raises(ValueError, match=r"layers\.block2 \(Layer\) was called before layers\.block0"):
+        model.layers.block2(x)
+    assert revlib.restore(model) == ["layers"] and type(model.layers) is nn.Sequential
