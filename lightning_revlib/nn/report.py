@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +17,7 @@ from lightning_revlib.nn.modulelist import Layerwise
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.survey import TOLERANCE, steadier, survey
 from lightning_revlib.nn.swap import Match, Targets, find, put_back, record, swap
+from lightning_revlib.nn.untouched import untouched
 
 Figures: TypeAlias = tuple[int, int, int]
 
@@ -152,13 +150,13 @@ class _Call:
         return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
 
     def watched(self) -> None:
-        with _untouched(self.model):
+        with untouched(self.model):
             self.run()
 
     def evaluate(self) -> list[Tensor]:
         training = [(m, m.training) for m in self.model.modules()]
         try:
-            with _untouched(self.model), torch.no_grad():
+            with untouched(self.model), torch.no_grad():
                 self.model.eval()
                 return [y.clone() for y in self.run()]
         finally:
@@ -220,7 +218,7 @@ def _distance(xs: list[Tensor], ys: list[Tensor]) -> float:
 def _measure(call: _Call) -> Figures:
     """Bytes held after forward, peak bytes in backward, FLOPs."""
     model = call.model
-    with _untouched(model), torch.enable_grad(), MemoryMeter() as meter:
+    with untouched(model), torch.enable_grad(), MemoryMeter() as meter:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         before = meter.live
@@ -233,28 +231,10 @@ def _measure(call: _Call) -> Figures:
         torch.autograd.backward(outputs, grads)
         peak = meter.peak - before
     # A run of its own: the counter's hooks keep tensors alive.
-    with _untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as flops:
+    with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as flops:
         outputs = [y for y in call.run() if y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     return held, peak, flops.get_total_flops()
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    with torch.random.fork_rng():
-        try:
-            for p, _ in grads:
-                p.grad = None
-            for m, name, b in buffers:
-                m._buffers[name] = copy.deepcopy(b)
-            yield
-        finally:
-            for p, grad in grads:
-                p.grad = grad
-            for m, name, b in buffers:
-                m._buffers[name] = b
 
 
 def format_bytes(count: int) -> str:

@@ -13,11 +13,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn.execution import Reversible
 from lightning_revlib.nn.modulelist import IteratedSequential, Layerwise, ReversibleModuleList
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn.untouched import untouched
 
 COUPLED: tuple[Any, ...] = (CoupledSequential, Layerwise)
 PLAIN = (nn.Sequential, nn.ModuleList)
@@ -34,7 +37,7 @@ Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
 Record: TypeAlias = tuple[nn.Module, type[nn.Module], dict[str, Any]]
 
 
-def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[str]:
+def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = True, inputs: Any = None) -> list[str]:
     """Make stacks of `model` reversible, in place, and return their paths.
 
     >>> swap(model)                                                     # every CoupledSequential
@@ -50,10 +53,15 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
             `CoupledSequential`, or None for none. Without, every CoupledSequential. ``iterated=True`` is
             for an nn.Sequential whose blocks the model calls one by one.
         strict: a target that matches nothing is an error; else it is passed over.
+        inputs: of the model, to try the swap with: a mapping for arguments by name, a tuple for more
+            than one. What cannot run forward and backward reversibly is then an error at once. Without,
+            it is one in the first run.
 
     Raises:
         ValueError: for a target that matches nothing, an invalid option, or nothing to swap at all.
         TypeError: for a target that is no container of blocks.
+        ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, layers called
+            out of order or twice, hidden states that are read in between.
         In either case `model` is left as it was.
     """
     found = find(model, targets, strict=strict)
@@ -66,10 +74,22 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     try:
         for path, module, options in found:
             _swap_one(path, module, options)
+        if inputs is not None:
+            _try(model, inputs)
     except Exception:
         put_back(before)
         raise
     return [path for path, _, _ in found]
+
+
+def _try(model: nn.Module, inputs: Any) -> None:
+    with untouched(model), torch.enable_grad():
+        if isinstance(inputs, Mapping):
+            out = model(**inputs)
+        else:
+            out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        outputs = [y for y in tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
 def record(found: list[Match]) -> list[Record]:

@@ -151,3 +151,51 @@ def test_errors_in_a_run_name_the_path_in_the_model() -> None:
     revlib.swap(model)
     with pytest.raises(ValueError, match=r"first\.1 \(Linear\) returned shape \[2, 3\]"):
         model.first(torch.randn(2, 8))
+
+
+class Block(nn.Module):
+    def __init__(self, i: int = 4, o: int = 4) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(i, o), nn.BatchNorm1d(o)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x))
+
+
+class Reading(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.layers = nn.ModuleList([Block(), Block(4, 6 if how == "shape" else 4), Block(6 if how == "shape" else 4)])
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        states = []
+        for layer in self.layers:
+            x = layer(layer(x)) if self.how == "twice" else layer(x)
+            states.append(x)
+        return (sum(states) if self.how == "pyramid" else x) * scale  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("shape", r"layers\.1 \(Block\) returned shape \[5, 6\]; for a stream of shape \[5, 4\]"),
+        ("twice", r"layers\.0 \(Block\) was called a second time"),
+        ("pyramid", r"what layers\.1 \(Block\) returned is also used by something else than the next layer"),
+    ],
+)
+def test_a_swap_that_is_tried_and_fails_leaves_the_model_untouched(how: str, message: str) -> None:
+    model, x = Reading(how), torch.randn(5, 4)
+    before, state, generator = snapshot(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        revlib.swap(model, {"layers": {"coupling": "midpoint"}}, inputs=x)
+    assert snapshot(model) == before and not any("forward" in layer.__dict__ for layer in model.layers)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(generator, torch.get_rng_state())
+
+
+def test_a_swap_that_is_tried_and_works() -> None:
+    for inputs in (torch.randn(5, 4), (torch.randn(5, 4), 2.0), {"x": torch.randn(5, 4)}):
+        model = Reading("")
+        assert revlib.swap(model, {"layers": {"coupling": "midpoint"}}, inputs=inputs) == ["layers"]
+        assert model.layers[0].norm.num_batches_tracked == 0  # type: ignore[union-attr]
