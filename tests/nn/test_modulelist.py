@@ -317,9 +317,11 @@ class Order(Model):
     ("order", "message"),
     [
         ((0, 1, 1, 2, 3, 4), r"layers\.1 \(Layer\) was called a second time, after layers\.1 \(Layer\)"),
+        ((0, 0, 1, 2, 3, 4), r"layers\.0 \(Layer\) was called a second time, after layers\.0 \(Layer\)"),
         ((0, 2, 3, 4), r"layers\.2 \(Layer\) was called where layers\.1 \(Layer\) was due, after layers\.0"),
         ((1, 0, 2, 3, 4), r"layers\.1 \(Layer\) was called before layers\.0 \(Layer\)"),
-        ((0, 1, 0, 1, 2, 3, 4, 2), r"layers\.2 \(Layer\) was called before layers\.0"),
+        ((0, 1, 0, 1, 2, 3, 4), r"layers\.0 \(Layer\) was called where layers\.2 \(Layer\) was due, after layers\.1"),
+        ((0, 1, 2, 3, 4, 2), r"layers\.2 \(Layer\) was called before layers\.0"),
         ((0, lambda x: x + 1, 1, 2, 3, 4), r"layers\.1 .* with something else than what layers\.0 .* had returned"),
         ((0, lambda x: x.add_(1), 1, 2, 3, 4), "was modified in place between two layers"),
     ],
