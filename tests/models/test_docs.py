@@ -1,0 +1,21 @@
+"""The snippets of docs/models.md run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+TEXT = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+def test_programs(program: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lightning_revlib.swap(model, {'transformer.h'" in done.stdout
