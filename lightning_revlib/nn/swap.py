@@ -171,7 +171,7 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
             " target is an nn.Sequential, an nn.ModuleList or a CoupledSequential itself"
         )
     reversible = SWAPPABLE.get(original, original)  # a subclass is such by `fully_shard`
-    if original is nn.Sequential and options and options.get("iterated"):
+    if original in (nn.Sequential, IteratedSequential) and options and options.get("iterated"):
         reversible, options = IteratedSequential, {key: value for key, value in options.items() if key != "iterated"}
     if original is not reversible:
         swapped_from = original, options_of(module)
