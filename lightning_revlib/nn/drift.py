@@ -26,12 +26,21 @@ class Sentinel:
         return (self._take(a, b) - self.sample).norm() / norm
 
     @staticmethod
+    def bytes(stream: Tensor) -> int:
+        """What it takes at most, for streams like this one: its sample, another, their difference, and indices."""
+        return len(_places(stream)) * (6 * stream.element_size() + 8) + 64
+
+    @staticmethod
     def _take(*streams: Tensor) -> Tensor:
         with torch.no_grad():
-            count = streams[0].numel()
-            stride = max(1, count // max(8, min(SAMPLE, count // 512))) | 1  # odd: not one column for ever
-            index = torch.arange(0, count, stride, device=streams[0].device)
+            places = _places(streams[0])
+            index = torch.arange(places.start, places.stop, places.step, device=streams[0].device)
             return torch.cat([stream.take(index) for stream in streams])
+
+
+def _places(stream: Tensor) -> range:
+    count = stream.numel()
+    return range(0, count, max(1, count // max(8, min(SAMPLE, count // 512))) | 1)  # odd: not one column for ever
 
 
 def expected_drift(coupling: Coupling, depth: int, dtype: torch.dtype) -> float:

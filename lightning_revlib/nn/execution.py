@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.coupling import Streams
+from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.drift import Sentinel
+from lightning_revlib.nn.measure import Figures, measure
 from lightning_revlib.nn.options import OnDrift, Treatment
+from lightning_revlib.nn.plan import Budget, Measured, Plan, Signature
 from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Recording, Tape
@@ -29,6 +34,7 @@ class Reversible:
     on_drift: OnDrift
     drift_tolerance: float
     context_fn: Callable[[], tuple[Any, Any]] | None
+    budget: Budget | None
     _drift: Tensor | None = None
     _draws = True  # whether the last forward has drawn random numbers
 
@@ -39,6 +45,11 @@ class Reversible:
         With several reversible parts between stored or checkpointed blocks, the largest of theirs.
         """
         return None if self._drift is None else self._drift.item()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The memory plan that `memory_budget` has led to; None before the first forward, or without a budget."""
+        return None if self.budget is None else self.budget.plan
 
     def _arrived(self, sentinel: Sentinel, drifts: dict[int, Tensor], a: Tensor, b: Tensor) -> None:
         """Backward has rebuilt the entrance of a reversible part; `drifts` are those of the forward's parts."""
@@ -57,24 +68,92 @@ class Reversible:
 
 
 class Execution:
-    """One forward of a stack. `step` for each step in turn, `close` behind the last, which must say so to `step`."""
+    """One forward of a stack. `step` for each step in turn, and behind the last `close` or `close_joined`."""
 
-    def __init__(self, stack: Any, compiler: Any) -> None:
-        self.stack, self.compiler = stack, compiler
+    def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
+        self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
+        self.index = 0
+        self.planned: Sequence[Treatment] | None = None  # else each step says its own
         self.recording: Recording | None = None
         self.drifts: dict[int, Tensor] = {}
         self.drew = False
+        self.measured: list[Measured] | None = None  # if a memory plan needs figures first
+        self.alike: dict[Any, dict[Treatment, Figures]] = {}
 
-    def step(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor) -> Streams:
-        """Run a step. One that is undone stays open for the next; other steps first close what is."""
+    def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+        """Run the next step."""
+        if self.index == 0 and self.stack.budget is not None:
+            self._begin_plan(step, a, b)
+        if self.measured is not None:
+            self.measured.append(self._measure(step, a, b))
+        treatment = self.planned[self.index] if self.planned else step.treatment
+        self.index += 1
+        return self._step(step, treatment, a, b)
+
+    def _step(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor) -> Streams:
+        """One that is undone stays open for the next; other steps first close what is."""
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is None:
-                arrived = partial(self.stack._arrived, Sentinel(a, b), self.drifts)
+                arrived: Any = partial(self.stack._arrived, Sentinel(a, b), self.drifts) if self.watched else _ignore
                 tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
                 self.recording = Recording(tape, a, b, self.stack._draws)
             return self.recording.step(step, a, b)
         a, b = self.close(a, b)
-        return step.run(a, b, self.compiler, partial(self._checkpoint, step) if treatment == "checkpoint" else None)
+        contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
+        again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
+        return step.run(a, b, self.compiler, partial(_checkpoint, step, contexts) if again else None)
+
+    def _begin_plan(self, step: Step, a: Tensor, b: Tensor) -> None:
+        """Take the treatments from the memory plan, or measure for it, running all steps reversibly meanwhile."""
+        tensors = [t for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
+        kind = a.device.type
+        environment = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.signature = Signature(
+            tuple(t.shape for t in (a, b, *tensors)),
+            (a.dtype, step.dtype, a.requires_grad, b.requires_grad, kind, environment, self.stack.training),
+        )
+        treatments = self.stack.budget.treatments(self.stack.path, self.signature)
+        if treatments is None:
+            self.measured = []
+        self.planned = treatments or ["reversible"] * self.count
+
+    def _measure(self, step: Step, a: Tensor, b: Tensor) -> Measured:
+        """The step's figures under each treatment it can have; those of a step that is alike are not counted again."""
+        last, streams = self.index == self.count - 1, a.nbytes + b.nbytes
+        alike = (last, *_description(step), a.shape, b.shape, a.stride(), b.stride(), a.requires_grad, b.requires_grad)
+        if alike not in self.alike:
+            possible: list[Treatment] = ["store"]
+            if not isinstance(step.coupling, Invertible):
+                possible = (
+                    ["checkpoint", *possible] if self.stack.context_fn else ["checkpoint", "selective", *possible]
+                )
+            figures = {t: measure(partial(self._alone, step, t, last), step.module, a, b, last=last) for t in possible}
+            if step.coupling.invertible(self.stack.training):
+                undone = measure(partial(self._alone, step, "reversible", last), step.module, a, b, last=last)
+                if (
+                    not last or self.stack.split_dim is not None
+                ):  # the anchor's streams are the next step's, or the output
+                    undone = undone._replace(held=undone.held - streams)
+                figures = {"reversible": undone, **figures}
+            self.alike[alike] = figures
+        return Measured(streams, Sentinel.bytes(a), self.alike[alike])
+
+    def _alone(self, step: Step, treatment: Treatment, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """The step with what comes before and after it in a stack that has it alone."""
+        execution = Execution(self.stack, None, 1, watched=False)
+        try:
+            a, b = execution._step(step, treatment, a, b)
+            if last and self.stack.split_dim is not None:
+                return (execution.close_joined(self.stack._join, self.stack._halves, a, b),)
+            a, b = execution.close(a, b)
+            return (self.stack._join(a, b),) if last else (a, b)
+        finally:
+            step.extra = None
+
+    def end_plan(self, y: Tensor) -> None:
+        """Behind the last step: make the plan, if its figures were measured."""
+        if self.measured is not None:
+            self.stack.budget.add(self.stack.path, self.signature, self.measured, y.nbytes)
 
     def close(self, a: Tensor, b: Tensor) -> Streams:
         """Pass what comes out of the steps that are open through the anchor."""
@@ -99,8 +178,33 @@ class Execution:
         self.drew |= tape.drew
         return tape
 
-    def _checkpoint(self, step: Step, b: Tensor, compiler: Any) -> Any:
-        return checkpoint(Repeatable(step.module, step.branch, self.stack.context_fn), b, compiler, use_reentrant=False)
+
+def _checkpoint(step: Step, contexts: Any, b: Tensor, compiler: Any) -> Any:
+    return checkpoint(Repeatable(step.module, step.branch, contexts), b, compiler, use_reentrant=False)
+
+
+def keep_heavy() -> Any:
+    """Contexts of selective checkpointing that keep what is dear to compute: all that PyTorch counts FLOPs for."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    heavy = function._overloadpacket in flop_registry
+    return CheckpointPolicy.MUST_SAVE if heavy else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _description(step: Step) -> tuple[Any, ...]:
+    """What two steps agree in that take the same bytes and work, as far as can be told."""
+    modules = list(step.module.modules())
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = [sorted((k, repr(v)) for k, v in vars(m).items() if isinstance(v, plain)) for m in modules]
+    parameters = [(p.shape, p.dtype, p.requires_grad) for p in step.module.parameters()]
+    arguments = [getattr(x, "shape", repr(x)) for x in tree_leaves((step.args, step.kwargs))]
+    branch = step.key.partition(".")[2]
+    return branch, repr(step.module), repr(settings), tuple(parameters), repr(step.coupling), repr(arguments)
+
+
+def _ignore(a: Tensor, b: Tensor) -> None: ...
 
 
 def _pair(tensors: Sequence[Tensor]) -> Streams:

@@ -114,7 +114,7 @@ class Layerwise(Reversible):
             if run.execution is None:
                 run.a, run.b = step.run(run.a, run.b, compiler)
             else:
-                run.a, run.b = run.execution.step(step, step.treatment, run.a, run.b)
+                run.a, run.b = run.execution.step(step, run.a, run.b)
         if run.index < len(self):
             out = run.hand(step.dtype, step.name)
         else:
@@ -122,6 +122,8 @@ class Layerwise(Reversible):
                 run.a, run.b = run.execution.close(run.a, run.b)
                 self._draws = run.execution.drew
             out = self._join(run.a, run.b).to(step.dtype)  # type: ignore[misc]
+            if run.execution is not None:
+                run.execution.end_plan(out)
         extra, step.extra = step.extra, None  # it refers to the graph, which refers to the step
         return out if extra is None else with_first(extra, out)
 
@@ -138,7 +140,7 @@ class Layerwise(Reversible):
         run = _Run(self.ordinary)
         run.a, run.b = self._split(x)  # type: ignore[misc]
         if torch.is_grad_enabled() and not torch.compiler.is_exporting() and not _cached(call, self.path):
-            run.execution = Execution(self, compiler)
+            run.execution = Execution(self, compiler, (len(self) - self.ordinary) * (len(self.branches) or 1))
         return run
 
     def _go_on(self, run: _Run | None, layer: nn.Module, x: Any) -> _Run | None:

@@ -11,7 +11,7 @@ from lightning_revlib.nn.coupling import Coupling
 from lightning_revlib.nn.couplings import CouplingSpec, Pair, get_coupling
 
 CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Treatment: TypeAlias = Literal["reversible", "checkpoint", "store"]
+Treatment: TypeAlias = Literal["reversible", "checkpoint", "selective", "store"]
 OnDrift: TypeAlias = Literal["ignore", "warn", "raise"]
 
 

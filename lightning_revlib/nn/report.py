@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_revlib.nn.drift import expected_drift
-from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.meter import MemoryMeter, format_bytes
 from lightning_revlib.nn.modulelist import Layerwise
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.survey import TOLERANCE, steadier, survey
@@ -235,12 +235,3 @@ def _measure(call: _Call) -> Figures:
         outputs = [y for y in call.run() if y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     return held, peak, flops.get_total_flops()
-
-
-def format_bytes(count: int) -> str:
-    """Bytes in the unit that suits them: 1536 -> "1.5 KiB"."""
-    value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024:
-        value, unit = value / 1024, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

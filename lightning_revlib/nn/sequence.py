@@ -23,6 +23,7 @@ from lightning_revlib.nn.couplings import CouplingSpec, Invertible
 from lightning_revlib.nn.execution import Execution, Reversible
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.options import CouplingFunction, OnDrift, Treatment, read_couplings, read_treatments
+from lightning_revlib.nn.plan import Budget, MemoryBudget
 from lightning_revlib.nn.step import Call, Step
 
 
@@ -57,14 +58,19 @@ class CoupledSequential(nn.Sequential):
         ordinary: so many of the first blocks are called as they are, before the streams begin, such as
             the block that changes the shape at the start of a residual network's stage.
         store_last: so many of the last blocks keep their activations, which saves their second run.
-        treatments: instead, "reversible", "checkpoint" (keep the block's input, run it again) or
-            "store" for each block.
+        treatments: instead, for each block "reversible", "checkpoint" (keep the block's input, run it
+            again), "selective" (keep its matrix products and convolutions, too, and run the rest
+            again) or "store".
+        memory_budget: instead, the bytes that the stack's activations may take, at most and with its
+            output and that one's gradient: an int, a text such as "2GiB", a fraction of what ordinary
+            autograd takes, or "auto", what is free on the CUDA device. The first forward measures,
+            and later ones follow the `plan` with the least work.
         context_fn: as in `torch.utils.checkpoint`: makes two contexts for each run again of a block,
             such as those of selective checkpointing.
         on_drift: what to do when backward's reconstruction of the input is off by more than
             `drift_tolerance`, relative: "ignore", "warn" or "raise".
 
-    The last five say how a reversible stack is executed; this class keeps them for the swap.
+    The last six say how a reversible stack is executed; this class keeps them for the swap.
 
     Raises:
         ValueError: for an empty stack, an unknown coupling, a pair that is incomplete, a coupling that
@@ -74,7 +80,7 @@ class CoupledSequential(nn.Sequential):
 
     OPTIONS = (
         "given", "split_dim", "couplings", "stream_dtype", "residual", "branches", "grid_bits", "ordinary",
-        "treatments", "context_fn", "on_drift", "drift_tolerance",
+        "treatments", "budget", "context_fn", "on_drift", "drift_tolerance",
     )  # fmt: skip
     _step: type[Step] = Step
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
@@ -93,6 +99,7 @@ class CoupledSequential(nn.Sequential):
         ordinary: int = 0,
         store_last: int = 0,
         treatments: Sequence[Treatment] | None = None,
+        memory_budget: MemoryBudget | None = None,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
         on_drift: OnDrift = "ignore",
         drift_tolerance: float = 1e-2,
@@ -118,6 +125,11 @@ class CoupledSequential(nn.Sequential):
         self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
         self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
         self.treatments = read_treatments(treatments, store_last, len(self))
+        if memory_budget is not None and (store_last or treatments):
+            raise ValueError(
+                f"memory_budget={memory_budget!r} chooses the treatments; leave out store_last and treatments"
+            )
+        self.budget = None if memory_budget is None else Budget(memory_budget)
         self._set_grid()
 
     def forward(  # type: ignore[override]
@@ -302,13 +314,14 @@ class ReversibleSequential(Reversible, CoupledSequential):
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         a, b = self._split(x)
-        execution = Execution(self, compiler)
+        execution = Execution(self, compiler, len(steps))
         for step in steps:
-            a, b = execution.step(step, step.treatment, a, b)
+            a, b = execution.step(step, a, b)
         if self.split_dim is None:
             y = self._join(*execution.close(a, b))
         else:
             y = execution.close_joined(self._join, self._halves, a, b)
+        execution.end_plan(y)
         self._draws = execution.drew
         return _with_extras(y.to(x.dtype), steps)
 

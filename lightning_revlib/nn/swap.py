@@ -191,6 +191,6 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
 
 def _merge(given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of before with the new ones above; of those that say the same, the new alone."""
-    rivals = [{"coupling", "coupling_forward", "coupling_inverse"}, {"store_last", "treatments"}]
+    rivals = [{"coupling", "coupling_forward", "coupling_inverse"}, {"store_last", "treatments", "memory_budget"}]
     replaced = {name for group in rivals if group & set(options) for name in group}
     return {**{name: value for name, value in given.items() if name not in replaced}, **options}

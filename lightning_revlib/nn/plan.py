@@ -1,0 +1,246 @@
+"""The memory plan: a treatment for each step of some stacks, the least work that fits a budget of bytes.
+
+    peak = max over steps i of  outside_i + sum of held_j for j < i + peak of step i  <=  budget
+
+A step that is reversible holds nothing, one that is stored most; work goes the other way. What a step holds, takes at
+most and works is counted by `measure` in the first forward. Then it is a multiple-choice knapsack, in which the load on
+the way matters as well as at the end; it is solved from the first step to the last, keeping all pairs of bytes held and
+work that no other pair beats. Plans follow from counts alone: the same on every machine, process and day.
+
+Tensor rematerialisation as a knapsack: Checkmate, https://arxiv.org/abs/1910.02653.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from lightning_revlib.nn.measure import Figures
+from lightning_revlib.nn.meter import format_bytes
+from lightning_revlib.nn.options import Treatment
+
+MemoryBudget: TypeAlias = int | float | str
+UNITS = {"b": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
+FRONT = 1024  # pairs that are kept at a step; with more, near ones are merged to the safe side
+MARGIN = 0.1  # of the free memory, which "auto" leaves
+log = logging.getLogger("lightning_revlib")
+
+
+class Measured(NamedTuple):
+    """One step: its streams' bytes as they come in, those of a drift sentinel, and its figures by treatment."""
+
+    streams: int
+    sentinel: int
+    figures: Mapping[Treatment, Figures]
+
+
+class Signature(NamedTuple):
+    """What a stack's figures depend on besides its modules."""
+
+    shapes: tuple[torch.Size, ...]
+    rest: tuple[Any, ...]  # dtypes, modes
+
+    def covers(self, other: Signature) -> bool:
+        """Whether the other takes no more bytes."""
+        return self.rest == other.rest and all(
+            len(x) == len(y) and all(m >= n for m, n in zip(x, y, strict=True))
+            for x, y in zip(self.shapes, other.shapes, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Treatments by stack, and what was counted on: `peak` bytes of `limit`; print it.
+
+    `minimum` is the least peak and `plain` that of ordinary autograd; `work` is over ordinary autograd's.
+    """
+
+    treatments: Mapping[str, tuple[Treatment, ...]]
+    limit: int
+    peak: int
+    minimum: int
+    plain: int
+    work: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"memory plan: {format_bytes(self.peak)} of {format_bytes(self.limit)} (at least"
+            f" {format_bytes(self.minimum)}, ordinary autograd {format_bytes(self.plain)}), {self.work:.3f} x the work"
+        ]
+        for path, treatments in self.treatments.items():
+            counts = ", ".join(f"{count} {treatment}" for treatment, count in Counter(treatments).items())
+            lines.append(f"  {path}: {counts}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Budget:
+    """The bytes that the activations of the stacks at `paths` may take together, and the plan for it.
+
+    `value` is a number of bytes, a text such as "2GiB", a fraction of ordinary autograd's peak, or "auto": what is free
+    on the CUDA device, less a margin.
+    """
+
+    value: MemoryBudget
+    paths: tuple[str, ...] = ()
+    plan: Plan | None = None
+    measured: dict[str, tuple[Signature, list[Measured], int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_budget(self.value)
+
+    def treatments(self, path: str, signature: Signature) -> tuple[Treatment, ...] | None:
+        """The plan's for this stack; None if it has to be measured first."""
+        if path not in self.measured or not self.measured[path][0].covers(signature):
+            self.plan = None
+            return None
+        if self.plan is None:
+            return tuple("reversible" for _ in self.measured[path][1])
+        return self.plan.treatments[path]
+
+    def add(self, path: str, signature: Signature, steps: list[Measured], output: int) -> None:
+        """Note a stack's figures; with the last stack's, make the plan. ValueError if the budget is too small."""
+        self.measured[path] = signature, steps, output
+        if all(each in self.measured for each in self.paths):
+            self.plan = make_plan({p: (s, out) for p, (_, s, out) in self.measured.items()}, self.value)
+            log.info("%s", self.plan)
+
+
+def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: MemoryBudget) -> Plan:
+    """The plan with the least work for stacks of so many output bytes. Raises ValueError if none fits."""
+    # Beside its own: all outputs, sentinels, the gradient of its stack's output, which the last step's figures contain,
+    # and what later steps hold when they are undone, since their frames refer to each other.
+    outside = sum(output + measured[0].sentinel for measured, output in stacks.values())
+    steps: list[tuple[Measured, int]] = []
+    for measured, output in reversed(list(stacks.values())):
+        for step in reversed(measured):
+            last = step is measured[-1]
+            steps.insert(0, (step, outside + (0 if last else output)))
+            outside += step.figures["reversible"].held if "reversible" in step.figures and not last else 0
+    choices = list({treatment: None for step, _ in steps for treatment in step.figures})
+    peaks = {
+        t: _walk(steps, [t if t in step.figures else next(iter(step.figures)) for step, _ in steps]) for t in choices
+    }
+    minimum, plain = min(peak for peak, _ in peaks.values()), peaks["store"]
+    limit = _limit(value, plain[0])
+    best = [min(step.figures, key=lambda t: step.figures[t].work) for step, _ in steps]
+    if _walk(steps, best)[0] > limit:
+        found = _search(steps, limit)
+        if found is None:
+            raise ValueError(
+                f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
+                f" {format_bytes(minimum)} for this input; take a smaller batch, or a larger budget"
+            )
+        best = found
+    peak, work = _walk(steps, best)
+    chosen = iter(best)
+    treatments = {path: tuple(next(chosen) for _ in measured) for path, (measured, _) in stacks.items()}
+    return Plan(treatments, limit, peak, minimum, plain[0], work / max(plain[1], 1))
+
+
+def _walk(steps: Sequence[tuple[Measured, int]], treatments: Sequence[Treatment]) -> tuple[int, int]:
+    """Peak bytes and work of one choice of treatments."""
+    peak = held = work = 0
+    before: Treatment | None = None
+    for (step, outside), treatment in zip(steps, treatments, strict=True):
+        figures = step.figures[treatment]
+        held += _boundary(step, before, treatment)
+        peak = max(peak, held + figures.forward, outside + held + figures.backward)
+        held, work, before = held + figures.held, work + figures.work, treatment
+    return peak, work
+
+
+def _boundary(step: Measured, before: Treatment | None, treatment: Treatment) -> int:
+    """Where reversible steps end, the streams are kept."""
+    return step.streams if before == "reversible" and treatment != "reversible" else 0
+
+
+def _search(steps: Sequence[tuple[Measured, int]], limit: int) -> list[Treatment] | None:
+    """The treatments with the least work whose peak is within the limit, or None."""
+    fronts: dict[Treatment | None, list[tuple[int, int, Any]]] = {None: [(0, 0, None)]}
+    for step, outside in steps:
+        grown: dict[Treatment | None, list[tuple[int, int, Any]]] = {}
+        for treatment, figures in step.figures.items():
+            room = limit - max(figures.forward, outside + figures.backward)
+            kind = treatment if treatment == "reversible" else None
+            for before, front in fronts.items():
+                extra = _boundary(step, before, treatment)
+                grown.setdefault(kind, []).extend(
+                    (held + extra + figures.held, work + figures.work, (treatment, way))
+                    for held, work, way in front
+                    if held + extra <= room
+                )
+        fronts = {kind: _unbeaten(pairs) for kind, pairs in grown.items()}
+    ends = [pair for front in fronts.values() for pair in front]
+    if not ends:
+        return None
+    way = min(ends, key=lambda pair: (pair[1], pair[0]))[2]
+    treatments: list[Treatment] = []
+    while way is not None:
+        treatment, way = way
+        treatments.append(treatment)
+    return treatments[::-1]
+
+
+def _unbeaten(pairs: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
+    """Those with less work than all that hold as little."""
+    front: list[tuple[int, int, Any]] = []
+    for pair in sorted(pairs, key=lambda pair: pair[:2]):
+        if not front or pair[1] < front[-1][1]:
+            front.append(pair)
+    if len(front) > FRONT:
+        step = (front[-1][0] - front[0][0]) / FRONT
+        buckets = {int((pair[0] - front[0][0]) / max(step, 1)): pair for pair in reversed(front)}  # the least bytes
+        front = sorted(buckets.values(), key=lambda pair: pair[:2])
+    return front
+
+
+def read_budget(value: MemoryBudget) -> int | float | None:
+    """Bytes as an int, a fraction as a float, None for "auto". Raises ValueError or TypeError."""
+    if isinstance(value, str):
+        if value == "auto":
+            return None
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", value.lower())
+        if match and match[2] in {"", *UNITS} and float(match[1]) > 0:
+            return int(float(match[1]) * UNITS[match[2] or "b"])
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"memory_budget={value!r}: pass bytes, a text such as '2GiB', a fraction, or 'auto'")
+    elif (isinstance(value, int) and value > 0) or 0 < value <= 1:
+        return value
+    raise ValueError(
+        f"memory_budget={value!r}: pass a positive number of bytes as an int or a text such as '2GiB' or '800MB', a"
+        " fraction of ordinary autograd's peak between 0.0 and 1.0, or 'auto' on a CUDA device"
+    )
+
+
+def _limit(value: MemoryBudget, plain: int) -> int:
+    read = read_budget(value)
+    if isinstance(read, float):
+        return int(read * plain)
+    if read is not None:
+        return read
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "memory_budget='auto' needs a CUDA device; pass bytes, such as '2GiB', or a fraction, such as 0.5"
+        )
+    free, _ = torch.cuda.mem_get_info()
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int((free + cached) * (1 - MARGIN))
+
+
+def share_budget(stacks: Mapping[str, Any], budget: Budget) -> None:
+    """Give stacks, by path, one budget for all of them together; those with one of their own keep it."""
+    sharing = {path: stack for path, stack in stacks.items() if stack.budget in (None, budget)}
+    budget.paths = tuple(sharing)
+    for stack in sharing.values():
+        stack.budget = budget

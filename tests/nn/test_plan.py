@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_revlib as revlib
+from lightning_revlib.nn.plan import Budget, Plan, read_budget, share_budget
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(-2, -3) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(-2, -3).flatten(-2))
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def conv(width: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.Dropout(0.1))
+
+
+def pyramid() -> list[nn.Module]:
+    return [conv(8), conv(8), revlib.SpaceToDepth(2), conv(32), conv(32)]
+
+
+# The blocks, the input's shape, options.
+STACKS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "mlp": (lambda: [mlp(16) for _ in range(6)], (256, 32), {}),
+    "momentum": (lambda: [mlp(32) for _ in range(6)], (128, 32), {"split_dim": None, "coupling": "momentum"}),
+    "bdia": (lambda: [mlp(32) for _ in range(5)], (128, 32), {"split_dim": None, "coupling": "bdia", "grid_bits": 12}),
+    "affine": (lambda: [nn.Sequential(mlp(16), nn.Linear(16, 32)) for _ in range(5)], (64, 32), {"coupling": "affine"}),
+    "transformer": (lambda: [f(16) for _ in range(3) for f in (Attention, mlp)], (4, 32, 32), {"split_dim": 2}),
+    "conv": (pyramid, (4, 16, 8, 8), {}),
+}  # fmt: skip
+
+
+def peak(stack: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Peak bytes of forward and backward, and the output's."""
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+    with revlib.MemoryMeter() as meter:
+        y = stack(x)
+        g, forward = torch.ones_like(y), meter.peak
+        meter.reset_peak()
+        y.backward(g)
+    return max(forward, meter.peak), y.nbytes
+
+
+def planned(stack: revlib.ReversibleSequential, x: Tensor) -> Plan:
+    state, buffers = torch.get_rng_state(), [b.clone() for b in stack.buffers()]
+    stack(x)
+    torch.set_rng_state(state)
+    for b, start in zip(stack.buffers(), buffers, strict=True):
+        b.copy_(start)
+    assert stack.plan is not None
+    return stack.plan
+
+
+def gradients(stack: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    return list(torch.autograd.grad(stack(x).square().sum(), [x, *stack.parameters()]))
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_never_over_budget_and_close_to_it(kind: str) -> None:
+    make, shape, options = STACKS[kind]
+    blocks, x = make(), torch.randn(shape, requires_grad=True)
+    plain, output = peak(revlib.CoupledSequential(*blocks, **options), x)
+    least, _ = peak(revlib.ReversibleSequential(*blocks, **options), x)
+    works = []
+    for fraction in (0.1, 0.25, 0.5, 0.75, 1.2):
+        budget = int(least + fraction * (plain - least) + 4096)
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=budget, **options)
+        assert stack.plan is None
+        stack(x)
+        assert stack.plan is not None
+        taken, _ = peak(stack, x)
+        assert taken <= budget
+        assert taken <= stack.plan.peak <= taken + 2 * output  # what is counted on is counted well
+        works.append(stack.plan.work)
+    assert works == sorted(works, reverse=True) and works[0] > 1
+    assert stack.plan.treatments["stack"] == ("store",) * len(blocks) and works[-1] == 1
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.8])
+def test_gradients_and_buffers_are_those_of_autograd(kind: str, fraction: float) -> None:
+    make, shape, options = STACKS[kind]
+    torch.manual_seed(0)
+    blocks, x = make(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plan = planned(revlib.ReversibleSequential(*blocks, memory_budget=1.0, **options).double(), x)
+    budget = int(plan.minimum + fraction * (plan.plain - plan.minimum))
+    plain = revlib.CoupledSequential(*blocks, **options).double()
+    buffers = [b.clone() for b in plain.buffers()]
+    expected = [gradients(plain, x) for _ in range(2)]
+    after = [b.clone() for b in plain.buffers()]
+    for b, start in zip(plain.buffers(), buffers, strict=True):
+        b.copy_(start)
+    stack = revlib.ReversibleSequential(*blocks, memory_budget=budget, **options)
+    for step in expected:  # the first measures, the second follows the plan
+        for ours, theirs in zip(gradients(stack, x), step, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(stack.buffers(), after, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_measuring_leaves_no_trace() -> None:
+    stack = revlib.ReversibleSequential(*pyramid(), memory_budget=0.9)
+    fired: list[Any] = []
+    next(stack.parameters()).register_post_accumulate_grad_hook(fired.append)
+    x, state = torch.randn(4, 16, 8, 8), torch.get_rng_state()
+    y = stack(x)
+    assert not fired and all(p.grad is None for p in stack.parameters())
+    assert stack.get_buffer("0.0.num_batches_tracked") == 1
+    torch.set_rng_state(state)
+    reference = revlib.restore(stack) and stack
+    for m in reference.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+    torch.testing.assert_close(reference(x), y)
+
+
+def test_alike_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_revlib.nn import execution
+
+    count = []
+    measure = execution.measure
+    monkeypatch.setattr(execution, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
+    revlib.ReversibleSequential(*[mlp(16) for _ in range(32)], memory_budget=0.5)(
+        torch.randn(8, 32, requires_grad=True)
+    )
+    assert len(count) == 8  # four treatments, of the last and of the others
+
+
+def test_replans_for_larger_shapes_only() -> None:
+    stack = revlib.ReversibleSequential(*[mlp(16) for _ in range(4)], memory_budget=0.5)
+    plans = []
+    for rows in (64, 32, 64, 128, 64):
+        stack(torch.randn(rows, 32))
+        plans.append(stack.plan)
+    assert plans[0] is plans[1] is plans[2] and plans[3] is plans[4] and plans[3] is not plans[0]
+
+
+def test_plan_is_deterministic_printed_and_survives_pickling(caplog: pytest.LogCaptureFixture) -> None:
+    blocks, x = [mlp(16) for _ in range(6)], torch.randn(64, 32)
+    with caplog.at_level(logging.INFO, "lightning_revlib"):
+        plans = []
+        for _ in range(2):
+            stack = revlib.ReversibleSequential(*blocks, memory_budget="100 kB")
+            stack(x)
+            plans.append(stack.plan)
+    assert plans[0] == plans[1] and "memory plan:" in caplog.text and "of 97.7 KiB" in str(plans[0])
+    assert pickle.loads(pickle.dumps(stack)).plan == stack.plan
+
+
+def test_several_stacks_share_a_budget() -> None:
+    model = nn.Sequential(*[revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
+    x = torch.randn(64, 32, requires_grad=True)
+    least, _ = peak(model, x)
+    plain, _ = peak(nn.Sequential(*[revlib.CoupledSequential(*stack) for stack in model]), x)  # type: ignore[misc]
+    budget = (least + plain) // 2
+    found = {path: m for path, m in model.named_modules() if isinstance(m, revlib.ReversibleSequential)}
+    for path, stack in found.items():
+        stack.path = path
+    share_budget(found, Budget(budget))
+    model(x)
+    assert peak(model, x)[0] <= budget
+    assert model[0].plan is model[1].plan and set(model[0].plan.treatments) == {"0", "1"}
+
+
+def test_layers_that_a_model_calls() -> None:
+    layers = revlib.ReversibleModuleList([mlp(32) for _ in range(6)], coupling="midpoint", memory_budget=0.5)
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def run() -> Tensor:
+        y = x
+        for layer in layers:
+            y = layer(y)
+        return y
+
+    run()
+    for p in layers.parameters():
+        p.grad = torch.zeros_like(p)
+    with revlib.MemoryMeter() as meter:
+        y = run()
+        y.backward(torch.ones_like(y))
+    assert meter.peak <= layers.plan.limit  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("value", "bytes_"),
+    [(4096, 4096), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("100", 100), (0.5, 0.5), (1.0, 1.0), ("auto", None)],
+)
+def test_budgets_are_read(value: Any, bytes_: Any) -> None:
+    assert read_budget(value) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, ValueError), (-5, ValueError), (1.5, ValueError), (0.0, ValueError), ("2 GiBs", ValueError), ("", ValueError),
+     ("0", ValueError), ("1.2.3MB", ValueError), (True, TypeError), ([1], TypeError), (float("nan"), ValueError)],
+)  # fmt: skip
+def test_bad_budgets_are_named(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="memory_budget="):
+        revlib.ReversibleSequential(nn.Identity(), memory_budget=value)
+
+
+def test_what_cannot_be_planned_is_named() -> None:
+    stack = revlib.ReversibleSequential(mlp(16), mlp(16), memory_budget=100)
+    with pytest.raises(ValueError, match="memory_budget=100 is 100 B, and the reversible stacks need at least"):
+        stack(torch.randn(64, 32))
+    with pytest.raises(ValueError, match="leave out store_last and treatments"):
+        revlib.ReversibleSequential(mlp(16), memory_budget=0.5, store_last=1)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            revlib.ReversibleSequential(mlp(16), memory_budget="auto")(torch.randn(4, 32))
