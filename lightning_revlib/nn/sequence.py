@@ -187,6 +187,11 @@ class CoupledSequential(nn.Sequential):
         half = x.dtype in (torch.bfloat16, torch.float16)
         x = x.to(self.stream_dtype or (torch.float32 if half else x.dtype))
         if self.grid_bits is not None:
+            if x.is_nested:
+                raise TypeError(
+                    f"grid_bits={self.grid_bits}: {self.path} got a nested tensor, which torch cannot round; set"
+                    " use_nested_tensor = False on your nn.TransformerEncoder"
+                )
             grid_limit(x.dtype, self.grid_bits)
             x = round_to_grid(x, self.grid_bits)
         dim = self.split_dim
@@ -342,7 +347,7 @@ def _dense(stream: Tensor) -> Tensor:
 
     Kernels, what they save and how they round, depend on how memory is laid out.
     """
-    return stream if stream.is_contiguous() else stream.clone()
+    return stream if stream.is_nested or stream.is_contiguous() else stream.clone()
 
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:

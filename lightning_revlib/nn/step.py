@@ -65,7 +65,7 @@ class Step:
             finally:
                 set_eval_frame(engine)
         f, extra = (out, None) if isinstance(out, Tensor) else self.split(out)
-        if self.stack.residual and isinstance(f, Tensor) and f.shape == x.shape:
+        if self.stack.residual and isinstance(f, Tensor) and (f.is_nested or f.shape == x.shape):
             f = f - x
         return f, extra
 
@@ -96,6 +96,8 @@ class Step:
                 f"{self.name} changes its input in place, and with it the stream that the next block sees;"
                 " use inplace=False in its first operation"
             )
+        if f.is_nested:  # of nn.TransformerEncoder, where gradients are off; it has no shape
+            return
         if f.shape != (shape := self.coupling.branch_shape(b.shape)):
             raise ValueError(
                 f"{self.name} returned shape {list(f.shape)}; for a stream of shape {list(b.shape)} its coupling,"

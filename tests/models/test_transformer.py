@@ -17,7 +17,7 @@ class Encoding(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(20, 16)
         layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=not norm_first)
         self.head = nn.Linear(16, 3)
 
     def forward(self, batch: Any) -> Tensor:
@@ -77,10 +77,17 @@ def test_training(name: str, tmp_path: Any) -> None:
     check_training(FAMILIES[name], tmp_path)
 
 
-def test_the_fast_path_of_evaluation() -> None:
-    """Without gradients, layers may run as one fused kernel: they still make the same step."""
-    model, data = Encoding(3, True).eval(), batch()
-    revlib.swap(model, {"encoder.layers": {"coupling": "midpoint", "residual": True}})
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_fast_path_of_evaluation(norm_first: bool, coupling: str) -> None:
+    """Without gradients layers run as one fused kernel, and on nested tensors: they still make the same step."""
+    model, data = Encoding(3, norm_first).eval(), batch()
+    options = {**COUPLINGS[coupling], **({"grid_bits": 12} if coupling == "bdia" else {})}
+    revlib.swap(model, {"encoder.layers": {"residual": True, **options}})
     with torch.no_grad():
+        if coupling == "bdia" and not norm_first:
+            with pytest.raises(TypeError, match="set use_nested_tensor = False on your"):
+                model(data)
+            model.encoder.use_nested_tensor = False
         fused = model(data)
     assert torch.allclose(fused, model(data), atol=1e-6)
