@@ -30,6 +30,7 @@ _LIGHTNING = {
     "ReversibleFabricFSDPStrategy": "fabric",
     "merge_checkpoint": "shards",
     "ReversibleCallback": "callback",
+    "ExactResume": "resume",
     "ActivationMemoryMonitor": "callback",
     "DriftMonitor": "callback",
     "CouplingAnnealing": "annealing",

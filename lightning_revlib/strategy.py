@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.one_or_many import OneOrMany
@@ -21,13 +24,27 @@ if TYPE_CHECKING:
 StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
 
-class ReversibleDDPStrategy(Swapping, DDPStrategy):
+class WholeFile(Swapping):
+    """Mixin: a checkpoint is there as a whole or not at all, also if the process is killed while it writes."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = str(filepath)
+        if type(self.checkpoint_io) is not TorchCheckpointIO or "://" in path or not self.is_global_zero:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part")
+        super().save_checkpoint(checkpoint, part, storage_options)  # Lightning copies if its temporary folder is elsewhere
+        os.replace(part, path)
+
+
+class ReversibleDDPStrategy(WholeFile, DDPStrategy):
     """Lightning's DDPStrategy with reversible stacks: what `ReversibleStrategy` is on several devices."""
 
     strategy_name = "reversible"
 
 
-class ReversibleStrategy(Swapping, OneOrMany, SingleDeviceStrategy):
+class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
     """Run the stacks of the LightningModule in constant activation memory, on one device or many, of any kind.
 
     >>> Trainer(strategy="reversible")

@@ -1,0 +1,160 @@
+"""Exact resumption: a run that goes on from a checkpoint ends as if it had never been interrupted."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+KEY = "revlib_resume"  # in the checkpoint
+
+
+class ExactResume(Callback):
+    """Go on from a checkpoint with the random numbers and the batches that would have come next.
+
+    >>> save = ModelCheckpoint(every_n_train_steps=100, save_last=True)
+    >>> Trainer(strategy="reversible", callbacks=[save, ExactResume()]).fit(net, data, ckpt_path="last")
+
+    Lightning keeps weights, optimizers and counters; dropout and shuffling start anew, and in the
+    middle of an epoch so do the batches. This callback keeps the state of each process's random
+    generators, as it is now and as it was when the epoch began. Going on, it draws the epoch's order again and
+    passes over the batches that have been seen, loading them; a loader with a `state_dict` of its own
+    (torchdata's StatefulDataLoader) is left to Lightning. Validation no longer moves training's random numbers.
+
+    On the same machine and as many processes the final weights are equal to the last bit.
+
+    Raises:
+        UserWarning: if the number of processes has changed: the run goes on as Lightning's does.
+    """
+
+    def __init__(self) -> None:
+        self._epoch: dict[str, Any] = {}  # when the epoch's iterator was made
+        self._step: dict[str, Any] | None = None  # after the last batch
+        self._now: dict[str, Any] | None = None  # with which a run that goes on begins
+        self._loaded: Any = None
+
+    @override
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        finished = progress.ready >= trainer.num_training_batches
+        mine = {"epoch": self._epoch, "now": capture(), "batches": 0 if finished else progress.ready}
+        everyone: list[Any] = [mine]
+        if trainer.world_size > 1:
+            everyone = [None] * trainer.world_size
+            torch.distributed.all_gather_object(everyone, mine)
+        checkpoint[KEY] = everyone
+
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get(KEY)
+        if states is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if len(states) != trainer.world_size:
+            warnings.warn(
+                f"the checkpoint is of {len(states)} processes, this run has {trainer.world_size}: random numbers and"
+                " batches cannot go on where they were",
+                stacklevel=2,
+            )
+            return
+        self._loaded = states[trainer.global_rank]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch, self._step, self._now = capture(), None, None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        loop, self._step = trainer.fit_loop, loaded["now"]
+        assert loop._combined_loader is not None and loop._data_fetcher is not None
+        loaders = loop._combined_loader.flattened
+        if not any(hasattr(loader, "load_state_dict") for loader in loaders):
+            for sampler in (getattr(loader, "sampler", None) for loader in loaders):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(loop.epoch_progress.current.processed)
+            self._epoch = loaded["epoch"] if loaded["batches"] else loaded["now"]
+            restore(self._epoch)
+            if loaded["batches"] or not _makes_iterator(trainer):
+                iter(loop._data_fetcher)
+            for _ in range(loaded["batches"]):
+                next(loop._data_fetcher)
+            loop._data_fetcher.fetched -= loaded["batches"]  # Lightning adds them
+            if not loaded["batches"]:
+                self._now = loaded["now"]
+            _RestoreFirst(loop._data_fetcher, loaded["now"] if loaded["batches"] else capture())
+            return
+        restore(loaded["now"])
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now, self._now = self._now, None
+        if _makes_iterator(trainer):
+            if now is not None:
+                restore(now)
+            self._epoch = capture()
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._now = None  # an epoch may begin without being announced, after a checkpoint of its last batch
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step = capture()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step is not None and trainer.state.fn == TrainerFn.FITTING:
+            restore(self._step)
+
+
+class _RestoreFirst:
+    """Stands before a fetcher's iterator until its next batch: Lightning may draw before, for a validation it skips."""
+
+    def __init__(self, fetcher: Any, state: dict[str, Any]) -> None:
+        self.fetcher, self.state, self.iterator = fetcher, state, fetcher.iterator
+        fetcher.iterator = self
+
+    def __next__(self) -> Any:
+        self.fetcher.iterator = self.iterator
+        restore(self.state)
+        return next(self.iterator)
+
+
+def _makes_iterator(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will make the epoch's iterator after `on_train_epoch_start`, and has not done so already."""
+    loop = trainer.fit_loop
+    return trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
+
+
+def capture() -> dict[str, Any]:
+    """The state of all random generators, as plain data and tensors."""
+    kind, numbers, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(numbers.astype("int64")), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, words, *rest = state["numpy"]
+    numpy.random.set_state((kind, words.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
