@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import numpy
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+Module: TypeAlias = pl.LightningModule
 KEY = "revlib_resume"  # in the checkpoint
 
 
@@ -41,7 +42,7 @@ class ExactResume(Callback):
         self._loaded: Any = None
 
     @override
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -54,7 +55,7 @@ class ExactResume(Callback):
         checkpoint[KEY] = everyone
 
     @override
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get(KEY)
         if states is None or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -68,11 +69,11 @@ class ExactResume(Callback):
         self._loaded = states[trainer.global_rank]
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Module) -> None:
         self._epoch, self._step, self._now = capture(), None, None
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Module) -> None:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
@@ -80,9 +81,10 @@ class ExactResume(Callback):
         assert loop._combined_loader is not None and loop._data_fetcher is not None
         loaders = loop._combined_loader.flattened
         if not any(hasattr(loader, "load_state_dict") for loader in loaders):
-            for sampler in (getattr(loader, "sampler", None) for loader in loaders):
+            samplers: list[Any] = [getattr(loader, "sampler", None) for loader in loaders]
+            for sampler in samplers:
                 if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(loop.epoch_progress.current.processed)
+                    sampler.set_epoch(loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
             self._epoch = loaded["epoch"] if loaded["batches"] else loaded["now"]
             restore(self._epoch)
             if loaded["batches"] or not _makes_iterator(trainer):
@@ -97,7 +99,7 @@ class ExactResume(Callback):
         restore(loaded["now"])
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Module) -> None:
         now, self._now = self._now, None
         if _makes_iterator(trainer):
             if now is not None:
@@ -105,17 +107,23 @@ class ExactResume(Callback):
             self._epoch = capture()
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._now = None  # an epoch may begin without being announced, after a checkpoint of its last batch
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
+        self._now = None
+        progress: Any = trainer.fit_loop.epoch_progress
+        if progress.current.started == progress.current.processed:
+            # After a checkpoint of an epoch's last batch Lightning begins the next without counting it: a second
+            # interruption would find counters that do not add up, and train an epoch too many.
+            progress.increment_ready()
+            progress.increment_started()
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._step = capture()
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Module) -> None:
         if self._step is not None and trainer.state.fn == TrainerFn.FITTING:
             restore(self._step)
 
@@ -141,6 +149,7 @@ def _makes_iterator(trainer: pl.Trainer) -> bool:
 
 def capture() -> dict[str, Any]:
     """The state of all random generators, as plain data and tensors."""
+    numbers: Any
     kind, numbers, *rest = numpy.random.get_state()
     return {
         "python": random.getstate(),

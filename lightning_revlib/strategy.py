@@ -34,7 +34,7 @@ class WholeFile(Swapping):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part")
-        super().save_checkpoint(checkpoint, part, storage_options)  # Lightning copies if its temporary folder is elsewhere
+        super().save_checkpoint(checkpoint, part, storage_options)  # which copies from another disk, maybe
         os.replace(part, path)
 
 

@@ -132,7 +132,9 @@ def check_arguments(owner: type, given: Mapping[str, Any], *takers: Any) -> None
 
 def explain_memory(exception: BaseException, module: nn.Module) -> None:
     """Add to an error of exhausted memory what can still be changed."""
-    if not isinstance(exception, torch.OutOfMemoryError) and "not enough memory" not in str(exception):
+    if not isinstance(exception, torch.OutOfMemoryError) and not any(
+        words in str(exception) for words in ("not enough memory", "can't allocate memory")
+    ):
         return
     storing = {path: len(s) - s.treatments.count("reversible") for path, s in stacks(module).items()}
     ways = [

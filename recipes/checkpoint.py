@@ -50,7 +50,7 @@ def load_module(cfg: DictConfig) -> L.LightningModule:
         raise ValueError(
             f"ckpt_path={cfg.ckpt_path} is not from `revlib train`; load it by your module's load_from_checkpoint"
         )
-    recipe = get_class(checkpoint[RECIPE])
+    recipe = _named(checkpoint[RECIPE], cfg)
     if not issubclass(recipe, L.LightningModule):
         raise ValueError(f"ckpt_path={cfg.ckpt_path} names {checkpoint[RECIPE]}, which is no LightningModule")
     return recipe.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
@@ -63,8 +63,21 @@ def load_data(cfg: DictConfig) -> L.LightningDataModule:
     name = read(cfg.ckpt_path).get(DATA)
     if name is None:
         raise ValueError(f"ckpt_path={cfg.ckpt_path} does not say on what data it was trained; add data=...")
-    data: Any = get_class(name)
+    data: Any = _named(name, cfg)
     return data.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
+
+
+def _named(name: Any, cfg: DictConfig) -> type:
+    """The class that a checkpoint names; importing executes, and so it is one of ours or one that the user trusts."""
+    trusted = cfg.get("trust") or []
+    if not str(name).startswith("lightning_revlib.recipes.") and name not in (
+        [trusted] if isinstance(trusted, str) else trusted
+    ):
+        raise ValueError(
+            f"ckpt_path={cfg.ckpt_path} names the class {name}, which is none of revlib's, and was not imported; if you"
+            f" trust it, add trust={name}"
+        )
+    return get_class(str(name))
 
 
 def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, path: str) -> None:

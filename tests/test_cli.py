@@ -200,6 +200,7 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
             "ckpt_path=weights.pt is not a Lightning checkpoint: it has no state_dict",
         ),
         (["predict", "ckpt_path=other.ckpt"], "ckpt_path=other.ckpt is not from `revlib train`"),
+        (["eval", "ckpt_path=hostile.ckpt"], "names the class hostile.Trap, which is none of revlib's, and was not import"),
         (["predict", "ckpt_path=folder"], "ckpt_path=folder is a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -210,6 +211,9 @@ def test_a_mistake_gets_one_clear_message(argv, message, tmp_path, monkeypatch, 
     (tmp_path / "folder").mkdir()
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {}, "revlib_recipe": "hostile.Trap"}, tmp_path / "hostile.ckpt")
+    (tmp_path / "hostile.py").write_text("raise SystemExit('executed')")
+    monkeypatch.syspath_prepend(tmp_path)
     assert main(argv) == 1
     err = capsys.readouterr().err
     assert err.startswith("revlib: ") and message in err and "Traceback" not in err and len(err.splitlines()) == 1

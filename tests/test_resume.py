@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+
+import lightning_revlib as revlib
+from lightning_revlib.resume import capture, restore
+from tests.test_strategy import Net, data, trainer
+
+
+class Noisy(Dataset[tuple[torch.Tensor]]):
+    """Each sample is augmented by all generators there are."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor]:
+        (x,) = data().dataset[index]
+        return (x + 0.1 * (torch.rand(8) + random.random() + np.random.rand()),)
+
+
+def fit(tmp_path: Path, save: Any = None, ckpt: Any = None, **options: Any) -> list[torch.Tensor]:
+    L.seed_everything(5, verbose=False)
+    net = Net()
+    callbacks = [revlib.ExactResume(), *([ModelCheckpoint(tmp_path, save_top_k=-1, **save)] if save else [])]
+    strategy, loader = options.pop("strategy", "reversible"), DataLoader(Noisy(), batch_size=8, shuffle=True)
+    run = trainer(tmp_path, strategy=strategy, callbacks=callbacks, enable_checkpointing=bool(save), **options)
+    run.fit(net, loader, data(), ckpt_path=ckpt, weights_only=True)
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("options", "save"),
+    [
+        ({"val_check_interval": 3}, {"every_n_train_steps": 1}),
+        ({"accumulate_grad_batches": 2}, {"every_n_train_steps": 1}),
+        ({}, {"every_n_epochs": 1}),
+        ({"strategy": "auto"}, {"every_n_epochs": 1, "save_on_train_epoch_end": True}),
+    ],
+    ids=str,
+)
+def test_from_every_checkpoint_the_same_end(tmp_path: Path, options: dict[str, Any], save: dict[str, Any]) -> None:
+    expected = fit(tmp_path, save, **options)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) >= 2
+    for path in paths:
+        found = fit(tmp_path, None, path, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), path.name
+
+
+def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
+    fit(tmp_path, {"every_n_epochs": 1}, max_epochs=1)
+    (path,) = tmp_path.glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["revlib_resume"] *= 2
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="of 2 processes, this run has 1"):
+        fit(tmp_path, None, path)
+
+
+def test_random_states_go_through_a_checkpoint(tmp_path: Path) -> None:
+    torch.save(capture(), tmp_path / "state.pt")
+    drawn = [torch.rand(3), random.random(), np.random.rand()]
+    restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = [torch.rand(3), random.random(), np.random.rand()]
+    assert torch.equal(drawn[0], again[0]) and drawn[1:] == again[1:]
