@@ -31,6 +31,7 @@ _LIGHTNING = {
     "merge_checkpoint": "shards",
     "ReversibleCallback": "callback",
     "ExactResume": "resume",
+    "SpeedMonitor": "speed",
     "ActivationMemoryMonitor": "callback",
     "DriftMonitor": "callback",
     "CouplingAnnealing": "annealing",

@@ -45,20 +45,23 @@ class ReversibleCallback(Callback):
 
 
 class DriftMonitor(Callback):
-    """Log `drift`: by how much backward's reconstruction of a stack's input is off, relative, the worst stack.
+    """Log `drift/PATH` of each stack: by how much backward's reconstruction of its input is off, relative.
 
-    It reaches loggers and the progress bar each step. In float32 expect 1e-7 to 1e-5; the gradient's
-    error is of the same order. If it nears 1e-2, choose a more stable coupling or float32 streams.
+    And `drift/worst`, the largest of them, which the progress bar shows as well, each step. In float32
+    expect 1e-7 to 1e-5; the gradient's error is of the same order. If it nears 1e-2, choose a more
+    stable coupling or float32 streams.
     """
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        drifts = [m._drift for m in stacks(pl_module).values() if m._drift is not None]
+        drifts = {path or "model": m._drift.float() for path, m in stacks(pl_module).items() if m._drift is not None}
         if drifts:
-            worst = torch.stack([drift.float() for drift in drifts]).max()
-            pl_module.log("drift", worst, prog_bar=True, on_step=True, on_epoch=False, reduce_fx="max")
+            drifts["worst"] = torch.stack(list(drifts.values())).max()
+        for path, drift in drifts.items():
+            options: Any = {"prog_bar": path == "worst", "reduce_fx": "max"}
+            pl_module.log(f"drift/{path}", drift, on_step=True, on_epoch=False, **options)
 
 
 class ActivationMemoryMonitor(Callback):

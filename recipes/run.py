@@ -39,7 +39,7 @@ def train(cfg: DictConfig) -> float:
     with _threads(cfg.threads):
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     seconds = time.perf_counter() - start
-    drift = trainer.callback_metrics.get("drift")
+    drift = trainer.callback_metrics.get("drift/worst")
 
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if isinstance(trainer.progress_bar_callback, RichProgressBar):

@@ -21,10 +21,11 @@ def logged(tmp_path: Path, **options: Any) -> tuple[Net, Any, str]:
 
 def test_monitors_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
     _, run, csv = logged(tmp_path, strategy="reversible")
-    names = {"drift", "activation/held_bytes", "activation/peak_bytes"}
+    names = {"drift/worst", "activation/held_bytes", "activation/peak_bytes"}
     assert names <= set(csv.splitlines()[0].split(","))
     assert names <= set(run.progress_bar_metrics)
-    assert 0 < run.callback_metrics["drift"] < 1e-5
+    assert 0 < run.callback_metrics["drift/worst"] < 1e-5
+    assert run.callback_metrics["drift/net"] == run.callback_metrics["drift/worst"]
 
 
 def test_memory_without_gradients_is_flat_and_below_the_stock_strategy(tmp_path: Path) -> None:
@@ -63,3 +64,17 @@ def test_skipped_steps_are_passed_over(tmp_path: Path) -> None:
 def test_every_n_steps_is_checked() -> None:
     with pytest.raises(ValueError, match="every_n_steps=0"):
         revlib.ActivationMemoryMonitor(0)
+
+
+def test_speed_in_samples_and_tokens(tmp_path: Path) -> None:
+    class Words(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step([batch[0].float()], batch_idx)
+
+    words = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(48, 8).long()), batch_size=8)
+    run = trainer(tmp_path, strategy="reversible", callbacks=[revlib.SpeedMonitor(2)], max_epochs=1)
+    run.fit(Words(), words)
+    samples, tokens = (run.callback_metrics[f"speed/{what}_per_second"] for what in ("samples", "tokens"))
+    assert samples > 0 and tokens == pytest.approx(8 * samples)
+    with pytest.raises(ValueError, match="every_n_steps=0"):
+        revlib.SpeedMonitor(0)

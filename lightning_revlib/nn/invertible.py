@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +83,8 @@ class Orthogonal(nn.Module):
         self.dim = dim
         linear = nn.Linear(size, size, bias=False)
         self.linear = parametrizations.orthogonal(linear, orthogonal_map="householder", use_trivialization=False)
+        original: Any = self.linear.parametrizations.weight.original  # type: ignore[union-attr]
+        original.data = original.data.contiguous()  # FSDP2 shards no others
 
     def forward(self, x: Tensor) -> Tensor:
         return self._rotate(x, back=False)

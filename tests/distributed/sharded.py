@@ -1,0 +1,136 @@
+"""What FSDP2 has to do besides the matrix, in two processes.
+
+python sharded.py OUT     saves what was found, by name
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+import lightning_revlib as revlib
+from tests.distributed.cells import distance
+from tests.test_strategy import Net, data, trainer
+
+
+class Invertible(Net):
+    """With a parametrised invertible step, and an inverse of its own."""
+
+    def build(self) -> None:
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
+        self.net = revlib.CoupledSequential(blocks[0], revlib.Orthogonal(8), *blocks[1:])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        z = self.net(self.stem(batch[0]))
+        return self.net.inverse(z) - self.stem(batch[0])
+
+
+class Layers(Net):
+    """Its own forward calls the layers of a list."""
+
+    reversible_targets = {"layers": {"coupling": "momentum", "residual": True, "split_dim": None}}  # noqa: RUF012
+
+    def build(self) -> None:
+        self.layers = nn.ModuleList([Residual() for _ in range(3)])
+        self.net = lambda x: x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x).tanh()
+
+
+class Own(Net):
+    """Shards by itself, the stack as a whole as well."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        revlib.swap(self)
+        fully_shard(self.net, mesh=mesh)
+        fully_shard(self.head, mesh=mesh)
+        fully_shard(self.stem, mesh=mesh)
+
+
+class TooEarly(Own):
+    def __init__(self) -> None:
+        super().__init__("later")
+
+    def configure_model(self) -> None:
+        self.build()
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def fit(out: Path, strategy: Any, cls: Any = Net, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    L.seed_everything(5, verbose=False)
+    net = cls()
+    run = trainer(out, strategy=strategy, devices=2, **{"max_steps": 5, **options})
+    run.fit(net, data(), data())
+    return net, {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in net.named_parameters()}
+
+
+def main(out: Path) -> None:
+    found: dict[str, Any] = {}
+    _, reference = fit(out, "reversible")
+
+    net, _ = fit(out, "reversible_fsdp")
+    found["blocks are sharded each"] = all(isinstance(block, FSDPModule) for block in net.net)
+    found["root is sharded"] = isinstance(net, FSDPModule) and not isinstance(net.net, FSDPModule)
+    found["keys"] = list(net.state_dict()) == list(Net().state_dict())
+    run = trainer(out, strategy="reversible_fsdp", devices=2)
+    run.validate(net, data(), verbose=False)
+    run.fit(net, data())
+    found["fits again"] = len(net.losses) >= 8
+
+    for name, options in {
+        "accumulation": {"accumulate_grad_batches": 2, "max_steps": 3},
+        "clipping by norm": {"gradient_clip_val": 0.5},
+        "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    }.items():
+        found[name] = distance(fit(out, "reversible_fsdp", **options)[1], fit(out, "reversible", **options)[1])
+    in_backward = revlib.ReversibleFSDPStrategy(optimizer_in_backward=True)
+    found["optimizer in backward"] = distance(fit(out, in_backward)[1], reference)
+    found["own sharding"] = distance(fit(out, "reversible_fsdp", Own)[1], reference)
+    found["layers"] = distance(fit(out, "reversible_fsdp", Layers)[1], fit(out, "reversible", Layers)[1])
+    mixed = revlib.ReversibleFSDPStrategy(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    plain = fit(out, "reversible", Layers, precision="bf16-mixed")[1]
+    found["mixed precision policy"] = distance(fit(out, mixed, Layers)[1], plain)
+    kept = revlib.ReversibleFSDPStrategy(reshard_after_forward=False)
+    found["kept after forward"] = distance(fit(out, kept)[1], reference)
+    offload = revlib.ReversibleFSDPStrategy(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    found["offload policy"] = distance(fit(out, offload)[1], reference)
+
+    net, _ = fit(out, "reversible_fsdp", Invertible)
+    errors = trainer(out, strategy="reversible_fsdp", devices=2).predict(net, data())
+    found["inverse"] = max(error.abs().max().item() for error in errors)
+    try:
+        fit(out, "reversible_fsdp", TooEarly)
+    except ValueError as error:
+        found["too early"] = str(error)
+    for strategy in (revlib.ReversibleStrategy(optimizer_in_backward=True),):
+        try:
+            fit(out, strategy)
+        except ValueError as error:
+            found["in backward under ddp"] = str(error)
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, out / "result.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,43 @@
+"""FSDP2 beside DDP in what the matrix leaves out: policies, accumulation, clipping, sharding of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.pair import run
+
+HOLDS = ["blocks are sharded each", "root is sharded", "keys", "fits again"]
+NEAR = {
+    "accumulation": 1e-6,
+    "clipping by norm": 1e-6,
+    "clipping by value": 1e-6,
+    "optimizer in backward": 1e-6,
+    "own sharding": 1e-6,
+    "layers": 1e-6,
+    "kept after forward": 1e-6,
+    "offload policy": 1e-6,
+    "inverse": 1e-5,
+    "mixed precision policy": 1e-2,  # beside autocast, which rounds elsewhere
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run("sharded.py", tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_holds(found: Any, name: str) -> None:
+    assert found[name] is True
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near(found: Any, name: str) -> None:
+    assert found[name] <= NEAR[name]
+
+
+def test_mistakes_are_said(found: Any) -> None:
+    assert found["too early"].startswith("net was sharded before it was swapped; in configure_model, call revlib.swap")
+    assert "take strategy='reversible_fsdp'" in found["in backward under ddp"]
