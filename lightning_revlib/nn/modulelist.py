@@ -11,12 +11,9 @@ Masks, position embeddings, tuples, hooks, keys and parameters stay what they we
 
 from __future__ import annotations
 
-import inspect
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +23,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 from lightning_revlib.nn.branches import BranchSpec
 from lightning_revlib.nn.coupling import Coupling
 from lightning_revlib.nn.execution import Execution, Reversible
+from lightning_revlib.nn.layer import Layer, Run, cached, describe, same_memory, without_cache
 from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.sequence import CoupledSequential
 from lightning_revlib.nn.step import Step, rest_of, with_first
@@ -65,7 +63,7 @@ class Layerwise(Reversible):
             )
         template = CoupledSequential(OrderedDict(self._modules), **{**options, "split_dim": None})
         self.__dict__.update({name: template.__dict__[name] for name in CoupledSequential.OPTIONS})
-        self._runs: dict[int, _Run] = {}  # by thread
+        self._runs: dict[int, Run] = {}  # by thread
         for layer in list(self)[self.ordinary :]:
             if not isinstance(layer.__dict__.get("forward"), Layer):
                 layer.forward = Layer(self, layer)
@@ -94,7 +92,7 @@ class Layerwise(Reversible):
             x, args, kwargs = layer.first(args, kwargs)
             run = self._go_on(run, layer.module, x) or self._begin(layer.module, x, (args, kwargs), compiler)
             if run.execution is not None:
-                args, kwargs = _without_cache((args, kwargs), self.path)
+                args, kwargs = without_cache((args, kwargs), self.path)
             key, first = list(self._modules)[run.index], (run.index - self.ordinary) * (len(self.branches) or 1)
             steps = self._steps_of(run.index, first, key, layer.module, x.dtype, (args, kwargs))  # type: ignore[misc]
             if not self.branches:
@@ -108,7 +106,7 @@ class Layerwise(Reversible):
 
     call_eagerly = torch.compiler.disable(call, recursive=False)
 
-    def _advance(self, run: _Run, steps: list[Step], compiler: Any) -> Any:
+    def _advance(self, run: Run, steps: list[Step], compiler: Any) -> Any:
         run.index += 1
         for step in steps:
             if run.execution is None:
@@ -127,7 +125,7 @@ class Layerwise(Reversible):
         extra, step.extra = step.extra, None  # it refers to the graph, which refers to the step
         return out if extra is None else with_first(extra, out)
 
-    def _begin(self, layer: nn.Module, x: Any, call: Any, compiler: Any) -> _Run:
+    def _begin(self, layer: nn.Module, x: Any, call: Any, compiler: Any) -> Run:
         if len(self.treatments) != len(self) or any(
             not isinstance(m.__dict__.get("forward"), Layer) for m in list(self)[self.ordinary :]
         ):
@@ -137,13 +135,13 @@ class Layerwise(Reversible):
                 "torch.func transforms cannot run reversible layers, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes them ordinary ones, with the same parameters"
             )
-        run = _Run(self.ordinary)
+        run = Run(self.ordinary)
         run.a, run.b = self._split(x)  # type: ignore[misc]
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting() and not _cached(call, self.path):
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting() and not cached(call, self.path):
             run.execution = Execution(self, compiler, (len(self) - self.ordinary) * (len(self.branches) or 1))
         return run
 
-    def _go_on(self, run: _Run | None, layer: nn.Module, x: Any) -> _Run | None:
+    def _go_on(self, run: Run | None, layer: nn.Module, x: Any) -> Run | None:
         """The run, if the call continues it; None if it begins one; an error else."""
         first = self[self.ordinary]
         if run is None:
@@ -161,7 +159,7 @@ class Layerwise(Reversible):
                 return None
             raise ValueError(
                 f"{self._name(layer)} was called with something else than what {self._name(self[run.index - 1])} had"
-                f" returned ({_describe(run.handed)}, now {_describe(x)}): between the layers of a reversible list the"
+                f" returned ({describe(run.handed)}, now {describe(x)}): between the layers of a reversible list the"
                 " model may do nothing, such as adding a skip connection or position embeddings. It cannot be swapped;"
                 " lightning_revlib.restore(model) undoes the swap"
             )
@@ -211,129 +209,12 @@ class IteratedSequential(Layerwise, nn.Sequential):
     """The same for an `nn.Sequential` whose blocks are called one by one: by `swap` with ``iterated=True``."""
 
     def __getitem__(self, index: Any) -> Any:
-        return (
-            nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-            if isinstance(index, slice)
-            else (super().__getitem__(index))
-        )
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
 
 ORDER = (
     "the layers of a reversible list run once each, in their order. A model that skips or repeats layers cannot be"
     " swapped; lightning_revlib.restore(model) undoes the swap"
 )
-
-
-class Layer:
-    """Stands in for the forward of one layer: an attribute of the object, so that its class and its hooks stay."""
-
-    def __init__(self, owner: Layerwise, module: nn.Module) -> None:
-        self.owner, self.module = owner, module
-        self.inner: Any = module.__dict__.get("forward")  # another's stand-in
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.owner.call if torch.compiler.is_exporting() else self.owner.call_eagerly
-        return call(self, args, kwargs)
-
-    def original(self) -> Any:
-        return self.inner or partial(type(self.module).forward, self.module)
-
-    def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The stream and the other arguments; it may be given by name."""
-        if args:
-            return args[0], args[1:], kwargs
-        name = next(iter(inspect.signature(self.original()).parameters), "")
-        if name not in kwargs:
-            raise TypeError(f"{self.owner._name(self.module)} was called without its first argument, the stream")
-        return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
-
-
-class _Run:
-    """One forward through a list: the streams, and what the model was handed of them."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index  # of the layer that is due
-        self.execution: Execution | None = None  # without, ordinary operations
-        self.a: Tensor
-        self.b: Tensor
-        self.handed: Any = None
-        self.count = 0  # its version
-        self.guard: Any = None
-
-    def hand(self, dtype: torch.dtype, name: str) -> Tensor:
-        """Stream b for the model: in a graph, a node of its own, through which gradients come only if it is read."""
-        b = self.b
-        self.handed = b.to(dtype) if b.dtype is not dtype else b.view_as(b) if self.execution else b
-        self.count = 0 if self.handed.is_inference() else self.handed._version
-        if self.execution and self.execution.recording and self.handed.requires_grad:
-            self.guard = self.handed.register_hook(partial(_read_between, name))
-        return self.handed
-
-    def continues_with(self, x: Any) -> bool:
-        """Whether x is what was handed out, maybe passed through hooks as FSDP's, which then get their gradients."""
-        handed, guard = self.handed, self.guard
-        self.handed = self.guard = None
-        if x is handed:
-            pass
-        elif isinstance(x, Tensor) and same_memory(x, handed):
-            if guard is not None:
-                guard.remove()
-            # its value is b's, exactly, its gradient is x's
-            self.b = x if x.dtype is self.b.dtype else x.to(self.b.dtype) + (self.b - x.to(self.b.dtype)).detach()
-        else:
-            self.handed = handed
-            return False
-        if not x.is_inference() and x._version != self.count:
-            raise RuntimeError(
-                f"a hidden state of shape {list(x.shape)} was modified in place between two layers of a reversible"
-                " list; such a model cannot be swapped"
-            )
-        return True
-
-
-def same_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are one, but for their place in the graph."""
-    return (
-        (x.shape, x.stride(), x.dtype, x.storage_offset()) == (y.shape, y.stride(), y.dtype, y.storage_offset())
-        and x.device == y.device
-        and x.untyped_storage()._cdata == y.untyped_storage()._cdata
-    )
-
-
-def _read_between(name: str, grad: Tensor) -> None:
-    raise RuntimeError(
-        f"what {name} returned is also used by something else than the next layer, as in a feature pyramid, a loss on"
-        " hidden states, a skip connection over layers, or a model that leaves the list early: each of them would"
-        " stay in memory, and the list cannot be swapped; detach what is read, or undo the swap by restore(model)"
-    )
-
-
-def _caches(call: Any) -> list[Any]:
-    args, kwargs = call
-    return [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
-
-
-def _cached(call: Any, path: str) -> bool:
-    """Whether the call brings keys and values of before: then the layers are stored, as they would append twice."""
-    if not (cached := any(cache.get_seq_length() for cache in _caches(call))):
-        return False
-    warnings.warn(f"{path}: gradients with a cache that is not empty: activations are stored", stacklevel=5)
-    return cached
-
-
-def _without_cache(call: Any, path: str) -> Any:
-    """The call without an empty cache: it would keep all layers' keys and values, and a second run append to it."""
-    caches = _caches(call)
-    if not caches:
-        return call
-    warnings.warn(f"{path}: the cache stays empty where gradients are recorded; pass use_cache=False", stacklevel=5)
-    args, kwargs = call
-    dropped = {id(cache) for cache in caches}
-    return (
-        tuple(None if id(value) in dropped else value for value in args),
-        {name: None if id(value) in dropped else value for name, value in kwargs.items()},
-    )
-
-
-def _describe(x: Any) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.couplings import Momentum
 from lightning_revlib.nn.drift import expected_drift
-from lightning_revlib.nn.modulelist import same_memory
+from lightning_revlib.nn.layer import same_memory
 from lightning_revlib.nn.step import rest_of
 from lightning_revlib.nn.swap import PLAIN
 

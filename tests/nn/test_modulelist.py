@@ -473,3 +473,12 @@ def test_a_sequential_whose_blocks_are_called_one_by_one() -> None:
     with pytest.raises(ValueError, match=r"layers\.block2 \(Layer\) was called before layers\.block0"):
         model.layers.block2(x)
     assert revlib.restore(model) == ["layers"] and type(model.layers) is nn.Sequential
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+def test_on_cuda(half: bool) -> None:
+    model, x = Model(dropout=0.2).cuda(), torch.randn(3, 6, device="cuda")
+    revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        close(gradients(model, x), gradients(stored(model), x), 1e-2 if half else 1e-5)
