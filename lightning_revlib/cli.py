@@ -22,6 +22,11 @@ OTHERS = {
     "list": ("show_list", "the recipes and experiments, with a line about each: revlib list [GROUP ...]"),
     "copy": ("copy_out", "write a recipe's configuration and module out for editing: revlib copy NAME [FOLDER]"),
 }
+PLUGINS = {  # of Hydra, by the option that they add
+    "joblib": "hydra-joblib-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "optuna": "hydra-optuna-sweeper",
+}
 HELP = f"""\
 usage: revlib COMMAND [-m] [group=option] [key=value] ...
 
@@ -135,6 +140,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if option in PLUGINS:
+            return f"{group}={option} is a plugin of Hydra's, which is not installed: pip install {PLUGINS[option]}"
         return f"{group}={option}: no such option{_near(option, error.options)}; it has {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"

@@ -63,6 +63,7 @@ class ImageData(L.LightningDataModule):
         self.augment = augment
         self.parts = {}
         for name, numbers in (("mean", mean), ("std", std)):
+            self.hparams[name] = None if numbers is None else [*map(float, numbers)]  # plain, for the checkpoint
             if numbers is not None and len(numbers) not in (1, self.shape[0]):
                 raise ValueError(f"{name}={list(numbers)}: give one number for each of {self.shape[0]} channels")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -219,6 +220,21 @@ def test_a_mistake_gets_one_clear_message(argv, message, tmp_path, monkeypatch, 
     assert main(argv) == 1
     err = capsys.readouterr().err
     assert err.startswith("revlib: ") and message in err and "Traceback" not in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "package"),
+    [
+        ("launcher=joblib", "hydra-joblib-launcher"),
+        ("launcher=slurm", "hydra-submitit-launcher"),
+        ("hparams_search=optuna", "hydra-optuna-sweeper"),
+    ],
+)
+def test_a_plugin_that_is_missing(choice, package, monkeypatch, capsys):
+    if importlib.util.find_spec(f"hydra_plugins.{package.replace('-', '_')}"):
+        pytest.skip("it is installed")
+    assert main(["train", "-m", choice, "depth=1,2"]) == 1
+    assert f"a plugin of Hydra's, which is not installed: pip install {package}" in capsys.readouterr().err
 
 
 def test_help(capsys):

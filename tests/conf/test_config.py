@@ -110,6 +110,15 @@ def test_the_default_is_the_experiment_on_digits():
         (["split_dim=2"], lambda stack: stack.split_dim == 2),
         (["coupling=momentum"], lambda stack: stack.couplings[0].gamma == 0.9),
         (["coupling=momentum", "coupling.gamma=0.95"], lambda stack: stack.couplings[0].gamma == 0.95),
+        (
+            ["recipe=momentumnet"],
+            lambda stack: (stack.split_dim, stack.couplings[0].gamma, len(stack)) == (None, 0.9, 2),
+        ),
+        (["recipe=momentumnet", "depth=5"], lambda stack: len(stack) == 4),
+        (["recipe=momentumnet", "depth=[2,4]"], lambda stack: len(stack) == 1),
+        (["recipe=momentumnet", "split_dim=1"], lambda stack: stack.split_dim == 1),
+        (["recipe=momentumnet", "coupling=additive"], lambda stack: stack.couplings[0] == get_coupling("additive")),
+        (["experiment=momentumnet_cifar10"], lambda stack: len(stack) == 2),
         (["experiment=irevnet_cifar10"], lambda stack: len(stack) == 56),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -117,7 +126,8 @@ def test_the_default_is_the_experiment_on_digits():
 def test_overrides_reach_the_network(overrides, check):
     cfg = configuration("train", *overrides)
     module = instantiate(cfg.recipe, **instantiate(cfg.data).model_arguments)
-    assert isinstance(module.net.stack, CoupledSequential) and check(module.net.stack)
+    stack = next(m for m in module.modules() if isinstance(m, CoupledSequential))
+    assert check(stack)
 
 
 def test_hyperparameters_are_plain_python():

@@ -28,11 +28,11 @@ SHALLOW = {
     "irevnet_cifar10": ["depth=1"],
     "momentumnet_cifar10": ["depth=[1,2,1,2]"],
     "momentumnet_cifar100": ["depth=[1,2,1,2]"],
-    "irevnet_imagenet": ["depth=1"],
+    "irevnet_imagenet": ["depth=1", "data.batch_size=2"],
 }
 SHORT = [
-    "+trainer.max_steps=2", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1", "data.batch_size=4",
-    "logger=csv", "hydra.run.dir=run",
+    "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1",
+    "+trainer.limit_test_batches=1", "data.batch_size=4", "logger=csv", "hydra.run.dir=run",
 ]  # fmt: skip
 
 
@@ -43,6 +43,8 @@ def two_steps(experiment, tmp_path, monkeypatch, *more):
     with (tmp_path / "run/csv/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert any(row["test/loss"] for row in rows) and max(int(row["step"]) for row in rows) == 2
+    for checkpoint in tmp_path.glob("run/checkpoints/best.ckpt"):
+        assert main(["predict", f"ckpt_path={checkpoint}", "+trainer.limit_predict_batches=1"]) == 0
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -53,9 +55,9 @@ def test_two_steps(experiment, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", SHALLOW)
 def test_two_steps_as_deep_as_published(experiment, tmp_path, monkeypatch):
-    two_steps(experiment, tmp_path, monkeypatch)
+    two_steps(experiment, tmp_path, monkeypatch, "~callbacks.checkpoint", "+trainer.enable_checkpointing=false")
 
 
 def test_the_injective_network_for_imagenet(tmp_path, monkeypatch):
-    wider = ["recipe.channels=[32,128,512,2048]", "depth=1", "data.size=64"]
+    wider = ["recipe.channels=[32,128,512,2048]", "depth=1", "data.size=64", "data.batch_size=2"]
     two_steps("irevnet_imagenet", tmp_path, monkeypatch, *wider)
