@@ -80,9 +80,6 @@ class Layerwise(Reversible):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runs": {}}
 
-    def extra_repr(self) -> str:
-        return f"coupling={self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)}"
-
     def call(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's call by the model, in place of its forward."""
         compiler = set_eval_frame(None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -177,6 +178,11 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
         swapped_from = original, options_of(module)
         module.__class__ = reversible
         module.path, module._swapped_from = path, swapped_from  # type: ignore[assignment]
+    known = inspect.signature(CoupledSequential).parameters
+    if unknown := [name for name in options or {} if name not in known or name == "blocks"]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(list(known)[1:])}"
+        raise TypeError(f"target {path!r}: there is no option {unknown[0]!r}; {hint}")
     if options is not None or original in PLAIN:
         merged = _merge(module.__dict__.get("given", {}), options or {})
         try:

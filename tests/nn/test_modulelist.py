@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
 
@@ -164,6 +165,18 @@ def test_it_holds_two_streams_at_any_depth() -> None:
 
     assert held(4, True) == held(16, True)  # though backward asks for nothing that `norm`'s graph has saved
     assert held(16, False)[0] > 10 * held(16, True)[0]
+
+
+def test_flops_are_four_thirds() -> None:
+    model, x = Model(8, 16), torch.randn(4, 16, requires_grad=True)
+    model.stem = model.head = nn.Identity()  # type: ignore[assignment]
+    flops = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(x).backward()
+        flops.append(counter.get_total_flops())
+        revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
+    assert 3 * flops[1] == 4 * flops[0]
 
 
 def test_grad_mode_off_frozen_parts_and_half_precision() -> None:

@@ -112,7 +112,7 @@ def test_residual_blocks_compute_their_branch() -> None:
         ),
         ({"stem": None}, TypeError, "target 'stem' is a Linear, which cannot be swapped"),
         ({"first": None, "second": {"coupling": "affin"}}, ValueError, "target 'second': coupling='affin' is unknown"),
-        ({"first": None, "second": {"dim": 2}}, TypeError, "target 'second': .*unexpected keyword argument 'dim'"),
+        ({"first": None, "second": {"dim": 2}}, TypeError, "target 'second': there is no option 'dim'; did you mean"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(targets: Any, error: type[Exception], message: str) -> None:
