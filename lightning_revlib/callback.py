@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.swap import Targets, stacks
-from lightning_revlib.swapping import explain_memory, read_targets, swap_module
+from lightning_revlib.swapping import explain_memory, make_budget, read_targets, swap_module
 
 
 class ReversibleCallback(Callback):
@@ -21,21 +22,21 @@ class ReversibleCallback(Callback):
     >>> Trainer(strategy="ddp", callbacks=[ReversibleCallback()])
 
     Args:
-        targets: as in `ReversibleStrategy`.
+        targets, memory_budget: as in `ReversibleStrategy`.
 
     Raises:
         ValueError: when a run starts with nothing to swap or with a wrong target.
     """
 
-    def __init__(self, targets: Targets | None = None) -> None:
-        self.targets = read_targets(targets)
+    def __init__(self, targets: Targets | None = None, *, memory_budget: MemoryBudget | None = None) -> None:
+        self.targets, self.budget = read_targets(targets), make_budget(memory_budget)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        swap_module(pl_module, self.targets, strict=False)  # before averages and optimizers see the module
+        swap_module(pl_module, self.targets, self.budget, strict=False)  # before averages and optimizers see the module
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        swap_module(pl_module, self.targets)  # what `configure_model` has built since
+        swap_module(pl_module, self.targets, self.budget)  # what `configure_model` has built since
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
 

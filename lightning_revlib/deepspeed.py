@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
 
+from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.swapping import Swapping, check_arguments
 
@@ -20,7 +21,7 @@ class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
     Names: "reversible_deepspeed_stage_1", "_2" and "_3", and each with "_offload" after it.
 
     Args:
-        targets, restore: see `Swapping`. DeepSpeed steps its own optimizer, after backward.
+        targets, memory_budget, restore: see `Swapping`. DeepSpeed steps its own optimizer, after backward.
         stage: 1 shards the optimizer's state, 2 gradients as well, 3 parameters as well.
         offload_optimizer: keep and step the optimizer's state on the host.
         offload_parameters: at stage 3, keep parameters on the host.
@@ -40,6 +41,7 @@ class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
         self,
         targets: Targets | None = None,
         *,
+        memory_budget: MemoryBudget | None = None,
         restore: bool = False,
         stage: int = 2,
         offload_optimizer: bool = False,
@@ -58,6 +60,7 @@ class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
             )
         super().__init__(
             targets,
+            memory_budget=memory_budget,
             restore=restore,
             stage=stage,
             offload_optimizer=offload_optimizer,

@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_revlib.fsdp import shard
+from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.one_or_many import OneOrMany
 from lightning_revlib.strategy import StartMethod
-from lightning_revlib.swapping import check_arguments, read_targets, swap_module
+from lightning_revlib.swapping import check_arguments, make_budget, read_targets, swap_module
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators import Accelerator
@@ -36,17 +37,21 @@ class FabricSwapping(Strategy):
 
     Args:
         targets: as in `swap`. Without, the module's `reversible_targets`, or every CoupledSequential.
+        memory_budget: as in `Swapping`, for each module that is set up.
         **kwargs: of Fabric's strategy.
     """
 
-    def __init__(self, targets: Targets | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, targets: Targets | None = None, *, memory_budget: MemoryBudget | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.targets = read_targets(targets)
+        self.targets, self.memory_budget = read_targets(targets), memory_budget
+        make_budget(memory_budget)  # a wrong one is said at once
         self.swapped: list[str] = []
 
     @override
     def setup_module(self, module: nn.Module) -> Any:
-        self.swapped += swap_module(module, self.targets, strict=False)
+        self.swapped += swap_module(module, self.targets, make_budget(self.memory_budget), strict=False)
         return super().setup_module(module)
 
     @override
@@ -84,6 +89,7 @@ class ReversibleFabricStrategy(FabricSwapping, OneOrMany, SingleDeviceStrategy):
         self,
         targets: Targets | None = None,
         *,
+        memory_budget: MemoryBudget | None = None,
         start_method: StartMethod | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -95,9 +101,10 @@ class ReversibleFabricStrategy(FabricSwapping, OneOrMany, SingleDeviceStrategy):
         **kwargs: Any,
     ) -> None:
         check_arguments(type(self), kwargs, ReversibleFabricStrategy, DDPStrategy, DistributedDataParallel)
-        super().__init__(targets, accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
+        ours: dict[str, Any] = {"targets": targets, "memory_budget": memory_budget}
+        super().__init__(**ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
         launch = {"start_method": start_method, "process_group_backend": process_group_backend, "timeout": timeout}
-        self.await_devices(parallel_devices, cluster_environment, {"targets": targets, **launch, **kwargs})
+        self.await_devices(parallel_devices, cluster_environment, {**ours, **launch, **kwargs})
 
 
 ReversibleFabricStrategy.base = ReversibleFabricStrategy
@@ -117,6 +124,7 @@ class ReversibleFabricFSDPStrategy(FabricSwapping, ModelParallelStrategy):
         self,
         targets: Targets | None = None,
         *,
+        memory_budget: MemoryBudget | None = None,
         mp_policy: MixedPrecisionPolicy | None = None,
         offload_policy: OffloadPolicy | None = None,
         reshard_after_forward: bool | int | None = None,
@@ -126,6 +134,7 @@ class ReversibleFabricFSDPStrategy(FabricSwapping, ModelParallelStrategy):
     ) -> None:
         super().__init__(
             targets,
+            memory_budget=memory_budget,
             parallelize_fn=self._shard,
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from typing_extensions import override
 
+from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import Swapping, swap_module
@@ -40,7 +41,7 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
     those of other strategies, can be gone on from. After a run the module's parameters stay sharded.
 
     Args:
-        targets, optimizer_in_backward, restore: see `Swapping`.
+        targets, memory_budget, optimizer_in_backward, restore: see `Swapping`.
         mp_policy, offload_policy, reshard_after_forward: as in `fully_shard`, for all blocks and the root.
         data_parallel_size: default all processes.
         tensor_parallel_size: default 1; what is to be parallel within tensors is up to `configure_model`.
@@ -58,6 +59,7 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
         self,
         targets: Targets | None = None,
         *,
+        memory_budget: MemoryBudget | None = None,
         optimizer_in_backward: bool = False,
         restore: bool = False,
         mp_policy: MixedPrecisionPolicy | None = None,
@@ -71,6 +73,7 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
     ) -> None:
         super().__init__(
             targets,
+            memory_budget=memory_budget,
             optimizer_in_backward=optimizer_in_backward,
             restore=restore,
             data_parallel_size=data_parallel_size,
@@ -96,7 +99,7 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         _check_order(module)
-        swap_module(module, self.targets)
+        swap_module(module, self.targets, self.budget)
         if not any(isinstance(m, FSDPModule) for m in module.modules()):
             self.precision_plugin.convert_module(module)
             shard(module, self.device_mesh["data_parallel"], **self.policies)

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.one_or_many import OneOrMany
 from lightning_revlib.swapping import Swapping, check_arguments
@@ -49,6 +50,7 @@ class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
 
     >>> Trainer(strategy="reversible")
     >>> Trainer(strategy=ReversibleStrategy(targets={"net.blocks": {"coupling": "additive"}}))
+    >>> Trainer(strategy=ReversibleStrategy(memory_budget="2GiB"))
     >>> Trainer(strategy=ReversibleStrategy(find_unused_parameters=True), devices=4, num_nodes=2)
 
     With one process it is Lightning's SingleDeviceStrategy, without a process group; with more it
@@ -61,7 +63,7 @@ class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
     start; "reversible_find_unused_parameters_true".
 
     Args:
-        targets, optimizer_in_backward, restore: see `Swapping`.
+        targets, memory_budget, optimizer_in_backward, restore: see `Swapping`.
         start_method: of the processes, if there are several; default "popen", in notebooks "fork".
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in
             any of Lightning's strategies; the Trainer sets them.
@@ -80,6 +82,7 @@ class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
         self,
         targets: Targets | None = None,
         *,
+        memory_budget: MemoryBudget | None = None,
         optimizer_in_backward: bool = False,
         restore: bool = False,
         start_method: StartMethod | None = None,
@@ -94,7 +97,8 @@ class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
     ) -> None:
         check_arguments(type(self), kwargs, ReversibleStrategy, DDPStrategy, DistributedDataParallel)
         ours: dict[str, Any] = {
-            "targets": targets, "optimizer_in_backward": optimizer_in_backward, "restore": restore,
+            "targets": targets, "memory_budget": memory_budget, "optimizer_in_backward": optimizer_in_backward,
+            "restore": restore,
         }  # fmt: skip
         super().__init__(
             **ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin

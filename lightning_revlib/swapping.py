@@ -7,14 +7,17 @@ import inspect
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from lightning_revlib.in_backward import InBackward
+from lightning_revlib.nn.plan import Budget, MemoryBudget, share_budget
 from lightning_revlib.nn.swap import Targets, find, restore, stacks, swap
 from lightning_revlib.shards import is_sharded, merge_checkpoint, plain_data_only
 
@@ -32,6 +35,10 @@ class Swapping(Strategy):
             or method `reversible_targets`; without that, every CoupledSequential.
         optimizer_in_backward: step each parameter as soon as backward has its gradient, and free the
             gradient: the same results, and gradients of one parameter at a time. See `InBackward`.
+        memory_budget: the bytes that activations in stacks may take at most, on each device: an int, a
+            text such as "2GiB", a fraction of what ordinary autograd takes, or "auto", what is free on
+            the CUDA device. Without, as few as possible. Stacks that choose treatments themselves keep
+            them. The first step measures; the plan is printed, and saved in checkpoints.
         restore: undo the swap when the run ends, however it ends.
         **kwargs: of Lightning's strategy.
 
@@ -44,12 +51,14 @@ class Swapping(Strategy):
         self,
         targets: Targets | None = None,
         *,
+        memory_budget: MemoryBudget | None = None,
         optimizer_in_backward: bool = False,
         restore: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.targets = read_targets(targets)
+        self.budget = make_budget(memory_budget)
         self.restore = restore
         self.in_backward = InBackward() if optimizer_in_backward else None
 
@@ -62,15 +71,21 @@ class Swapping(Strategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.lightning_module is not None
-        swap_module(self.lightning_module, self.targets, strict=False)
+        swap_module(self.lightning_module, self.targets, self.budget, strict=False)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
-        swap_module(self.lightning_module, self.targets)
+        swap_module(self.lightning_module, self.targets, self.budget)
         super().setup(trainer)
         if self.in_backward is not None and trainer.training:
             self.in_backward.attach(trainer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.budget is not None and self.budget.plan is not None:
+            checkpoint["memory_plan"] = asdict(self.budget.plan)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -98,14 +113,23 @@ class Swapping(Strategy):
             restore(self.lightning_module)
 
 
-def swap_module(module: nn.Module, targets: Targets | None, *, strict: bool = True) -> list[str]:
-    """`swap` with the targets given, or else those that the module names itself."""
+def swap_module(
+    module: nn.Module, targets: Targets | None, budget: Budget | None = None, *, strict: bool = True
+) -> list[str]:
+    """`swap` with the targets given, or else those that the module names itself, and the budget for all its stacks."""
     if targets is None:
         targets = getattr(module, "reversible_targets", None)
         targets = read_targets(targets() if callable(targets) else targets)
     if not strict and not find(module, targets, strict=False):
         return []
-    return swap(module, targets, strict=strict)
+    paths = swap(module, targets, strict=strict)
+    if budget is not None:
+        share_budget(stacks(module), budget)
+    return paths
+
+
+def make_budget(memory_budget: MemoryBudget | None) -> Budget | None:
+    return None if memory_budget is None else Budget(memory_budget, announce=rank_zero_info)
 
 
 def read_targets(targets: Any) -> Targets | None:
@@ -143,7 +167,7 @@ def explain_memory(exception: BaseException, module: nn.Module) -> None:
         if count
     ]
     advice = (
-        f"{'; '.join(ways)}: give the stack a smaller store_last, or treatments of 'reversible'"
+        f"{'; '.join(ways)}: give them a smaller memory_budget or store_last, or treatments of 'reversible'"
         if ways
         else "all stacks hold their output only; a smaller batch or a shorter stack outside of them,"
         " accumulate_grad_batches or optimizer_in_backward=True remain"

@@ -188,3 +188,31 @@ def test_the_name_is_registered_whatever_is_imported_first(order: str) -> None:
     code = ORDERS[order] + "\nlightning.Trainer(strategy='reversible', accelerator='cpu', logger=False)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("by", ["strategy", "callback", "stack"])
+def test_a_memory_budget_changes_bytes_only(tmp_path: Path, by: str) -> None:
+    options: dict[str, Any] = {
+        "strategy": {"strategy": revlib.ReversibleStrategy(memory_budget=0.8)},
+        "callback": {"strategy": "auto", "callbacks": [revlib.ReversibleCallback(memory_budget=0.8)]},
+        "stack": {"strategy": revlib.ReversibleStrategy({"net": {"memory_budget": 0.8}})},
+    }[by]
+    plain = fit(tmp_path, "reversible", precision="64-true")
+    L.seed_everything(5, verbose=False)
+    net = Net()
+    run = trainer(tmp_path, precision="64-true", **options)
+    run.fit(net, data(), data())
+    for expected, loss in zip(plain.losses, net.losses, strict=True):
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    plan = net.net.plan
+    assert plan.peak <= plan.limit < plan.plain and set(plan.treatments["net"]) != {"reversible"}
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert by != "strategy" or checkpoint["memory_plan"]["treatments"] == {"net": plan.treatments["net"]}
+
+
+def test_a_budget_too_small_and_a_wrong_one_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="memory_budget='2 pounds'"):
+        revlib.ReversibleStrategy(memory_budget="2 pounds")
+    with pytest.raises(ValueError, match="memory_budget=64 is 64 B, and the reversible stacks need at least"):
+        trainer(tmp_path, max_epochs=1, strategy=revlib.ReversibleStrategy(memory_budget=64)).fit(Net(), data())

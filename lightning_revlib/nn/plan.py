@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -88,11 +88,12 @@ class Budget:
     """The bytes that the activations of the stacks at `paths` may take together, and the plan for it.
 
     `value` is a number of bytes, a text such as "2GiB", a fraction of ordinary autograd's peak, or "auto": what is free
-    on the CUDA device, less a margin.
+    on the CUDA device, less a margin. `announce` is called with the text of each plan.
     """
 
     value: MemoryBudget
     paths: tuple[str, ...] = ()
+    announce: Callable[[str], Any] = log.info
     plan: Plan | None = None
     measured: dict[str, tuple[Signature, list[Measured], int]] = field(default_factory=dict)
 
@@ -113,7 +114,7 @@ class Budget:
         self.measured[path] = signature, steps, output
         if all(each in self.measured for each in self.paths):
             self.plan = make_plan({p: (s, out) for p, (_, s, out) in self.measured.items()}, self.value)
-            log.info("%s", self.plan)
+            self.announce(str(self.plan))
 
 
 def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: MemoryBudget) -> Plan:
@@ -239,8 +240,12 @@ def _limit(value: MemoryBudget, plain: int) -> int:
 
 
 def share_budget(stacks: Mapping[str, Any], budget: Budget) -> None:
-    """Give stacks, by path, one budget for all of them together; those with one of their own keep it."""
-    sharing = {path: stack for path, stack in stacks.items() if stack.budget in (None, budget)}
+    """Give stacks, by path, one budget for all of them together; those that choose treatments themselves keep them."""
+    sharing = {
+        path: stack
+        for path, stack in stacks.items()
+        if stack.budget is budget or (stack.budget is None and set(stack.treatments) == {"reversible"})
+    }
     budget.paths = tuple(sharing)
     for stack in sharing.values():
         stack.budget = budget
