@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
+from lightning_revlib.bench import peers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python benchmarks/correctness.py`
-from benchmarks import peers
 from tests.nn import conditions
 from tests.nn.conditions import CONDITIONS, WIDTH, Case
 from tests.nn.test_matrix import errors

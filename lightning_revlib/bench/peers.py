@@ -170,8 +170,11 @@ class Pairs(Peer):
 class MemCNN(Pairs):
     """`num_bwd_passes` is as high as any condition needs, and the state of the generator is preserved.
 
+    Where one backward is run and nothing drawn, `passes=1` and `preserve=False` are faster.
     An input that is a leaf is copied, as if another layer came first: MemCNN frees it, and doubles its gradient.
     """
+
+    passes, preserve = 3, True
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.clone() if x.is_leaf else x)
@@ -187,25 +190,46 @@ class MemCNN(Pairs):
     def invertible(self, block: nn.Module) -> nn.Module:
         return self._wrapper(super().invertible(block))
 
-    @staticmethod
-    def _wrapper(module: nn.Module, keep: bool = False, disable: bool = False) -> nn.Module:
+    def _wrapper(self, module: nn.Module, keep: bool = False, disable: bool = False) -> nn.Module:
         import memcnn
 
         return memcnn.InvertibleModuleWrapper(
-            module, keep_input=keep, num_bwd_passes=3, disable=disable, preserve_rng_state=True
+            module,
+            keep_input=keep,
+            num_bwd_passes=self.passes,
+            disable=disable,
+            preserve_rng_state=self.preserve,
         )
 
 
 class RevTorch(Pairs):
-    """Seeds are fixed, as blocks that draw need, and variables kept, as several backwards need."""
+    """Seeds are fixed, as blocks that draw need, and variables kept, as several backwards need.
+
+    Where one backward is run and nothing drawn, `careful=False` does neither.
+    """
+
+    careful = True
 
     def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
         import revtorch
 
         if kind != "reversible":
             raise Inexpressible("a sequence is run in one way")
-        blocks = [revtorch.ReversibleBlock(f, g, split_along_dim=dim, fix_random_seed=True) for f, g in pairs]
-        return revtorch.ReversibleSequence(nn.ModuleList(blocks), eagerly_discard_variables=False)
+        blocks = [revtorch.ReversibleBlock(f, g, split_along_dim=dim, fix_random_seed=self.careful) for f, g in pairs]
+        return revtorch.ReversibleSequence(nn.ModuleList(blocks), eagerly_discard_variables=not self.careful)
+
+
+class ReformerPytorch(Pairs):
+    """Its sequence of pairs, for streams that are halves of the third dimension."""
+
+    def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
+        from reformer_pytorch.reversible import ReversibleSequence
+
+        if kind != "reversible":
+            raise Inexpressible("a sequence is run in one way")
+        if dim != 2:
+            raise Inexpressible("streams are halves of dimension 2")
+        return ReversibleSequence(nn.ModuleList([nn.ModuleList(pair) for pair in pairs]))
 
 
 class Seeded(nn.Module):

@@ -1,0 +1,69 @@
+"""What a result depends on: versions, machine, commit, date; and the allocator, fixed before the process starts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from lightning_revlib.bench.contestants import Contestant
+
+# With glibc's defaults large tensors are given back to the system when they are freed, and each new one costs page
+# faults: plain training was 1.6 times slower, and differences drowned.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+
+
+def fix_allocator() -> None:
+    """Start the program again, with the allocator's environment, unless it is there. Does nothing without glibc."""
+    if platform.libc_ver()[0] == "glibc" and not ALLOCATOR.keys() <= os.environ.keys():
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, {**ALLOCATOR, **os.environ})
+
+
+def describe(contestants: Iterable[Contestant], device: torch.device, seed: int) -> dict[str, str]:
+    """What is written above the tables."""
+    fixed = all(os.environ.get(name) for name in ALLOCATOR)
+    missing = [c.name for c in contestants if not c.installed]
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "versions": ", ".join(
+            [
+                f"Python {platform.python_version()}",
+                f"torch {torch.__version__}",
+                *[f"{c.name} {c.version}" for c in contestants if c.package != "torch" and c.installed],
+            ]
+        ),
+        "not installed": ", ".join(missing) or "none",
+        "allocator": "fixed" if fixed else "as the system has it",
+        "seed": str(seed),
+    }
+
+
+def commit() -> str:
+    """Of the repository that this package lies in; with a sign if files were changed."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "no repository"
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,165 @@
+"""What is measured of one contestant: gradients, bytes, FLOPs; and the times of several, in turns.
+
+held    bytes alive after forward that were not before it, the input left out
+peak    the most alive in backward, the output's gradient included, the parameters' gradients left out
+flops   forward and backward, by FlopCounterMode
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_revlib.nn import MemoryMeter
+
+TOLERANCE = 1e-8  # of gradients in float64; rounding grows with the depth
+
+
+class Counts(NamedTuple):
+    held: int
+    peak: int
+    output: int  # the output's bytes
+    flops: int | None  # None where the counter's hooks cannot follow the module
+    allocated: int | None  # CUDA's own peak above what was allocated before the step
+
+
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        return module(x)
+
+
+def step(module: nn.Module, x: Tensor) -> None:
+    """Forward and backward; gradients are new tensors."""
+    y = _forward(module, x)
+    y.backward(torch.ones_like(y))
+
+
+def clear(module: nn.Module, x: Tensor) -> None:
+    for tensor in (x, *module.parameters()):
+        tensor.grad = None
+
+
+def gradients(module: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """Output and gradients, without autocast, of a loss in which every output element counts differently."""
+    torch.manual_seed(1)
+    clear(module, x)
+    y = module(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y))
+    return [y.detach(), x.grad, *[p.grad for p in module.parameters()]]
+
+
+def error(reference: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float:
+    """The largest relative error; what is missing is zero, what is below a thousandth of the largest counts as that."""
+    pairs = [(x, torch.zeros_like(x) if y is None else y) for x, y in zip(reference, found, strict=True) if x is not None]
+    floor = 1e-3 * max(x.norm().item() for x, _ in pairs)
+    largest = max((x - y).norm().item() / max(x.norm().item(), floor, 1e-300) for x, y in pairs)
+    return largest if math.isfinite(largest) else math.inf
+
+
+def counts(module: nn.Module, x: Tensor) -> Counts:
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x.grad = None
+    with MemoryMeter() as meter:
+        y = _forward(module, x)
+        held, gradient = meter.live, torch.ones_like(y)
+        meter.reset_peak()
+        y.backward(gradient)
+        peak, output = meter.peak, y.nbytes
+    del y, gradient
+    allocated = None
+    if x.is_cuda:
+        x.grad = None
+        torch.cuda.synchronize(x.device)
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        step(module, x)
+        allocated = torch.cuda.max_memory_allocated(x.device) - before
+    clear(module, x)
+    try:  # in a run of its own: the counter's hooks keep tensors alive
+        with FlopCounterMode(display=False) as counter:
+            step(module, x)
+        flops = counter.get_total_flops()
+    except AssertionError:
+        flops = None
+    clear(module, x)
+    return Counts(held, peak, output, flops, allocated)
+
+
+def times(
+    modules: Mapping[str, nn.Module], x: Tensor, seconds: float, seed: int = 0, rounds: tuple[int, int] = (3, 40)
+) -> dict[str, list[float]]:
+    """Seconds of a step of each, round after round until `seconds` are over; the order is drawn anew in each.
+
+    All contestants meet the same drift of the machine: compare by the ratios within a round.
+    """
+    found: dict[str, list[float]] = {name: [] for name in modules}
+    order, draw = list(modules), random.Random(seed)
+    end = time.perf_counter() + seconds
+    with _no_collector():
+        for index in range(rounds[1] + 1):
+            draw.shuffle(order)
+            for name in order:
+                clear(modules[name], x)
+                _wait(x)
+                start = time.perf_counter()
+                step(modules[name], x)
+                _wait(x)
+                if index:  # the first round warms up
+                    found[name].append(time.perf_counter() - start)
+                clear(modules[name], x)
+            gc.collect()
+            if index >= rounds[0] and time.perf_counter() > end:
+                break
+    return found
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """The median of a / b by rounds, and an interval that contains the true one with 95 %, from order statistics."""
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+    n = len(ratios)
+    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def first_line(problem: BaseException) -> str:
+    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"[:100]
+
+
+def attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, or what was raised: other libraries may fail in ways of their own."""
+    try:
+        return function(*args)
+    except Exception as problem:
+        return problem
+
+
+def succeeded(results: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: result for name, result in results if not isinstance(result, Exception)}
