@@ -1,11 +1,12 @@
-"""`revlib train | eval | predict | report`, with Hydra overrides after the command; `revlib list | copy`.
+"""`revlib train | eval | predict | report | bench`, with Hydra overrides after the command; `revlib list | copy`.
 
-The commands' work is in `lightning_revlib.recipes`; their configuration in `lightning_revlib.conf`.
+The commands' work is in `lightning_revlib.recipes` and `bench`; their configuration in `lightning_revlib.conf`.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ COMMANDS = {
     "eval": ("evaluate", "test a checkpoint: revlib eval ckpt_path=..."),
     "predict": ("predict", "run a checkpoint on held-out data and show what it makes: revlib predict ckpt_path=..."),
     "report": ("report_memory", "draw the activation memory of a recipe against its depth"),
+    "bench": ("bench", "measure this library beside others: revlib bench full=true"),
 }
 OTHERS = {
     "list": ("show_list", "the recipes and experiments, with a line about each: revlib list [GROUP ...]"),
@@ -48,7 +50,7 @@ class _Mistake(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    own_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
@@ -58,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"revlib {__version__}")
         return 0
     command, *overrides = argv
+    if command == "bench" and own_process:
+        from lightning_revlib.bench.machine import fix_allocator
+
+        fix_allocator()
     if command in ("-sc", "--shell-completion"):
         return _complete(argv)
     if command in OTHERS:
@@ -110,11 +116,11 @@ def _run(command: str, overrides: Sequence[str]) -> None:
     original, traceback = sys.argv, _full_error()
 
     def task(cfg: DictConfig) -> Any:
-        from lightning_revlib.recipes import run
-
+        where = "bench.command" if command == "bench" else "recipes.run"
+        commands = importlib.import_module(f"lightning_revlib.{where}")
         sys.argv = original  # what Lightning starts again for each further device
         try:
-            return getattr(run, COMMANDS[command][0])(cfg)
+            return getattr(commands, COMMANDS[command][0])(cfg)
         except users as error:
             if traceback:
                 raise

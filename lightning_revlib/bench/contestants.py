@@ -56,9 +56,13 @@ class Checkpointed(CoupledSequential):
     segment, every, preserve = 1, 1, True
     policy: Callable[[], Any] = staticmethod(noop_context_fn)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def _halves(self, x: Tensor) -> Streams:
+        a, b = x.chunk(2, self.split_dim)  # no copies: they would be held
+        return a, b
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         a, b = self._split(x)
-        steps = iter(self._steps(x.dtype, (), {}, None))
+        steps = iter(self._steps(x.dtype, args, kwargs, None))
         for index, run in enumerate(iter(lambda: list(islice(steps, self.segment)), [])):
             if index % self.every:
                 a, b = _run(run, a, b)
@@ -78,9 +82,9 @@ def _run(steps: list[Step], a: Tensor, b: Tensor) -> Streams:
 class OnCPU(CoupledSequential):
     """Ordinary autograd with what it saves in host memory."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         with save_on_cpu(pin_memory=x.is_cuda):
-            return super().forward(x)
+            return super().forward(x, *args, **kwargs)
 
 
 # What FlopCounterMode counts, and the CPU's attention, which it does not.

@@ -49,15 +49,17 @@ def describe(contestants: Iterable[Contestant], device: torch.device, seed: int)
 
 
 def commit() -> str:
-    """Of the repository that this package lies in; with a sign if files were changed."""
+    """Of the repository that holds this file, if there is one; "-dirty" if files were changed since."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # a repository round an environment is another's
+        return _git("describe", "--always", "--dirty", "--abbrev=10")
     except (OSError, subprocess.CalledProcessError):
         return "no repository"
-    return done.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:

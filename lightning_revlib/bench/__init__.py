@@ -1,0 +1,6 @@
+"""The benchmark beside other libraries, `revlib bench`.
+
+workloads.py    what is run        contestants.py, peers.py    who runs it
+measure.py      what is measured   cell.py, sweep.py           of one stack; along ten budgets
+tables.py       how it is shown    command.py, machine.py      the command; what it was run on
+"""

@@ -1,0 +1,133 @@
+"""One cell of the benchmark: a stack of one kind and size, and a row for each contestant."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_revlib.bench import measure
+from lightning_revlib.bench.contestants import Contestant
+from lightning_revlib.bench.measure import TOLERANCE
+from lightning_revlib.bench.peers import Inexpressible
+from lightning_revlib.bench.workloads import Size, Workload
+from lightning_revlib.nn import CoupledSequential
+
+
+@dataclass
+class Row:
+    """What was found of one contestant in one cell; None is not measured, and `note` says why.
+
+    Bytes are absolute, `flops` are those of a step, `over_plain` is the step's time over plain's with an
+    interval of 95 %, and `error` the largest relative error of the gradients in float64.
+    """
+
+    workload: str
+    depth: int
+    width: int
+    batch: int
+    contestant: str
+    version: str
+    device: str
+    dtype: str
+    note: str = ""
+    error: float | None = None
+    held: int | None = None
+    peak: int | None = None
+    output: int | None = None
+    flops: int | None = None
+    allocated: int | None = None
+    seconds: float | None = None
+    over_plain: float | None = None
+    over_plain_low: float | None = None
+    over_plain_high: float | None = None
+    per_second: float | None = None
+    unit: str = ""
+    reversible: bool = False
+    rounds: int = 0
+
+    @property
+    def right(self) -> bool:
+        return self.error is not None and self.error <= TOLERANCE
+
+
+def cell(
+    workload: Workload,
+    size: Size,
+    contestants: Sequence[Contestant],
+    *,
+    device: torch.device,
+    seconds: float,
+    seed: int = 0,
+) -> tuple[list[Row], dict[str, list[float]]]:
+    """A row for each contestant, and the times of all rounds, for comparisons of one's own."""
+    torch.manual_seed(seed)
+    stack = workload.stack(size).to(device)
+    x = workload.input(size, device=device, requires_grad=True)
+    small = workload.input(size._replace(batch=2), device=device, dtype=torch.float64, requires_grad=True)
+    reference = measure.gradients(copy.deepcopy(stack).double(), small)
+    rows, modules = [], {}
+    for contestant in contestants:
+        row = Row(
+            workload.name, *size, contestant.name, contestant.version, str(device),
+            "bfloat16 autocast" if device.type == "cuda" else "float32",
+            unit=workload.unit, reversible=contestant.reversible,
+        )  # fmt: skip
+        rows.append(row)
+        module = examine(row, contestant, stack, x, small, reference, workload.draws)
+        if module is not None:
+            modules[contestant.name] = module
+    times = measure.times(modules, x, seconds, seed) if seconds else {}
+    for row in rows:
+        if taken := times.get(row.contestant):
+            row.seconds, row.rounds = statistics.median(taken), len(taken)
+            row.per_second = size.batch * workload.units / row.seconds
+            if "plain" in times:
+                row.over_plain, row.over_plain_low, row.over_plain_high = measure.ratio(taken, times["plain"])
+    return rows, times
+
+
+def examine(
+    row: Row,
+    contestant: Contestant,
+    model: nn.Module,
+    x: Tensor,
+    small: Tensor,
+    reference: Sequence[Tensor | None],
+    draws: bool,
+) -> nn.Module | None:
+    """Fill in errors, bytes and FLOPs; the module that was measured, or None if the row's note says why there is none.
+
+    `small` is an input in float64, of which ordinary autograd made `reference`.
+    """
+    if not contestant.installed:
+        row.note = "not installed"
+        return None
+    try:
+        row.error = measure.error(reference, measure.gradients(execute(contestant, model, draws, torch.float64), small))
+        module = execute(contestant, model, draws)
+        measure.step(module, x)  # a first step may measure and plan
+        row.held, row.peak, row.output, row.flops, row.allocated = measure.counts(module, x)
+    except Inexpressible as reason:
+        row.note = f"n/a: {reason}"
+    except Exception as problem:  # other libraries fail in ways of their own
+        row.note = f"raises {type(problem).__name__}: {problem}".splitlines()[0][:100]
+    else:
+        return module
+    return None
+
+
+def execute(contestant: Contestant, model: nn.Module, draws: bool, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the model in which the contestant runs all stacks."""
+    model = copy.deepcopy(model).to(dtype=dtype)
+    if isinstance(model, CoupledSequential):
+        return contestant.build(model, draws)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CoupledSequential):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, contestant.build(module, draws))
+    return model

@@ -1,0 +1,133 @@
+"""`revlib bench`: every contestant in every cell, as a table, a file of figures and a picture."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_revlib.bench import tables
+from lightning_revlib.bench.cell import Row, cell
+from lightning_revlib.bench.contestants import CONTESTANTS
+from lightning_revlib.bench.machine import describe
+from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
+
+T = TypeVar("T")
+SECONDS = {"quick": 2.0, "full": 14.0}  # of timing, for each cell
+
+
+def bench(cfg: DictConfig) -> None:
+    """Measure, print the summary, write bench.csv, bench.md and bench.png to the run's folder.
+
+    Raises ValueError for names and sizes that there are not.
+    """
+    device = read_device(cfg.device)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    mode = "full" if cfg.full else "quick"
+    contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in CONTESTANTS}))
+    chosen = [(w, s) for w in pick("workloads", cfg.workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
+    seconds = SECONDS[mode] if cfg.seconds is None else float(cfg.seconds)
+    head = {"command": _command(cfg), **describe(contestants, device, cfg.seed)}
+    print("\n".join(f"{key}: {value}" for key, value in head.items()), flush=True)
+    begin, rows, times = time.perf_counter(), [], {}
+    for workload, size in chosen:
+        found, taken = cell(workload, size, contestants, device=device, seconds=seconds, seed=cfg.seed)
+        rows += found
+        times[tables.cells(found)[0][0]] = taken
+        print(f"{time.perf_counter() - begin:5.0f} s  {tables.cells(found)[0][0]}", flush=True)
+    _write(Path(cfg.paths.output_dir), rows, times, head, chosen, device)
+
+
+def _write(
+    folder: Path,
+    rows: list[Row],
+    times: Mapping[str, Mapping[str, list[float]]],
+    head: Mapping[str, str],
+    chosen: Sequence[tuple[Workload, Size]],
+    device: torch.device,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = tables.summary(rows, times)
+    sections = [summary, LEGEND, *[tables.cell_table(*each) for each in tables.cells(rows)]]
+    if device.type != "cuda":
+        sections.append(_without_gpu([workload for workload, _ in chosen]))
+    tables.write_csv(folder / "bench.csv", rows, head)
+    (folder / "bench.md").write_text(tables.markdown("Benchmark", head, sections))
+    tables.draw(folder / "bench.png", rows)
+    print(f"\n{summary}\n")
+    for name in ("bench.md", "bench.csv", "bench.png"):
+        print(os.path.relpath(folder / name))
+
+
+LEGEND = """\
+## All figures
+
+Held after forward and peak in backward are over the output's bytes, counted at dispatch; FLOPs are over plain's. A
+step is forward and backward; all contestants take turns in one process, in an order that is drawn anew in each
+round. \"Of plain\" is the median of the ratios within rounds, with an interval of 95 %. Gradients are compared with
+ordinary autograd in float64, on a batch of 2."""
+
+
+def _without_gpu(workloads: Iterable[Workload]) -> str:
+    lines = [
+        [f"{w.name}, depth {s.depth}, width {s.width}, batch {s.batch}", "not measured"]
+        for w in dict.fromkeys(w.name for w in workloads)
+        for w in [WORKLOADS[w]]
+        for s in w.cuda
+    ]
+    return "## CUDA, bfloat16\n\n" + tables.table(["", "all contestants"], lines)
+
+
+def sizes(workload: Workload, cfg: DictConfig, mode: str, device: torch.device) -> list[Size]:
+    """The workload's own, unless depths or widths are given."""
+    own = list(workload.cuda if device.type == "cuda" else getattr(workload, mode))
+    if mode == "quick" and device.type == "cuda":
+        own = own[:2]
+    if cfg.depths is None and cfg.widths is None:
+        return [s if cfg.batch is None else s._replace(batch=_whole("batch", cfg.batch)) for s in own]
+    depths = [_whole("depths", d) for d in _listed(cfg.depths)] or [own[-1].depth]
+    widths = [_whole("widths", w) for w in _listed(cfg.widths)] or [own[-1].width]
+    batch = own[-1].batch if cfg.batch is None else _whole("batch", cfg.batch)
+    return [Size(depth, width, batch) for depth in depths for width in widths]
+
+
+def pick(what: str, names: Any, known: Mapping[str, T]) -> Iterable[T]:
+    """Those that are named, or all."""
+    chosen = _listed(names) or list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"{what}={unknown}: there is no such; take some of {', '.join(known)}")
+    return [known[name] for name in chosen]
+
+
+def read_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device={name}: take auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: torch finds no GPU here; take device=cpu, or leave it at auto")
+    return torch.device(name)
+
+
+def _listed(value: Any) -> list[Any]:
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _whole(what: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what}={value!r}: pass whole numbers of 1 or more")
+    return value
+
+
+def _command(cfg: DictConfig) -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return " ".join(["revlib bench", *overrides])

@@ -1,0 +1,146 @@
+"""Rows as CSV, Markdown and PNG."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import groupby
+from pathlib import Path
+
+from lightning_revlib.bench import measure
+from lightning_revlib.bench.cell import Row
+from lightning_revlib.nn.report import format_bytes
+
+OURS = "lightning_revlib"
+
+
+def write_csv(path: Path, rows: Sequence[Row], head: Mapping[str, str]) -> None:
+    """One line a row; what holds for all of them is repeated in each, so that files can be put together."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*[f.name for f in fields(Row)], *head])
+        writer.writeheader()
+        writer.writerows({**asdict(row), **head} for row in rows)
+
+
+def markdown(title: str, head: Mapping[str, str], sections: Iterable[str]) -> str:
+    lines = [f"# {title}", "", *[f"- {key}: {value}" for key, value in head.items()], ""]
+    return "\n".join(lines) + "\n" + "\n\n".join(sections) + "\n"
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """The first column is text, the others are figures."""
+    rule = "|---" + "|---:" * (len(columns) - 1) + "|"
+    return "\n".join(["| " + " | ".join(columns) + " |", rule, *["| " + " | ".join(line) + " |" for line in lines]])
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by cell, each with its heading."""
+    key = lambda r: f"{r.workload}, depth {r.depth}, width {r.width}, batch {r.batch}"  # noqa: E731
+    return [(name, list(group)) for name, group in groupby(rows, key)]
+
+
+def cell_table(name: str, rows: Sequence[Row]) -> str:
+    plain = next((r for r in rows if r.contestant == "plain"), None)
+    cuda = any(r.allocated is not None for r in rows)
+    columns = ["", "gradients", "held", "peak", *["CUDA's peak"] * cuda, "FLOPs", "step", "of plain", "a second"]
+    lines, without = [], []
+    for r in rows:
+        if r.note:
+            without.append(f"{r.contestant}: {r.note}")
+            continue
+        assert r.error is not None and r.held is not None and r.peak is not None and r.output
+        lines.append(
+            [
+                f"**{r.contestant}**" if r.contestant.startswith(OURS) else r.contestant,
+                "right" if r.right else f"**off by {r.error:.0e}**",
+                f"{r.held / r.output:.2f}",
+                f"{r.peak / r.output:.2f}",
+                *[format_bytes(r.allocated or 0)] * cuda,
+                f"{r.flops / plain.flops:.3f}" if r.flops and plain and plain.flops else "-",
+                f"{r.seconds * 1e3:.1f} ms" if r.seconds else "-",
+                f"{r.over_plain:.2f} ({r.over_plain_low:.2f} to {r.over_plain_high:.2f})" if r.over_plain else "-",
+                f"{r.per_second:,.0f}" if r.per_second else "-",
+            ]
+        )
+    unit = rows[0].unit
+    columns[-1] = f"{unit} a second"
+    rounds = max(r.rounds for r in rows)
+    caption = f"Median of {rounds} rounds." if rounds else "Not timed."
+    return f"### {name}\n\n{table(columns, lines)}\n\n{' '.join([caption, '; '.join(without)]).strip()}"
+
+
+def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Ours at minimum memory beside the reversible peers, cell by cell; `times` by cell and contestant."""
+    lines = []
+    for name, group in cells(rows):
+        found = {r.contestant: r for r in group}
+        own = found.get(OURS)
+        if own is None or own.note or not own.output or own.held is None or own.peak is None:
+            continue
+        others = [r for r in group if r.reversible and r.right and not r.contestant.startswith(OURS)]
+        revlib = found.get("RevLib")
+        least = min((r.peak for r in others if r.peak), default=None)
+        taken = times.get(name, {})
+        timed = [r for r in others if r.contestant in taken]
+        fastest = min(timed, key=lambda r: r.seconds or 0.0) if timed else None
+        lines.append(
+            [
+                name,
+                "right" if own.right else "**wrong**",
+                f"{own.held / own.output:.2f}",
+                f"{own.peak / revlib.peak:.2f}" if revlib and revlib.peak else "-",
+                f"{own.peak / least:.2f}" if least else "-",
+                _interval(measure.ratio(taken[OURS], taken[fastest.contestant])) + f" {fastest.contestant}"
+                if fastest
+                else "-",
+                f"{own.over_plain:.2f}" if own.over_plain else "-",
+            ]
+        )
+    columns = ["", "gradients", "held over output", "peak over RevLib's", "over the least", "time over the fastest's",
+               "over plain's"]  # fmt: skip
+    return (
+        "## At minimum memory, beside the reversible peers\n\n"
+        + table(columns, lines)
+        + "\n\nPeers whose gradients are wrong do not count. Times are medians of the ratios within rounds, with an"
+        " interval of 95 %."
+    )
+
+
+def _interval(found: tuple[float, float, float]) -> str:
+    return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """A PNG: peak bytes against step time over plain's, of each workload's deepest cell that was timed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    deepest = {r.workload: [r.depth, r.width] for r in sorted(rows, key=lambda r: (r.depth, r.width)) if r.over_plain}
+    shown = {name: [r for r in rows if r.workload == name and [r.depth, r.width] == size and r.over_plain]
+             for name, size in deepest.items()}  # fmt: skip
+    names = list(dict.fromkeys(r.contestant for r in rows))
+    marks = {name: (f"C{i % 10}", "osD^vP*X<>dph8"[i % 14]) for i, name in enumerate(names)}
+    across = min(3, max(1, len(shown)))
+    down = -(-max(1, len(shown)) // across)
+    figure = Figure(figsize=(4.6 * across, 3.6 * down + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    handles = {}
+    for axis, (workload, group) in zip(axes, shown.items(), strict=False):
+        for r in group:
+            colour, mark = marks[r.contestant]
+            assert r.peak is not None
+            handles[r.contestant] = axis.scatter(
+                r.over_plain, r.peak / 2**20, s=60, color=colour, marker=mark,
+                facecolors=colour if r.right else "none", label=r.contestant, zorder=3,
+            )  # fmt: skip
+        size = group[0]
+        axis.set(title=f"{workload}, depth {size.depth}, width {size.width}", xlabel="step time over plain's",
+                 ylabel="peak, MiB", yscale="log")  # fmt: skip
+        axis.grid(alpha=0.3)
+    for axis in axes[len(shown) :]:
+        axis.axis("off")
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
