@@ -1,4 +1,4 @@
-"""`revlib bench`: every contestant in every cell, as a table, a file of figures and a picture."""
+"""`revlib bench`: every contestant in every cell, or along ten budgets, as tables, files of figures and pictures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_revlib.bench import tables
+from lightning_revlib.bench import sweep, tables
 from lightning_revlib.bench.cell import Row, cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.machine import describe
 from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
 
 T = TypeVar("T")
-SECONDS = {"quick": 2.0, "full": 14.0}  # of timing, for each cell
+SECONDS = {"quick": 2.0, "full": 14.0, "sweep": 30.0}  # of timing, for each cell
+SWEPT = ["transformer", "conv"]  # unless others are named
 
 
 def bench(cfg: DictConfig) -> None:
-    """Measure, print the summary, write bench.csv, bench.md and bench.png to the run's folder.
+    """Measure, print the summary, write bench.csv, bench.md and bench.png to the run's folder, or sweep.*.
 
     Raises ValueError for names and sizes that there are not.
     """
@@ -31,10 +32,19 @@ def bench(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     mode = "full" if cfg.full else "quick"
     contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in CONTESTANTS}))
-    chosen = [(w, s) for w in pick("workloads", cfg.workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
+    workloads = SWEPT if cfg.sweep and cfg.workloads is None else cfg.workloads
+    mode = "sweep" if cfg.sweep else mode
+    chosen = [(w, s) for w in pick("workloads", workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
     seconds = SECONDS[mode] if cfg.seconds is None else float(cfg.seconds)
     head = {"command": _command(cfg), **describe(contestants, device, cfg.seed)}
     print("\n".join(f"{key}: {value}" for key, value in head.items()), flush=True)
+    if cfg.sweep:
+        curves = []
+        for workload, size in chosen:
+            torch.manual_seed(cfg.seed)
+            curves.append(sweep.of_workload(workload, size, device, cfg.budgets, seconds, cfg.seed))
+            print(f"\n{sweep.show(curves[-1])}", flush=True)
+        return sweep.write(Path(cfg.paths.output_dir), curves, head)
     begin, rows, times = time.perf_counter(), [], {}
     for workload, size in chosen:
         found, taken = cell(workload, size, contestants, device=device, seconds=seconds, seed=cfg.seed)
@@ -77,8 +87,7 @@ ordinary autograd in float64, on a batch of 2."""
 def _without_gpu(workloads: Iterable[Workload]) -> str:
     lines = [
         [f"{w.name}, depth {s.depth}, width {s.width}, batch {s.batch}", "not measured"]
-        for w in dict.fromkeys(w.name for w in workloads)
-        for w in [WORKLOADS[w]]
+        for w in {w.name: w for w in workloads}.values()
         for s in w.cuda
     ]
     return "## CUDA, bfloat16\n\n" + tables.table(["", "all contestants"], lines)
@@ -86,9 +95,11 @@ def _without_gpu(workloads: Iterable[Workload]) -> str:
 
 def sizes(workload: Workload, cfg: DictConfig, mode: str, device: torch.device) -> list[Size]:
     """The workload's own, unless depths or widths are given."""
-    own = list(workload.cuda if device.type == "cuda" else getattr(workload, mode))
-    if mode == "quick" and device.type == "cuda":
-        own = own[:2]
+    own = list(workload.cuda if device.type == "cuda" else workload.quick if mode == "quick" else workload.full)
+    if mode == "sweep":
+        own = [s for s in own if 12 <= s.depth <= 16][:1]
+    elif mode == "quick":
+        own = own[:3]
     if cfg.depths is None and cfg.widths is None:
         return [s if cfg.batch is None else s._replace(batch=_whole("batch", cfg.batch)) for s in own]
     depths = [_whole("depths", d) for d in _listed(cfg.depths)] or [own[-1].depth]

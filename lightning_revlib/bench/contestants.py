@@ -57,6 +57,7 @@ class Checkpointed(CoupledSequential):
     policy: Callable[[], Any] = staticmethod(noop_context_fn)
 
     def _halves(self, x: Tensor) -> Streams:
+        assert self.split_dim is not None
         a, b = x.chunk(2, self.split_dim)  # no copies: they would be held
         return a, b
 

@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -78,7 +78,9 @@ def gradients(module: nn.Module, x: Tensor) -> list[Tensor | None]:
 
 def error(reference: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float:
     """The largest relative error; what is missing is zero, what is below a thousandth of the largest counts as that."""
-    pairs = [(x, torch.zeros_like(x) if y is None else y) for x, y in zip(reference, found, strict=True) if x is not None]
+    pairs = [
+        (x, torch.zeros_like(x) if y is None else y) for x, y in zip(reference, found, strict=True) if x is not None
+    ]
     floor = 1e-3 * max(x.norm().item() for x, _ in pairs)
     largest = max((x - y).norm().item() / max(x.norm().item(), floor, 1e-300) for x, y in pairs)
     return largest if math.isfinite(largest) else math.inf
@@ -161,4 +163,3 @@ def _no_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-

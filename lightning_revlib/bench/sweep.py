@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_revlib.bench import measure, tables
 from lightning_revlib.bench.cell import Row, examine, execute
 from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpointed, ours
+from lightning_revlib.bench.workloads import Size, Workload
 from lightning_revlib.nn import CoupledSequential
 
 RIVALS = [c for c in CONTESTANTS if c.name in ("plain", "save_on_cpu", "RevLib")] + [
@@ -69,13 +70,23 @@ class Curve:
         return next(r for r in self.rows if r.contestant == "plain")
 
 
+def of_workload(workload: Workload, size: Size, device: torch.device, budgets: int, seconds: float, seed: int) -> Curve:
+    """The curve of one of the benchmark's stacks."""
+    torch.manual_seed(seed)
+    stack, x = workload.stack(size).to(device), workload.input(size, device=device, requires_grad=True)
+    name = f"{workload.name}-depth{size.depth}-width{size.width}-batch{size.batch}"
+    return sweep(name, stack, x, draws=workload.draws, budgets=budgets, seconds=seconds, seed=seed)
+
+
 def sweep(
-    name: str, model: nn.Module, x: Tensor, *, draws: bool, budgets: int = 10, seconds: float = 20.0, seed: int = 0
+    name: str, model: nn.Module, x: Tensor, *, draws: bool, budgets: int = 10, seconds: float = 30.0, seed: int = 0
 ) -> Curve:
     """Measure the model at so many budgets, and the others once; all take turns with their steps.
 
-    Raises ValueError if a budget is over or if the model has no stack.
+    Raises ValueError for less than two budgets, and for a model that has not one stack.
     """
+    if not isinstance(budgets, int) or budgets < 2:
+        raise ValueError(f"budgets={budgets!r}: pass 2 or more")
     stacks = [m for m in model.modules() if isinstance(m, CoupledSequential)]
     if len(stacks) != 1:
         raise ValueError(f"{name} has {len(stacks)} stacks: a sweep of budgets is for models with one")
@@ -85,7 +96,9 @@ def sweep(
     modules: dict[str, nn.Module] = {}
 
     def enter(contestant: Contestant) -> Row:
-        row = Row(name, len(stacks[0]), 0, len(x), contestant.name, contestant.version, str(x.device), str(x.dtype))
+        row = Row(
+            name, len(stacks[0]), x.shape[-1], len(x), contestant.name, contestant.version, str(x.device), str(x.dtype)
+        )
         module = examine(row, contestant, model, x, small, reference, draws)
         if module is not None:
             modules[contestant.name] = module
@@ -99,7 +112,7 @@ def sweep(
         raise ValueError(f"{name}: {rows[LEAST].note or rows['plain'].note}")
     points = []
     for index in range(budgets):
-        budget = low + (high - low) * index // max(1, budgets - 1)
+        budget = low + (high - low) * index // (budgets - 1)
         label = f"budget {index + 1}"
         row = enter(Contestant(label, ours(memory_budget=budget), "lightning_revlib"))
         if row.note:
@@ -148,17 +161,27 @@ def show(curve: Curve) -> str:
                 "yes" if p.holds else "**no**",
             ]
         )
-    columns = ["budget", "peak", "plan", "FLOPs", "fewest that fit", "step", "fastest that fits", "step over its", "holds"]
+    columns = [
+        "budget",
+        "peak",
+        "plan",
+        "FLOPs",
+        "fewest that fit",
+        "step",
+        "fastest that fits",
+        "step over its",
+        "holds",
+    ]
     others = [
         [r.contestant, "right" if r.right else f"**off by {r.error:.0e}**", _mib(r.peak),
-         f"{r.flops / curve.plain.flops:.3f}", f"{r.over_plain:.2f} ({r.over_plain_low:.2f} to {r.over_plain_high:.2f})"]
+         f"{r.flops / curve.plain.flops:.3f}", tables.over_plain(r)]
         for r in curve.rows
-        if r.peak is not None and r.flops is not None and r.error is not None and r.over_plain is not None
+        if r.peak is not None and r.flops is not None and r.error is not None
     ]  # fmt: skip
     notes = "; ".join(f"{r.contestant}: {r.note}" for r in curve.rows if r.note)
     return "\n\n".join(
         [
-            f"### {curve.name}, {curve.rows[0].depth} blocks, batch {curve.rows[0].batch}",
+            f"### {curve.name}",
             tables.table(columns, lines),
             tables.table(["", "gradients", "peak", "FLOPs", "step"], others),
             f"MiB; FLOPs and steps over plain's, medians of {curve.rounds} rounds with an interval of 95 %. It holds if"

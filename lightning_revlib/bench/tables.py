@@ -59,7 +59,7 @@ def cell_table(name: str, rows: Sequence[Row]) -> str:
                 *[format_bytes(r.allocated or 0)] * cuda,
                 f"{r.flops / plain.flops:.3f}" if r.flops and plain and plain.flops else "-",
                 f"{r.seconds * 1e3:.1f} ms" if r.seconds else "-",
-                f"{r.over_plain:.2f} ({r.over_plain_low:.2f} to {r.over_plain_high:.2f})" if r.over_plain else "-",
+                over_plain(r),
                 f"{r.per_second:,.0f}" if r.per_second else "-",
             ]
         )
@@ -91,7 +91,7 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
                 f"{own.held / own.output:.2f}",
                 f"{own.peak / revlib.peak:.2f}" if revlib and revlib.peak else "-",
                 f"{own.peak / least:.2f}" if least else "-",
-                _interval(measure.ratio(taken[OURS], taken[fastest.contestant])) + f" {fastest.contestant}"
+                interval(measure.ratio(taken[OURS], taken[fastest.contestant])) + f" {fastest.contestant}"
                 if fastest
                 else "-",
                 f"{own.over_plain:.2f}" if own.over_plain else "-",
@@ -107,7 +107,12 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
     )
 
 
-def _interval(found: tuple[float, float, float]) -> str:
+def over_plain(row: Row) -> str:
+    found = row.over_plain, row.over_plain_low, row.over_plain_high
+    return "-" if found[0] is None else interval(found)  # type: ignore[arg-type]
+
+
+def interval(found: tuple[float, float, float]) -> str:
     return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
 
 

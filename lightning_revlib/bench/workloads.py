@@ -116,7 +116,7 @@ def _sizes(*sizes: tuple[int, int, int]) -> list[Size]:
     return [Size(*size) for size in sizes]
 
 
-IMAGES = {"unit": "images", "units": 1, "sample": (0, 16, 16), "dim": 1}
+IMAGES: dict[str, Any] = {"unit": "images", "units": 1, "sample": (0, 16, 16), "dim": 1}
 WORKLOADS = {
     each.name: each
     for each in (
@@ -128,9 +128,7 @@ WORKLOADS = {
             (0,),
             1,
             quick=_sizes((4, 256, 256), (32, 64, 256), (256, 32, 64)),
-            full=_sizes(
-                (4, 64, 4096), (4, 512, 512), (16, 128, 1024), (64, 64, 512), (64, 128, 256), (256, 32, 256)
-            ),
+            full=_sizes((4, 64, 4096), (4, 512, 512), (16, 128, 1024), (64, 64, 512), (64, 128, 256), (256, 32, 256)),
             cuda=_sizes((16, 1024, 8192), (16, 4096, 8192), (64, 1024, 8192)),
         ),
         Workload(
