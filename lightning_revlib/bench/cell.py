@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from lightning_revlib.bench.contestants import Contestant
 from lightning_revlib.bench.measure import TOLERANCE
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.bench.workloads import Size, Workload
-from lightning_revlib.nn import CoupledSequential
+from lightning_revlib.nn import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn.plan import Budget, Plan, share_budget
 
 
 @dataclass
@@ -108,26 +110,48 @@ def examine(
         row.note = "not installed"
         return None
     try:
-        row.error = measure.error(reference, measure.gradients(execute(contestant, model, draws, torch.float64), small))
         module = execute(contestant, model, draws)
         measure.step(module, x)  # a first step may measure and plan
+        plan = None if contestant.budget is None else plan_of(module)
+        double = execute(contestant, model, draws, torch.float64, plan)
+        row.error = measure.error(reference, measure.gradients(double, small))
         row.held, row.peak, row.output, row.flops, row.allocated = measure.counts(module, x)
     except Inexpressible as reason:
         row.note = f"n/a: {reason}"
     except Exception as problem:  # other libraries fail in ways of their own
-        row.note = f"raises {type(problem).__name__}: {problem}".splitlines()[0][:100]
+        refused = contestant.budget is not None and isinstance(problem, ValueError)
+        kind = "n/a" if refused else f"raises {type(problem).__name__}"
+        row.note = f"{kind}: {problem}".splitlines()[0][:160]
     else:
         return module
     return None
 
 
-def execute(contestant: Contestant, model: nn.Module, draws: bool, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the model in which the contestant runs all stacks."""
+def execute(
+    contestant: Contestant, model: nn.Module, draws: bool, dtype: torch.dtype | None = None, plan: Plan | None = None
+) -> nn.Module:
+    """A copy of the model in which the contestant runs all stacks, by its budget, or by a plan that there is."""
     model = copy.deepcopy(model).to(dtype=dtype)
-    if isinstance(model, CoupledSequential):
-        return contestant.build(model, draws)
+    stacks: dict[str, Any] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, CoupledSequential):
+            stacks[name] = contestant.build(module, draws)
+            if not name:
+                model = stacks[name]
+                break
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, contestant.build(module, draws))
+            setattr(model.get_submodule(parent), child, stacks[name])
+    for name, stack in stacks.items():
+        if plan is not None:
+            stack.treatments = plan.treatments[name]
+        stack.path = name
+    if contestant.budget is not None and plan is None:
+        share_budget(stacks, Budget(contestant.budget))
     return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The one that its stacks share."""
+    plan = next(m for m in model.modules() if isinstance(m, ReversibleSequential)).plan
+    assert plan is not None
+    return plan

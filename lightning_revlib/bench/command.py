@@ -35,7 +35,9 @@ def bench(cfg: DictConfig) -> None:
     workloads = SWEPT if cfg.sweep and cfg.workloads is None else cfg.workloads
     mode = "sweep" if cfg.sweep else mode
     chosen = [(w, s) for w in pick("workloads", workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
-    seconds = SECONDS[mode] if cfg.seconds is None else float(cfg.seconds)
+    seconds = SECONDS[mode] if cfg.seconds is None else cfg.seconds
+    if not isinstance(seconds, (int, float)) or seconds < 0:
+        raise ValueError(f"seconds={seconds!r}: pass 0 or more; 0 counts and takes no times")
     head = {"command": _command(cfg), **describe(contestants, device, cfg.seed)}
     print("\n".join(f"{key}: {value}" for key, value in head.items()), flush=True)
     if cfg.sweep:

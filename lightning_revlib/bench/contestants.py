@@ -25,17 +25,22 @@ from lightning_revlib.bench import peers
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.nn import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.coupling import Streams
+from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.step import Step
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`build(stack, draws)` returns what is run; `draws` says whether blocks draw random numbers."""
+    """`build(stack, draws)` returns what is run; `draws` says whether blocks draw random numbers.
+
+    `budget`, in bytes or as a fraction, is for all stacks of a model together.
+    """
 
     name: str
     build: Callable[[CoupledSequential, bool], nn.Module]
     package: str = "torch"
     reversible: bool = False  # holds nothing per block
+    budget: MemoryBudget | None = None
 
     @property
     def installed(self) -> bool:
@@ -126,13 +131,8 @@ def on_cpu(stack: CoupledSequential, draws: bool) -> nn.Module:
     return stack
 
 
-def ours(**options: Any) -> Any:
-    """`ReversibleSequential` with further options, such as `memory_budget`."""
-
-    def build(stack: CoupledSequential, draws: bool) -> nn.Module:
-        return ReversibleSequential(*stack, **{**stack.given, **options})
-
-    return build
+def ours(stack: CoupledSequential, draws: bool) -> nn.Module:
+    return ReversibleSequential(*stack, **stack.given)
 
 
 class FastMemCNN(peers.MemCNN):
@@ -185,5 +185,6 @@ CONTESTANTS = [
     Contestant("RevTorch", peer(FastRevTorch), "revtorch", True),
     Contestant("momentumnet", momentumnet, "momentumnet", True),
     Contestant("reformer-pytorch", peer(peers.ReformerPytorch, peers.ReformerPytorch), "reformer_pytorch", True),
-    Contestant("lightning_revlib", ours(), "lightning_revlib", True),
+    Contestant("lightning_revlib", ours, "lightning_revlib", True),
+    Contestant("lightning_revlib, half of plain's bytes", ours, "lightning_revlib", budget=0.5),
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.bench import measure, tables
-from lightning_revlib.bench.cell import Row, examine, execute
+from lightning_revlib.bench.cell import Row, examine, execute, plan_of
 from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpointed, ours
 from lightning_revlib.bench.workloads import Size, Workload
 from lightning_revlib.nn import CoupledSequential
+from lightning_revlib.nn.plan import Plan
 
 RIVALS = [c for c in CONTESTANTS if c.name in ("plain", "save_on_cpu", "RevLib")] + [
     Contestant("checkpoint", checkpointed()),
@@ -83,22 +85,20 @@ def sweep(
 ) -> Curve:
     """Measure the model at so many budgets, and the others once; all take turns with their steps.
 
-    Raises ValueError for less than two budgets, and for a model that has not one stack.
+    Raises ValueError for less than two budgets, and for a model without a stack.
     """
     if not isinstance(budgets, int) or budgets < 2:
         raise ValueError(f"budgets={budgets!r}: pass 2 or more")
-    stacks = [m for m in model.modules() if isinstance(m, CoupledSequential)]
-    if len(stacks) != 1:
-        raise ValueError(f"{name} has {len(stacks)} stacks: a sweep of budgets is for models with one")
+    steps = sum(len(m) for m in model.modules() if isinstance(m, CoupledSequential))
+    if not steps:
+        raise ValueError(f"{name} has no stack: a budget chooses how the blocks of a CoupledSequential are run")
     small = (x[:2].double() if x.is_floating_point() else x[:2]).detach().requires_grad_(x.requires_grad)
     reference = measure.gradients(execute(RIVALS[0], model, draws, torch.float64), small)
     rows: dict[str, Row] = {}
     modules: dict[str, nn.Module] = {}
 
     def enter(contestant: Contestant) -> Row:
-        row = Row(
-            name, len(stacks[0]), x.shape[-1], len(x), contestant.name, contestant.version, str(x.device), str(x.dtype)
-        )
+        row = Row(name, steps, x.shape[-1], len(x), contestant.name, contestant.version, str(x.device), str(x.dtype))
         module = examine(row, contestant, model, x, small, reference, draws)
         if module is not None:
             modules[contestant.name] = module
@@ -107,18 +107,24 @@ def sweep(
 
     for rival in RIVALS:
         enter(rival)
-    low, high = enter(Contestant(LEAST, ours(), "lightning_revlib", True)).peak, rows["plain"].peak
-    if low is None or high is None:
-        raise ValueError(f"{name}: {rows[LEAST].note or rows['plain'].note}")
+    least, plain = enter(Contestant(LEAST, ours, "lightning_revlib", True)), rows["plain"]
+    if least.peak is None or plain.peak is None:
+        raise ValueError(f"{name}: {least.note or plain.note}")
+    # What the model takes beside its stacks, whose plan this is; and a budget below the plan's minimum is refused.
+    whole = execute(Contestant("", ours, budget=1.0), model, draws)
+    measure.step(whole, x)
+    plan = plan_of(whole)
+    outside = 0 if isinstance(model, CoupledSequential) else max(0, plain.peak - plan.plain, least.peak - plan.minimum)
+    low, high = max(least.peak, plan.minimum + outside), plain.peak
     points = []
     for index in range(budgets):
         budget = low + (high - low) * index // (budgets - 1)
         label = f"budget {index + 1}"
-        row = enter(Contestant(label, ours(memory_budget=budget), "lightning_revlib"))
+        row = enter(Contestant(label, ours, "lightning_revlib", budget=budget - outside))
         if row.note:
-            raise ValueError(f"{name}, memory_budget={budget}: {row.note}")
-        points.append(Point(budget, row, _plan(modules[label])))
-    times = measure.times(modules, x, seconds, seed, rounds=(5, 100))
+            raise ValueError(f"{name}, memory_budget={budget - outside}: {row.note}")
+        points.append(Point(budget, row, summarise(plan_of(modules[label]))))
+    times = measure.times(modules, x, seconds, seed, rounds=(3, 100))
     for key, taken in times.items():
         rows[key].seconds = statistics.median(taken)
         rows[key].over_plain, rows[key].over_plain_low, rows[key].over_plain_high = measure.ratio(taken, times["plain"])
@@ -132,12 +138,10 @@ def sweep(
     return Curve(name, [rows[c.name] for c in RIVALS] + [rows[LEAST]], points, len(times["plain"]))
 
 
-def _plan(module: nn.Module) -> str:
+def summarise(plan: Plan) -> str:
     """How many blocks have which treatment."""
-    stack = next(m for m in module.modules() if isinstance(m, CoupledSequential))
-    plan = getattr(stack, "plan", None)
-    treatments: Sequence[str] = stack.treatments if plan is None else plan.treatments
-    return ", ".join(f"{treatments.count(kind)} {kind}" for kind in dict.fromkeys(treatments))
+    counts = Counter(treatment for treatments in plan.treatments.values() for treatment in treatments)
+    return ", ".join(f"{count} {treatment}" for treatment, count in counts.items())
 
 
 def show(curve: Curve) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_revlib.bench import measure
 from lightning_revlib.bench.cell import Row
-from lightning_revlib.nn.report import format_bytes
+from lightning_revlib.nn.meter import format_bytes
 
 OURS = "lightning_revlib"
 

@@ -1,0 +1,91 @@
+"""Every workload with every contestant, tiny: it builds, and computes ordinary autograd's gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_revlib.bench import measure
+from lightning_revlib.bench.cell import cell, execute
+from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpointed, ours
+from lightning_revlib.bench.workloads import WORKLOADS, Size
+from lightning_revlib.nn import CoupledSequential
+
+TINY = {"irevnet": Size(4, 8, 2), "reformer": Size(4, 16, 1)}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_contestant_is_right_or_says_why_not(name):
+    rows, _ = cell(WORKLOADS[name], TINY.get(name, Size(4, 16, 8)), CONTESTANTS, device=CPU, seconds=0)
+    found = {row.contestant: row for row in rows}
+    assert list(found) == [c.name for c in CONTESTANTS]
+    for row in rows:
+        assert row.right if not row.note else row.note.startswith(("n/a: ", "not installed")), row
+    least, plain = found["lightning_revlib"], found["plain"]
+    assert least.right and least.peak < plain.peak
+    streams = 2 if name == "momentumnet" else 1  # one stream is put out, and both are held
+    assert least.held / least.output == pytest.approx(streams, abs=0.3)  # the drift sentinel counts in tiny cells
+    if name != "irevnet":  # its steps of space to depth have no FLOPs
+        assert least.flops == pytest.approx(4 / 3 * plain.flops, rel=1e-2)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
+def test_sizes_go_from_4_to_256_blocks(workload):
+    assert len({s.width for s in workload.full}) >= 3
+    assert {s.depth for s in workload.quick} >= {4} and workload.cuda
+    for size in (*workload.quick, *workload.full):
+        assert 4 <= size.depth <= 256 and size.depth % 4 == 0
+
+
+def test_a_peer_that_fails_is_a_note():
+    def build(stack, draws):
+        raise RuntimeError("no\nway")
+
+    rows, times = cell(WORKLOADS["mlp"], Size(2, 8, 4), [Contestant("peer", build)], device=CPU, seconds=0.01)
+    assert rows[0].note == "raises RuntimeError: no" and not rows[0].right and not times
+
+
+def test_a_peer_that_is_missing_is_listed():
+    rows, _ = cell(WORKLOADS["mlp"], Size(2, 8, 4), [Contestant("peer", ours, "no_such")], device=CPU, seconds=0)
+    assert rows[0].note == rows[0].version == "not installed"
+
+
+def test_wrong_gradients_are_found():
+    class Wrong(CoupledSequential):
+        def forward(self, x):
+            return super().forward(x * 1.01)
+
+    def build(stack, draws):
+        stack.__class__ = Wrong
+        return stack
+
+    rows, _ = cell(WORKLOADS["mlp"], Size(2, 8, 4), [Contestant("peer", build)], device=CPU, seconds=0)
+    assert rows[0].error > 1e-3 and not rows[0].right
+    assert measure.error([torch.ones(2)], [None]) == 1
+    assert measure.error([torch.ones(2)], [torch.full((2,), torch.nan)]) == float("inf")
+
+
+def test_checkpointing_by_segments_holds_what_it_should():
+    workload, size = WORKLOADS["mlp"], Size(16, 32, 64)
+    stack, x = workload.stack(size), workload.input(size, requires_grad=True)
+
+    def held(build):
+        return measure.counts(execute(Contestant("", build), stack, False), x)
+
+    half = x.nbytes // 2
+    assert held(checkpointed()).held == (2 + 15) * half  # output, and each stream but the input's and the last
+    assert held(checkpointed(segment=4)).held == (2 + 6) * half
+    assert held(checkpointed(segment=None)).held == held(checkpointed(segment=4)).held
+    assert held(checkpointed(selective=True)).flops == held(lambda stack, draws: stack).flops
+
+
+def test_times_take_turns_and_ratios_have_an_interval():
+    workload, size = WORKLOADS["mlp"], Size(2, 8, 4)
+    stack, x = workload.stack(size), workload.input(size, requires_grad=True)
+    found = measure.times({"a": stack, "b": stack}, x, seconds=0, rounds=(4, 4))
+    assert len(found["a"]) == len(found["b"]) == 4
+    assert all(p.grad is None for p in stack.parameters())
+    assert measure.ratio([2.0] * 9, [1.0] * 9) == (2, 2, 2)
+    middle, low, high = measure.ratio([float(i) for i in range(1, 21)], [1.0] * 20)
+    assert 1 < low < middle == 10.5 < high < 20
