@@ -1,0 +1,258 @@
+"""Reformer: a language model whose memory grows neither with its depth nor with the square of its length.
+
+    y1 = x1 + Attention(LayerNorm(x2)),  y2 = x2 + FeedForward(LayerNorm(y1))      one layer: two steps of the stack
+
+Both streams start as the embedded tokens, as wide as the model, and their mean is what is read in the end.
+Reformer: The Efficient Transformer, https://arxiv.org/abs/2001.04451.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_revlib.nn import CoupledSequential, get_coupling
+from lightning_revlib.recipes.attention import Attention, FullAttention, LocalAttention, LSHAttention
+
+KINDS: dict[str, type[Attention]] = {"lsh": LSHAttention, "local": LocalAttention, "full": FullAttention}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class AttentionBlock(nn.Module):
+    """Attention of the normalised stream."""
+
+    def __init__(self, width: int, attention: Attention, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.attention, self.dropout = nn.LayerNorm(width), attention, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.dropout(self.attention(self.norm(x), mask))
+
+
+class FeedForward(nn.Module):
+    """Two layers for each token by itself, so that the tokens can be worked off in chunks.
+
+    With more than one, backward runs each chunk a second time, and only one of them is in memory,
+    hidden layer and all.
+    """
+
+    def __init__(self, width: int, hidden: int, out: int, *, activation: str, dropout: float, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.body = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, hidden),
+            nn.Dropout(dropout),
+            ACTIVATIONS[activation](),
+            nn.Linear(hidden, out),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.chunks == 1:
+            return self.body(x)
+        parts = x.chunk(self.chunks, 1)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(self.body, part, use_reentrant=False) for part in parts], 1)
+        return torch.cat([self.body(part) for part in parts], 1)
+
+
+class AxialPositions(nn.Module):
+    """An embedding of a position's coordinates on a grid: of 65,536 positions, 640 vectors instead of as many.
+
+    >>> AxialPositions([256, 256], [32, 32])(1000).shape
+    torch.Size([1000, 64])
+    """
+
+    def __init__(self, shape: Sequence[int], dims: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.axes = nn.ParameterList(0.02 * torch.randn(size, dim) for size, dim in zip(shape, dims, strict=True))
+
+    def forward(self, length: int) -> Tensor:
+        """Of the first `length` positions, (length, sum of the axes' widths)."""
+        grid = (-(-length // math.prod(self.shape[1:])), *self.shape[1:])  # as many rows as are needed
+        parts = []
+        for axis, weight in enumerate(self.axes):
+            view = [1] * len(grid) + [weight.shape[1]]
+            view[axis] = grid[axis]
+            parts.append(weight[: grid[axis]].view(view).expand(*grid, -1))
+        return torch.cat(parts, -1).flatten(0, -2)[:length]
+
+
+class Reformer(nn.Module):
+    """Of tokens (B, N) the logits (B, N, vocab) of each token, given those before it.
+
+    >>> net = Reformer(length=1024, dim=128, depth=2)
+    >>> logits = net(torch.randint(256, (2, 1024)))
+    >>> text = net.generate(torch.tensor([list(b"import ")]), 100, temperature=0.8)
+
+    Args:
+        vocab: number of tokens.
+        length: the longest sequence.
+        dim: width of the model, and of each of its two streams.
+        depth: layers.
+        heads, head_dim: of the attention; default dim / heads.
+        ff: width of the feed-forward's hidden layer; default 4 dim.
+        ff_chunks: pieces that the sequence is cut into there; more than one save memory and cost time.
+        activation: there, "relu" or "gelu".
+        attention: the layers' kinds, "lsh", "local" or "full", cycled.
+        lsh: options of `LSHAttention`, such as {"hashes": 4, "chunk": 64}.
+        local: options of `LocalAttention`.
+        axial: the grid of positions, whose product is at least `length`; default two axes alike if it is long.
+        axial_dims: the part of `dim` that each axis has; default equal parts.
+        dropout: probability, of embeddings, in feed-forward layers, and of what a block adds.
+        attention_dropout: of attention weights.
+        tied: the last layer's weights are the embedding's.
+        split_dim: None, the paper's two streams; 2 halves the width between them.
+        coupling: of the streams: a name, or a mapping such as {"name": "momentum", "gamma": 0.9}.
+        grid_bits: make the stack exact, see `CoupledSequential`: hashes, too, then are in backward as in forward.
+
+    Raises:
+        ValueError: for sizes that do not go together; it says which and why.
+    """
+
+    def __init__(
+        self,
+        vocab: int = 256,
+        length: int = 4096,
+        *,
+        dim: int = 256,
+        depth: int = 6,
+        heads: int = 8,
+        head_dim: int | None = None,
+        ff: int | None = None,
+        ff_chunks: int = 1,
+        activation: str = "gelu",
+        attention: Sequence[str] = ("lsh",),
+        lsh: Mapping[str, Any] | None = None,
+        local: Mapping[str, Any] | None = None,
+        axial: Sequence[int] | None = None,
+        axial_dims: Sequence[int] | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        tied: bool = True,
+        split_dim: int | None = None,
+        coupling: str | Mapping[str, Any] = "additive",
+        grid_bits: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = dim if _check_split_dim(split_dim, dim) is None else dim // 2
+        out = _branch(coupling, width)
+        _check(depth, activation, attention)
+        self.vocab, self.length = vocab, length
+        self.embedding = nn.Embedding(vocab, dim)
+        self.positions = AxialPositions(*_grid(length, dim, axial, axial_dims))
+        self.dropout = nn.Dropout(dropout)
+        steps: list[nn.Module] = []
+        for kind in islice(cycle(attention), depth):
+            options = {"lsh": lsh, "local": local}.get(kind) or {}
+            attend = KINDS[kind](width, heads, head_dim=head_dim, out=out, dropout=attention_dropout, **options)
+            hidden = 4 * dim if ff is None else ff
+            steps += [
+                AttentionBlock(width, attend, dropout),
+                FeedForward(width, hidden, out, activation=activation, dropout=dropout, chunks=ff_chunks),
+            ]
+        self.stack = CoupledSequential(*steps, split_dim=split_dim, coupling=coupling, grid_bits=grid_bits)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab, bias=False)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of `tokens` (B, N), each from those before it; `mask` (B, N) is False for padding."""
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.length:
+            raise ValueError(
+                f"tokens of shape {list(tokens.shape)}: pass (batch, length), the length from 1 to {self.length};"
+                " make the model with a larger length for more"
+            )
+        x = F.pad(self.embedding(tokens[:, :-1]), (0, 0, 1, 0))  # shifted: the first is told from nothing
+        x = self.dropout(x + self.positions(tokens.shape[1]))
+        shifted = None if mask is None else F.pad(mask[:, :-1], (1, 0), value=True)
+        return self.head(self.norm(self.stack(x, mask=shifted)))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, count: int, *, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """`tokens` (B, N) and `count` more, each drawn from the model's distribution given those before it.
+
+        Args:
+            temperature: below 1 the likely become likelier; 0 takes the likeliest.
+            top_k: draw among so many of the likeliest only.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature}, top_k={top_k}: pass 0 or more, and 1 or more or None")
+        training = self.training
+        self.eval()
+        try:
+            for _ in range(count):
+                seen = F.pad(tokens[:, -(self.length - 1) :] if self.length > 1 else tokens[:, :0], (0, 1))
+                logits = self(seen)[:, -1]
+                if temperature == 0:
+                    new = logits.argmax(-1, keepdim=True)
+                else:
+                    if top_k is not None:
+                        least = logits.topk(min(top_k, self.vocab)).values[:, -1:]
+                        logits = logits.masked_fill(logits < least, -torch.inf)
+                    new = torch.multinomial((logits / temperature).softmax(-1), 1)
+                tokens = torch.cat((tokens, new), 1)
+        finally:
+            self.train(training)
+        return tokens
+
+
+def _check_split_dim(split_dim: int | None, dim: int) -> int | None:
+    if split_dim is None:
+        return None
+    if split_dim in (2, -1):
+        if dim % 2:
+            raise ValueError(f"split_dim={split_dim}: a width of dim={dim} cannot be halved; take an even one")
+        return 2
+    why = {
+        0: "the streams would be different texts, each telling about the other",
+        1: "the streams would be the halves of a text, and the first would see the second, which it is to foretell",
+    }.get(split_dim % 3 if split_dim in (-3, -2) else split_dim, "tokens have the dimensions 0 to 2")
+    raise ValueError(
+        f"split_dim={split_dim}: {why}; take null (None) for two streams of the model's width, or 2 to halve it"
+    )
+
+
+def _branch(coupling: str | Mapping[str, Any], width: int) -> int:
+    """The width a block has to return."""
+    shape = get_coupling(coupling).branch_shape(torch.Size((2, 3, width)))
+    if shape[:2] != (2, 3):
+        raise ValueError(
+            f"coupling={coupling!r} asks blocks for more along another dimension than 2, the width; set its dim to 2"
+        )
+    return shape[2]
+
+
+def _check(depth: int, activation: str, attention: Sequence[str]) -> None:
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"depth={depth!r}: a Reformer has no stages; pass the number of its layers, 1 or more")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if isinstance(attention, str) or not attention or set(attention) - set(KINDS):
+        raise ValueError(f"attention={attention!r}: pass a list of {', '.join(KINDS)}, which the layers take in turn")
+
+
+def _grid(
+    length: int, dim: int, axial: Sequence[int] | None, axial_dims: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    if axial is None:
+        rows = 1 if length <= 1024 else math.isqrt(length)
+        axial = [length] if rows == 1 else [rows, -(-length // rows)]
+    shape = list(axial)
+    if not shape or math.prod(shape) < length:
+        raise ValueError(f"axial={shape} has {math.prod(shape)} positions, and length={length} needs as many or more")
+    dims = list(axial_dims or [dim // len(shape)] * (len(shape) - 1) + [dim - dim // len(shape) * (len(shape) - 1)])
+    if len(dims) != len(shape) or sum(dims) != dim:
+        raise ValueError(f"axial_dims={dims}: pass one for each axis of axial={shape}, which sum up to dim={dim}")
+    return shape, dims
