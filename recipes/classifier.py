@@ -1,15 +1,13 @@
-"""What all image classifiers share in training: loss, accuracy, optimizer and schedule."""
+"""What all image classifiers share: loss, accuracy, and what is shown of their predictions."""
 
 from __future__ import annotations
 
 import csv
-import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,12 +16,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_revlib.recipes.panel import Row
 from lightning_revlib.recipes.picture import draw, to_unit
-
-OptimizerFactory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
-SchedulerFactory: TypeAlias = Callable[..., torch.optim.lr_scheduler.LRScheduler]
+from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory, Trained
 
 
-class ImageClassifier(L.LightningModule):
+class ImageClassifier(Trained):
     """Trains a network from images (B, C, H, W) to logits (B, classes) by cross-entropy.
 
     >>> ImageClassifier(net, classes=10, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
@@ -34,9 +30,7 @@ class ImageClassifier(L.LightningModule):
         net: the network.
         classes: how many.
         shape: the images' channels, height and width; `revlib report` makes up a batch of them.
-        optimizer: called with the parameters; default SGD, lr 0.01, momentum 0.9.
-        scheduler: called with the optimizer; default none. One that takes `total_steps`, such as
-            OneCycleLR, is given them and steps with each batch, any other with each epoch.
+        optimizer, scheduler: see `Trained`.
     """
 
     def __init__(
@@ -48,9 +42,8 @@ class ImageClassifier(L.LightningModule):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler)
         self.net = net
-        self._optimizer, self._scheduler = optimizer, scheduler
         self.example_input_array = None if shape is None else torch.zeros(1, *shape)
         accuracy = MetricCollection({"acc": MulticlassAccuracy(classes, average="micro")})
         # "train" itself is a method of every module, and no name for a child
@@ -96,25 +89,6 @@ class ImageClassifier(L.LightningModule):
             ("classes", os.path.relpath(table)),
             ("picture", os.path.relpath(path)),
         ]
-
-    def configure_optimizers(self) -> Any:
-        make = self._optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
-        optimizer = make(self.parameters())
-        if self._scheduler is None:
-            return optimizer
-        if "total_steps" in inspect.signature(self._scheduler).parameters:
-            scheduler = self._scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
-
-    def on_train_start(self) -> None:
-        steps = int(self.trainer.estimated_stepping_batches)
-        for config in self.trainer.lr_scheduler_configs:  # as restored from a checkpoint, if there is one
-            if (planned := getattr(config.scheduler, "total_steps", steps)) < steps:
-                raise ValueError(
-                    f"the checkpoint's learning rate was planned for {planned} steps, and this run has {steps}: a cycle"
-                    " cannot be prolonged; keep max_epochs, or train afresh"
-                )
 
     def _step(self, batch: Sequence[Tensor], stage: str) -> Tensor:
         images, labels = batch

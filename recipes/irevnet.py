@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, SpaceToDepth, get_coupling
-from lightning_revlib.recipes.classifier import ImageClassifier, OptimizerFactory, SchedulerFactory, image_dim
+from lightning_revlib.recipes.classifier import ImageClassifier, image_dim
 from lightning_revlib.recipes.panel import Row
 from lightning_revlib.recipes.picture import draw, pairs, to_unit
+from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory
 
 
 class Bottleneck(nn.Module):

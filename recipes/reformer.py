@@ -9,7 +9,8 @@ Reformer: The Efficient Transformer, https://arxiv.org/abs/2001.04451.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn import CoupledSequential, get_coupling
 from lightning_revlib.recipes.attention import Attention, FullAttention, LocalAttention, LSHAttention
+from lightning_revlib.recipes.language import LanguageModel
+from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory
 
 KINDS: dict[str, type[Attention]] = {"lsh": LSHAttention, "local": LocalAttention, "full": FullAttention}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -179,6 +182,19 @@ class Reformer(nn.Module):
         shifted = None if mask is None else F.pad(mask[:, :-1], (1, 0), value=True)
         return self.head(self.norm(self.stack(x, mask=shifted)))
 
+    @contextmanager
+    def hashing(self, hashes: int) -> Iterator[None]:
+        """Inside, LSH attention has so many rounds, whatever it was trained with; with 0 it is full attention."""
+        layers = [m for m in self.modules() if isinstance(m, LSHAttention)]
+        before = [(m.hashes, m.full_below) for m in layers]
+        for m in layers:
+            m.hashes, m.full_below = (hashes, 0) if hashes else (m.hashes, self.length)
+        try:
+            yield
+        finally:
+            for m, options in zip(layers, before, strict=True):
+                m.hashes, m.full_below = options
+
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, *, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """`tokens` (B, N) and `count` more, each drawn from the model's distribution given those before it.
@@ -206,6 +222,41 @@ class Reformer(nn.Module):
         finally:
             self.train(training)
         return tokens
+
+
+class ReformerModule(LanguageModel):
+    """Reformer in training; takes `Reformer`'s arguments, and `optimizer` and `scheduler` as `Trained` does.
+
+    >>> trainer = lightning.Trainer(strategy="reversible")
+    >>> trainer.fit(ReformerModule(length=512, dim=128, depth=2), Topics(length=512))
+
+    Arguments are saved with the checkpoint and have to be plain Python: numbers, lists, dictionaries.
+
+    Args:
+        test_hashes: numbers of hashes with which the held-out data are tested besides; 0 is full
+            attention. Each gives a metric, such as `test/acc_lsh8`.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        test_hashes: Sequence[int] = (),
+        **net: Any,
+    ) -> None:
+        network = Reformer(**net)
+        super().__init__(network, optimizer=optimizer, scheduler=scheduler)
+        self.example_input_array = torch.zeros(1, network.length, dtype=torch.long)
+        self.test_hashes = list(test_hashes)
+        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        for hashes in self.test_hashes:
+            with self.net.hashing(hashes):
+                right = self.accuracy(self(batch[0]), batch[-1])
+            name = f"test/acc_lsh{hashes}" if hashes else "test/acc_full"
+            self.log(name, right, on_step=False, on_epoch=True, batch_size=len(batch[0]))
 
 
 def _check_split_dim(split_dim: int | None, dim: int) -> int | None:

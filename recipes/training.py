@@ -1,0 +1,55 @@
+"""What all recipes share in training: optimizer and schedule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import lightning as L
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+OptimizerFactory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory: TypeAlias = Callable[..., torch.optim.lr_scheduler.LRScheduler]
+
+
+class Trained(L.LightningModule):
+    """A LightningModule that gets its optimizer from outside.
+
+    Args:
+        optimizer: called with the parameters; default SGD, lr 0.01, momentum 0.9.
+        scheduler: called with the optimizer; default none. One that takes `total_steps`, such as
+            OneCycleLR, is given them and steps with each batch, any other with each epoch.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None) -> None:
+        super().__init__()
+        self._optimizer, self._scheduler = optimizer, scheduler
+
+    def configure_optimizers(self) -> Any:
+        make = self._optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
+        optimizer = make(self.parameters())
+        if self._scheduler is None:
+            return optimizer
+        if "total_steps" in inspect.signature(self._scheduler).parameters:
+            scheduler = self._scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+
+    def on_train_start(self) -> None:
+        steps = int(self.trainer.estimated_stepping_batches)
+        for config in self.trainer.lr_scheduler_configs:  # as restored from a checkpoint, if there is one
+            if (planned := getattr(config.scheduler, "total_steps", steps)) < steps:
+                raise ValueError(
+                    f"the checkpoint's learning rate was planned for {planned} steps, and this run has {steps}: a cycle"
+                    " cannot be prolonged; keep max_epochs, or train afresh"
+                )
+
+
+def warmup_rsqrt(optimizer: torch.optim.Optimizer, *, warmup: int, total_steps: int | None = None) -> LambdaLR:
+    """The rate rises to the optimizer's own over `warmup` steps, and falls with the square root of the steps.
+
+    rate(t) = lr min((t + 1) / warmup, sqrt(warmup / (t + 1))). It needs no end, and `total_steps` is not used.
+    """
+    return LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5))
