@@ -28,12 +28,27 @@ KINDS: dict[str, type[Attention]] = {"lsh": LSHAttention, "local": LocalAttentio
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
+class Norm(nn.LayerNorm):
+    """Layer normalisation; with `shift`, the second half of the channels are those of the token before."""
+
+    def __init__(self, width: int, shift: bool) -> None:
+        super().__init__(width)
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if not self.shift:
+            return x
+        own, other = x.tensor_split(2, -1)
+        return torch.cat((own, F.pad(other[:, :-1], (0, 0, 1, 0))), -1)
+
+
 class AttentionBlock(nn.Module):
     """Attention of the normalised stream."""
 
-    def __init__(self, width: int, attention: Attention, dropout: float) -> None:
+    def __init__(self, width: int, attention: Attention, *, shift: bool, dropout: float) -> None:
         super().__init__()
-        self.norm, self.attention, self.dropout = nn.LayerNorm(width), attention, nn.Dropout(dropout)
+        self.norm, self.attention, self.dropout = Norm(width, shift), attention, nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.dropout(self.attention(self.norm(x), mask))
@@ -46,11 +61,13 @@ class FeedForward(nn.Module):
     hidden layer and all.
     """
 
-    def __init__(self, width: int, hidden: int, out: int, *, activation: str, dropout: float, chunks: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, out: int, *, activation: str, shift: bool, dropout: float, chunks: int
+    ) -> None:
         super().__init__()
         self.chunks = chunks
+        self.norm = Norm(width, shift)
         self.body = nn.Sequential(
-            nn.LayerNorm(width),
             nn.Linear(width, hidden),
             nn.Dropout(dropout),
             ACTIVATIONS[activation](),
@@ -59,6 +76,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norm(x)
         if self.chunks == 1:
             return self.body(x)
         parts = x.chunk(self.chunks, 1)
@@ -111,6 +129,8 @@ class Reformer(nn.Module):
         local: options of `LocalAttention`.
         axial: the grid of positions, whose product is at least `length`; default two axes alike if it is long.
         axial_dims: the part of `dim` that each axis has; default equal parts.
+        shift: half the channels of what a block sees are those of the token before. Not in the paper, but a
+            small model learns in a third of the time; RWKV, https://arxiv.org/abs/2305.13048.
         dropout: probability, of embeddings, in feed-forward layers, and of what a block adds.
         attention_dropout: of attention weights.
         tied: the last layer's weights are the embedding's.
@@ -139,6 +159,7 @@ class Reformer(nn.Module):
         local: Mapping[str, Any] | None = None,
         axial: Sequence[int] | None = None,
         axial_dims: Sequence[int] | None = None,
+        shift: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         tied: bool = True,
@@ -149,7 +170,7 @@ class Reformer(nn.Module):
         super().__init__()
         width = dim if _check_split_dim(split_dim, dim) is None else dim // 2
         out = _branch(coupling, width)
-        _check(depth, activation, attention)
+        _check(depth, activation, attention, ff_chunks)
         self.vocab, self.length = vocab, length
         self.embedding = nn.Embedding(vocab, dim)
         self.positions = AxialPositions(*_grid(length, dim, axial, axial_dims))
@@ -160,8 +181,8 @@ class Reformer(nn.Module):
             attend = KINDS[kind](width, heads, head_dim=head_dim, out=out, dropout=attention_dropout, **options)
             hidden = 4 * dim if ff is None else ff
             steps += [
-                AttentionBlock(width, attend, dropout),
-                FeedForward(width, hidden, out, activation=activation, dropout=dropout, chunks=ff_chunks),
+                AttentionBlock(width, attend, shift=shift, dropout=dropout),
+                FeedForward(width, hidden, out, activation=activation, shift=shift, dropout=dropout, chunks=ff_chunks),
             ]
         self.stack = CoupledSequential(*steps, split_dim=split_dim, coupling=coupling, grid_bits=grid_bits)
         self.norm = nn.LayerNorm(dim)
@@ -244,6 +265,11 @@ class ReformerModule(LanguageModel):
         test_hashes: Sequence[int] = (),
         **net: Any,
     ) -> None:
+        if images := sorted({"shape", "classes"} & set(net)):
+            raise ValueError(
+                f"{', '.join(images)}: the data are images, and a Reformer works on tokens; take data=topics,"
+                " text_file, enwik8, duplication or imagenet64"
+            )
         network = Reformer(**net)
         super().__init__(network, optimizer=optimizer, scheduler=scheduler)
         self.example_input_array = torch.zeros(1, network.length, dtype=torch.long)
@@ -285,9 +311,11 @@ def _branch(coupling: str | Mapping[str, Any], width: int) -> int:
     return shape[2]
 
 
-def _check(depth: int, activation: str, attention: Sequence[str]) -> None:
+def _check(depth: int, activation: str, attention: Sequence[str], ff_chunks: int) -> None:
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth={depth!r}: a Reformer has no stages; pass the number of its layers, 1 or more")
+    if ff_chunks < 1:
+        raise ValueError(f"ff_chunks={ff_chunks}: pass 1 or more")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
     if isinstance(attention, str) or not attention or set(attention) - set(KINDS):
