@@ -42,4 +42,4 @@ def read_curves(table: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
                 stage, _, metric = name.partition("/")
                 if value and row.get("epoch") and stage in STAGES:
                     curves.setdefault(metric, {}).setdefault(stage, []).append((float(row["epoch"]), float(value)))
-    return curves
+    return {metric: stages for metric, stages in curves.items() if set(stages) != {"test"}}

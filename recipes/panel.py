@@ -15,7 +15,12 @@ from lightning_revlib.nn.report import format_bytes
 from lightning_revlib.recipes.growth import Bytes
 
 Row: TypeAlias = tuple[str, str]
-NAMES = {"acc": "accuracy", "bpb": "bits per byte"}
+NAMES = {
+    "acc": "accuracy",
+    "bpb": "bits per byte",
+    "unigram": "bits per byte, by frequency of bytes",
+    "bz2": "bits per byte, by bz2",
+}
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
@@ -59,7 +64,7 @@ def _tested(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _format(name: str, value: float) -> str:
-    return f"{value:.2%}" if name == "acc" else f"{value:.4g}"
+    return f"{value:.2%}" if name.startswith("acc") else f"{value:.4g}"
 
 
 def _activations(found: Bytes) -> list[Row]:

@@ -26,7 +26,9 @@ class Words(Dataset[list[Tensor]]):
     def __getitem__(self, index: int) -> list[Tensor]:
         if index >= self.count:  # what ends a loop over it
             raise IndexError(index)
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed * 10**8 + index)  # of 32 bits
+        generator = (
+            None if self.seed is None else torch.Generator().manual_seed(self.seed * 10**8 + index)
+        )  # of 32 bits
         word = torch.randint(1, self.vocab, (self.length // 2,), generator=generator)
         word[0] = 0
         half = torch.full_like(word, -100)

@@ -27,6 +27,7 @@ PLUGINS = {  # what a configuration needs that is not installed with the package
     "launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
     "hparams_search=optuna": "hydra_plugins.hydra_optuna_sweeper",
 }
+TOKENS = [f"data={name}" for name in ("topics", "text_file", "enwik8", "duplication", "imagenet64")]
 NEED_FOLDER = ("data=image_folder", "experiment=irevnet_imagenet")  # their classes are its folders
 
 
@@ -61,6 +62,8 @@ def test_every_option_composes_and_instantiates(choice, tmp_path):
     if choice in PLUGINS:
         pytest.importorskip(PLUGINS[choice])
     folder = [f"data.root={standin.images(tmp_path)}"] if choice in NEED_FOLDER else []
+    if choice in TOKENS:
+        folder = ["recipe=reformer", *["data.path=book.txt"] * (choice == "data=text_file")]
     cfg = configuration("train", choice, *["recipe.grid_bits=12"] * (choice == "coupling=bdia"), *folder)
     group = choice.split("=")[0]
     data = instantiate(cfg.data)

@@ -54,3 +54,19 @@ def images(folder, parts=("train", "val"), classes=2, each=8, size=(60, 40)):
 
 def _labels(count, classes):
     return (np.arange(count) % classes).astype(np.uint8)
+
+
+def large(folder, size):
+    """A file of so many bytes that takes no space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "file").open("wb") as file:
+        file.truncate(size)
+    return folder / "file"
+
+
+def arrays(folder, size):
+    """Images in the arrays that `ImageNet64` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "val"):
+        np.save(folder / f"{part}.npy", RANDOM.integers(0, 256, (8, size, size, 3), dtype=np.uint8))
+    return folder

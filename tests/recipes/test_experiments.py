@@ -18,6 +18,8 @@ STANDIN = {
     "irevnet_cifar10": lambda folder: [f"data.root={standin.cifar(folder)}", "data.validation=10"],
     "momentumnet_cifar10": lambda folder: [f"data.root={standin.cifar(folder)}", "data.validation=10"],
     "momentumnet_cifar100": lambda folder: [f"data.root={standin.cifar(folder, 100)}", "data.validation=100"],
+    "reformer_enwik8": lambda folder: [f"data.path={standin.large(folder, 10**8)}"],
+    "reformer_imagenet64": lambda folder: [f"data.folder={standin.arrays(folder, 16)}", "data.size=16"],
     "irevnet_imagenet": lambda folder: [
         f"data.root={standin.images(folder)}",
         "data.validation=4",
@@ -29,6 +31,9 @@ SHALLOW = {
     "momentumnet_cifar10": ["depth=[1,2,1,2]"],
     "momentumnet_cifar100": ["depth=[1,2,1,2]"],
     "irevnet_imagenet": ["depth=1", "data.batch_size=2"],
+    "reformer_duplication": ["data.length=256", "data.held_out=4"],
+    "reformer_enwik8": ["depth=3", "data.length=600", "data.batch_size=1", "trainer.val_check_interval=1"],
+    "reformer_imagenet64": ["depth=1", "data.batch_size=1", "trainer.val_check_interval=1"],
 }
 SHORT = [
     "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1",
