@@ -64,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_revlib.bench.machine import fix_allocator
 
         fix_allocator()
-    if command in ("-sc", "--shell-completion"):
-        return _complete(argv)
     if command in OTHERS:
         from lightning_revlib.recipes import catalogue
 
@@ -74,14 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             return _fail(str(error))
         return 0
-    if command not in COMMANDS:
+    complete = command in ("-sc", "--shell-completion")
+    if command not in COMMANDS and not complete:
         known = [*COMMANDS, *OTHERS]
         return _fail(f"unknown command {command!r}{_near(command, known)}; commands are {', '.join(known)}")
     from hydra.errors import HydraException
 
     overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # Hydra takes it in front only
     try:
-        _run(command, overrides)
+        _complete(argv) if complete else _run(command, overrides)
     except _Mistake as mistake:
         return _fail(str(mistake))
     except (HydraException, ValueError) as error:
@@ -91,17 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complete(argv: Sequence[str]) -> int:
+def _complete(argv: Sequence[str]) -> None:
     """Shell completion by Hydra, of the command in the line: the shell asks the program without one."""
     command, line = "train", os.environ.get("COMP_LINE", "")
     if "query=" in "".join(argv):
         program, *words = line.split(maxsplit=2) or [""]
         if not words or words[0] not in COMMANDS or line == f"{program} {words[0]}":
             print(" ".join([*COMMANDS, *OTHERS]))
-            return 0
+            return
         command, os.environ["COMP_LINE"] = words[0], f"{program} {words[1] if len(words) > 1 else ''}"
     _run(command, argv)
-    return 0
 
 
 def _run(command: str, overrides: Sequence[str]) -> None:

@@ -27,7 +27,9 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        shown = {name: value for name, value in metrics.items() if name.startswith("val/") or name == "drift/worst"}
+        shown = {name: value for name, value in metrics.items() if name.startswith("val/")}
+        if (drift := metrics.get("drift/worst")) is not None:
+            shown["drift"] = drift
         if (held := metrics.get("activation/held_bytes")) is not None:
             shown["held"] = format_bytes(int(held))  # type: ignore[arg-type]
         return shown
