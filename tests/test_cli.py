@@ -249,7 +249,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("revlib tr", {"train", "eval", "predict", "report", "list", "copy"}),
+        ("revlib tr", {*COMMANDS, "list", "copy"}),
         ("revlib train coupl", {"coupling=", "coupling."}),
         ("revlib train coupling=mo", {"coupling=momentum"}),
         ("revlib report dep", {"depth=", "depths."}),
