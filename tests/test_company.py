@@ -1,0 +1,283 @@
+"""The reversible strategy in the company of Lightning's own features: as the stock strategy in the same company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelPruning,
+    ModelSummary,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.tuner import Tuner
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_revlib as revlib
+from tests.test_strategy import Net, data, trainer
+
+PLAIN, OURS = "auto", "reversible"
+
+
+def fit(
+    tmp_path: Path, strategy: str, cls: type[Net] = Net, make: Callable[[], Any] | None = None, **options: Any
+) -> Net:
+    L.seed_everything(5, verbose=False)
+    net = cls()
+    callbacks = make() if make else []
+    run = trainer(tmp_path, strategy=strategy, **{"precision": "64-true", "callbacks": callbacks, **options})
+    run.fit(net, DataLoader(data().dataset, batch_size=8), data())
+    return net
+
+
+def same(first: nn.Module, second: nn.Module, tolerance: float = 1e-10) -> None:
+    for (name, a), (other, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert name == other and torch.allclose(a, b, rtol=tolerance, atol=tolerance), name
+
+
+class Frozen(Net):
+    """BackboneFinetuning asks for a `backbone`."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+class Manual(Net):
+    """Two optimizers, one of them every second step."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        first, second = self.optimizers()  # type: ignore[misc]
+        loss = (self(batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+        self.manual_backward(loss)
+        self.clip_gradients(first, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+        first.step()
+        first.zero_grad()
+        if batch_idx % 2:
+            second.step()
+            second.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        rest = [*self.stem.parameters(), *self.head.parameters()]
+        return torch.optim.Adam(self.net.parameters(), 1e-2), torch.optim.SGD(rest, 1e-2)
+
+
+COMPANY: dict[str, dict[str, Any]] = {
+    "accumulation": {"accumulate_grad_batches": 4},
+    "clipping by norm": {"gradient_clip_val": 0.3},
+    "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "weight averaging": {"make": lambda: [WeightAveraging()]},
+    "exponential averaging": {"make": lambda: [EMAWeightAveraging(decay=0.9)]},
+    "stochastic averaging": {"make": lambda: [StochasticWeightAveraging(1e-3, swa_epoch_start=1)], "max_epochs": 4},
+    "summary": {"make": lambda: [ModelSummary(-1)]},
+    "early stopping": {"make": lambda: [EarlyStopping("loss", patience=1)], "max_epochs": 4},
+    "fine-tuning": {
+        "cls": Frozen,
+        "make": lambda: [BackboneFinetuning(1, backbone_initial_lr=1e-3, verbose=False)],
+        "max_epochs": 3,
+    },
+    "pruning": {
+        "make": lambda: [ModelPruning("l1_unstructured", amount=0.2, parameters_to_prune=None)],
+        "precision": "32-true",
+    },
+    "two optimizers": {"cls": Manual},
+    "anomalies": {"detect_anomaly": True},
+    "simple profiler": {"profiler": "simple"},
+    "torch's profiler": {"profiler": "pytorch", "max_epochs": 1},
+    "deterministic": {"deterministic": True},
+    "validation within epochs": {"val_check_interval": 2},
+    "overfitting": {"overfit_batches": 2},
+    "one batch": {"fast_dev_run": True},
+    "barebones": {"barebones": True},
+    "no inference mode": {"inference_mode": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Any:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", COMPANY)
+def test_as_the_stock_strategy(tmp_path: Path, name: str) -> None:
+    if name == "barebones":
+        options: dict[str, Any] = {"logger": None, "enable_progress_bar": None, "enable_model_summary": None}
+        COMPANY[name].update(options, enable_checkpointing=None)
+    plain, ours = (fit(tmp_path, strategy, **COMPANY[name]) for strategy in (PLAIN, OURS))
+    assert type(ours.net) is revlib.ReversibleSequential
+    same(plain, ours, 1e-5 if name == "pruning" else 1e-10)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true", "16-mixed"])
+def test_precisions(tmp_path: Path, precision: str) -> None:
+    plain, ours = (fit(tmp_path, strategy, precision=precision) for strategy in (PLAIN, OURS))
+    assert ours.losses[-1].item() == pytest.approx(
+        plain.losses[-1].item(), rel=1e-4 if precision == "32-true" else 0.1, nan_ok=True
+    )
+
+
+def test_the_learning_rate_finder(tmp_path: Path) -> None:
+    class Rate(Net):
+        lr = 1e-2
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    found = []
+    for strategy in (PLAIN, OURS):
+        L.seed_everything(5, verbose=False)
+        net = Rate()
+        run = trainer(tmp_path, strategy=strategy, precision="64-true")
+        finder = Tuner(run).lr_find(net, data(), num_training=40)
+        assert finder is not None
+        found.append(finder.results["loss"])
+    assert len(found[0]) > 10 and found[0] == pytest.approx(found[1], rel=1e-9)
+    trainer(tmp_path, strategy=OURS, callbacks=[LearningRateFinder(num_training_steps=10)]).fit(Rate(), data())
+
+
+def test_the_batch_size_finder(tmp_path: Path) -> None:
+    class Sized(Net):
+        batch_size = 2
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(data().dataset, batch_size=self.batch_size)
+
+        val_dataloader = train_dataloader
+
+    net = Sized()
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    trainer(tmp_path, strategy=OURS, callbacks=[finder], max_epochs=1).fit(net)
+    assert net.batch_size > 2
+
+
+def test_shuffled_batches_come_in_the_stock_order(tmp_path: Path) -> None:
+    """One device takes no DistributedSampler, which would shuffle otherwise."""
+    nets = []
+    for strategy in (PLAIN, OURS):
+        L.seed_everything(5, verbose=False)
+        net = Net(dropout=0.0)
+        loader = DataLoader(data().dataset, batch_size=8, shuffle=True)
+        trainer(tmp_path, strategy=strategy, precision="64-true").fit(net, loader)
+        nets.append(net)
+    same(*nets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["module", "block"])
+def test_compile(tmp_path: Path, what: str) -> None:
+    nets = []
+    for strategy in (PLAIN, OURS):
+        L.seed_everything(5, verbose=False)
+        net: Any = Net(dropout=0.0)
+        if what == "block":
+            for block in net.net:
+                block.compile(backend="aot_eager")
+        module: Any = torch.compile(net, backend="aot_eager") if what == "module" else net
+        trainer(tmp_path, strategy=strategy, precision="64-true").fit(module, data())
+        nets.append(net)
+    same(*nets)
+
+
+def test_restore_at_the_end(tmp_path: Path) -> None:
+    net = Net()
+    trainer(tmp_path, strategy=revlib.ReversibleStrategy(restore=True)).fit(net, data())
+    assert type(net.net) is revlib.CoupledSequential
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"find_unused_paramters": True}, "has no argument find_unused_paramters=True; did you mean find_unused_param"),
+        ({"targets": ["net"]}, r"targets=\['net'\]: pass a mapping from the path"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        revlib.ReversibleStrategy(**arguments)
+
+
+def test_a_subclass_is_for_one_device(tmp_path: Path) -> None:
+    class Mine(revlib.ReversibleStrategy):
+        pass
+
+    trainer(tmp_path, strategy=Mine(), max_epochs=1).fit(Net(), data())
+    with pytest.raises(TypeError, match="Mine is a subclass of ReversibleStrategy and so for one device; for several"):
+        trainer(tmp_path, strategy=Mine(), devices=2)
+
+
+def test_deepspeed_says_how_it_is_installed(tmp_path: Path) -> None:
+    try:
+        import deepspeed  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(ModuleNotFoundError, match=r"stage_3' needs deepspeed .* pip install deepspeed"):
+            trainer(tmp_path, strategy="reversible_deepspeed_stage_3_offload")
+    with pytest.raises(ValueError, match="stage=4"):
+        revlib.ReversibleDeepSpeedStrategy(stage=4)
+    with pytest.raises(TypeError, match="no argument stge=2; did you mean stage"):
+        revlib.ReversibleDeepSpeedStrategy(stge=2)
+
+
+CLI = {
+    "by name": ["--trainer.strategy=reversible"],
+    "by class": ["--trainer.strategy.class_path=lightning_revlib.ReversibleStrategy"],
+    "with options": [
+        "--trainer.strategy.class_path=lightning_revlib.ReversibleStrategy",
+        "--trainer.strategy.init_args.optimizer_in_backward=true",
+        '--trainer.strategy.init_args.targets={"net": {"coupling": "midpoint"}}',
+    ],
+}
+
+
+@pytest.mark.parametrize("how", CLI)
+def test_lightning_cli(tmp_path: Path, how: str) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    class Given(Net):
+        def train_dataloader(self) -> Any:
+            return data()
+
+        val_dataloader = train_dataloader
+
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    where = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    cli = LightningCLI(Given, args=["fit", *quiet, *where, *CLI[how]], save_config_callback=None)
+    assert type(cli.model.net) is revlib.ReversibleSequential
+    if how == "with options":
+        assert cli.model.net.couplings == (revlib.Midpoint(),) and cli.trainer.strategy.in_backward is not None
+
+
+def test_hydra_containers_become_plain(tmp_path: Path) -> None:
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.create(
+        {
+            "_target_": "lightning_revlib.ReversibleStrategy",
+            "targets": {"net": {"coupling": {"name": "momentum", "gamma": 0.8}}},
+        }
+    )
+    net = Net()
+    strategy = instantiate(cfg)
+    assert type(strategy.targets) is dict and type(strategy.targets["net"]) is dict
+    run = trainer(tmp_path, strategy=strategy, max_epochs=1)
+    run.fit(net, data())
+    assert net.net.couplings == (revlib.Momentum(0.8),)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
