@@ -96,7 +96,7 @@ class ImageClassifier(Trained):
         loss = F.cross_entropy(logits, labels)
         metrics = cast(MetricCollection, self.accuracy[f"{stage}_"])
         metrics.update(logits, labels)
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
         return loss
 

@@ -1,0 +1,79 @@
+"""On CUDA: fit, one process of NCCL, DeepSpeed's stages, memory that does not grow with depth. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_revlib as revlib
+from tests.test_strategy import Net, data, trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def fit(tmp_path: Path, strategy: Any, **options: Any) -> torch.Tensor:
+    L.seed_everything(5, verbose=False)
+    net = Net()
+    trainer(tmp_path, strategy=strategy, **{"accelerator": "cuda", "devices": 1, **options}).fit(net, data(), data())
+    return torch.cat([getattr(p, "full_tensor", lambda p=p: p)().detach().cpu().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed", "16-mixed"])
+def test_fit(tmp_path: Path, precision: Any) -> None:
+    plain, ours = (fit(tmp_path, strategy, precision=precision) for strategy in ("auto", "reversible"))
+    tolerance = {"64-true": 1e-10, "32-true": 1e-5}.get(precision, 5e-2)
+    assert torch.allclose(plain, ours, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "reversible_fsdp"])
+def test_nccl_with_one_process(tmp_path: Path, strategy: str) -> None:
+    callbacks = [revlib.ReversibleCallback()] if strategy == "ddp" else []
+    try:
+        found = fit(tmp_path, strategy, callbacks=callbacks)
+        assert torch.distributed.get_backend() == "nccl"
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert torch.allclose(found, fit(tmp_path, "reversible"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", ["", "_offload"])
+def test_deepspeed(tmp_path: Path, stage: int, offload: str) -> None:
+    pytest.importorskip("deepspeed")
+    net = Net()
+    options: dict[str, Any] = {"accelerator": "cuda", "devices": 1, "precision": "bf16-mixed"}
+    trainer(tmp_path, strategy=f"reversible_deepspeed_stage_{stage}{offload}", **options).fit(net, data(), data())
+    assert all(torch.isfinite(loss) for loss in net.losses) and net.losses[-1] < net.losses[0]
+
+
+class Deep(Net):
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        super().__init__()
+
+    def build(self) -> None:
+        self.stem, self.head = nn.Linear(8, 512), nn.Linear(512, 1)
+        blocks = [nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(self.depth)]
+        self.net = revlib.CoupledSequential(*blocks)
+
+
+def peak(tmp_path: Path, strategy: str, depth: int) -> int:
+    """Bytes allocated at most in training, less those of parameters, their gradients and the optimizer."""
+    loader = DataLoader(TensorDataset(torch.randn(32768, 8)), batch_size=8192)
+    net = Deep(depth)
+    torch.cuda.reset_peak_memory_stats()
+    trainer(tmp_path, strategy=strategy, accelerator="cuda", devices=1, max_epochs=1).fit(net, loader)
+    return torch.cuda.max_memory_allocated() - 4 * sum(p.nbytes for p in net.parameters())
+
+
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    shallow, deep = (peak(tmp_path, "reversible", depth) for depth in (8, 64))
+    assert deep <= 1.1 * shallow
+    assert deep < 0.3 * peak(tmp_path, "auto", 64)
