@@ -1,4 +1,4 @@
-"""What FSDP2 has to do besides the matrix, in two processes.
+"""What FSDP2 has to do besides the matrix, exact resumption and Fabric, in two processes.
 
 python sharded.py OUT     saves what was found, by name
 """
@@ -11,11 +11,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader
 
 import lightning_revlib as revlib
 from tests.distributed.cells import distance
+from tests.test_fabric import loop
 from tests.test_strategy import Net, data, trainer
 
 
@@ -84,6 +87,28 @@ def fit(out: Path, strategy: Any, cls: Any = Net, **options: Any) -> tuple[Any, 
     return net, {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in net.named_parameters()}
 
 
+def resumed(out: Path) -> dict[str, bool]:
+    """Whether runs from checkpoints within and between epochs end with the same bits; batches are shuffled."""
+    equal = {}
+    for strategy in ("reversible", "reversible_fsdp"):
+
+        def run(folder: str | None = None, start: Path | None = None, strategy: str = strategy) -> Any:
+            L.seed_everything(5, verbose=False)
+            net, callbacks = Net(), [revlib.ExactResume()]
+            if folder:
+                callbacks.append(ModelCheckpoint(out / folder, "{step}", every_n_train_steps=2, save_top_k=-1))
+            options = {"devices": 2, "max_epochs": 3, "callbacks": callbacks, "enable_checkpointing": bool(folder)}
+            loader = DataLoader(data().dataset, batch_size=8, shuffle=True)
+            trainer(out, strategy=strategy, **options).fit(net, loader, data(), ckpt_path=start)
+            return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in net.parameters()]
+
+        expected = run(strategy)
+        for path in sorted((out / strategy).glob("*.ckpt")):
+            same = all(torch.equal(a, b) for a, b in zip(run(start=path), expected, strict=True))
+            equal[f"resumed {strategy} {path.stem}"] = same
+    return equal
+
+
 def main(out: Path) -> None:
     found: dict[str, Any] = {}
     _, reference = fit(out, "reversible")
@@ -127,6 +152,13 @@ def main(out: Path) -> None:
             fit(out, strategy)
         except ValueError as error:
             found["in backward under ddp"] = str(error)
+    found.update(resumed(out))
+    losses = {}
+    for name in ("ddp", "reversible", "reversible_fsdp"):
+        fabric = L.Fabric(accelerator="cpu", devices=2, strategy=name)
+        losses[name] = torch.tensor(loop(fabric, fsdp=name == "reversible_fsdp")[0])
+    for name in ("reversible", "reversible_fsdp"):
+        found[f"fabric, {name}"] = (losses[name] - losses["ddp"]).abs().max().item()
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / "result.pt")
 

@@ -1,4 +1,4 @@
-"""FSDP2 beside DDP in what the matrix leaves out: policies, accumulation, clipping, sharding of one's own."""
+"""What the matrix leaves out, in two processes: FSDP2's policies, accumulation, clipping, resumption, Fabric."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ NEAR = {
     "kept after forward": 1e-6,
     "offload policy": 1e-6,
     "inverse": 1e-5,
+    "fabric, reversible": 1e-6,
+    "fabric, reversible_fsdp": 1e-6,
     "mixed precision policy": 1e-2,  # beside autocast, which rounds elsewhere
 }
 
@@ -36,6 +38,12 @@ def test_holds(found: Any, name: str) -> None:
 @pytest.mark.parametrize("name", NEAR)
 def test_near(found: Any, name: str) -> None:
     assert found[name] <= NEAR[name]
+
+
+@pytest.mark.parametrize("strategy", ["reversible", "reversible_fsdp"])
+def test_exact_resumption_in_two_processes(found: Any, strategy: str) -> None:
+    equal = [same for name, same in found.items() if name.startswith(f"resumed {strategy} ")]
+    assert len(equal) >= 4 and all(equal)
 
 
 def test_mistakes_are_said(found: Any) -> None:
