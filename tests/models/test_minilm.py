@@ -34,10 +34,25 @@ def test_sentence_embeddings_and_drift() -> None:
 
 
 def test_fine_tuning_lowers_the_loss_as_the_originals() -> None:
+    """One batch, six steps, without dropout; the benchmark has many batches and what is held out."""
     from benchmarks import minilm
 
-    runs = [minilm.tune(minilm.FINE_TUNED[name], steps=12, size=8) for name in ("original", "momentum 0.05, thirds")]
-    (plain, *_, held, peak), (swapped, *_, held_after, peak_after) = runs
-    assert sum(swapped[-4:]) < sum(swapped[:4]) and sum(plain[-4:]) < sum(plain[:4])
-    assert max(abs(x - y) for x, y in zip(plain, swapped, strict=True)) < 0.3
-    assert held_after < 0.1 * held and peak_after < 0.5 * peak
+    texts = [sentence for topic in minilm.sentences() for sentence in topic][:16]
+    losses: dict[str, list[float]] = {}
+    for name in ("original", "momentum 0.05, thirds"):
+        model, tokenizer = minilm.load()
+        if options := minilm.FINE_TUNED[name]:
+            revlib.swap(model, {minilm.PATH: options})
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        optimizer = torch.optim.AdamW(model.eval().parameters(), 5e-5)
+        losses[name] = []
+        for _ in range(6):
+            first, second = minilm.embed(model, batch).view(8, 2, -1).unbind(1)
+            loss = torch.nn.functional.cross_entropy(20 * first @ second.T, torch.arange(8))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    for original, swapped in zip(*losses.values(), strict=True):
+        assert abs(original - swapped) < 0.1
+    assert all(values[-1] < 0.5 * values[0] for values in losses.values())
