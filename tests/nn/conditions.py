@@ -742,6 +742,17 @@ def selective_policy(case: Case) -> list[Tensor | None]:
     return case.train(case.stack(*_parts(case), treatments=mixed, context_fn=_keep_products))
 
 
+@condition
+def all_blocks_selective(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*_parts(case), treatments=["selective"] * 6))
+
+
+@condition
+def memory_budget(case: Case) -> list[Tensor | None]:
+    stack = case.stack(*_parts(case), memory_budget=0.9)
+    return [*case.train(stack), *case.train(stack)]  # the first measures, the second follows the plan
+
+
 # --- copies --------------------------------------------------------------------------------------
 
 
