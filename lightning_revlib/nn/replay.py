@@ -9,9 +9,10 @@ Buffers       values of the buffers that it changes    one a step, if it has buf
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+# By `map`, attributes of many tensors or modules are read without interpreting a line for each.
+TRAINING, PARAMETERS = operator.attrgetter("training"), operator.attrgetter("_parameters")
+REQUIRES_GRAD, VERSION = operator.attrgetter("requires_grad"), operator.attrgetter("_version")
+ITEMS, VALUES = operator.methodcaller("items"), operator.methodcaller("values")
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -104,10 +109,10 @@ class Settings:
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules, self.arguments = modules, arguments
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.registered = [(m, dict(m._parameters.items())) for m in modules if m._parameters]
-        self.parameters = [p for _, named in self.registered for p in named.values() if p is not None]
-        self.training = [m.training for m in modules]
-        self.requires_grad = [p.requires_grad for p in self.parameters]
+        self.registered = list(map(dict, map(ITEMS, map(PARAMETERS, modules))))
+        self.parameters = _flat(self.registered)
+        self.training = list(map(TRAINING, modules))
+        self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
         self.versions = _versions([*self.parameters, *self.arguments])
 
     def changed(self) -> bool:
@@ -122,11 +127,10 @@ class Settings:
                 f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
                 " run again; modify it, or step the optimizer, after backward"
             )
-        now = [p for m in self.modules if m._parameters for p in m._parameters.values() if p is not None]
         return (
-            [m.training for m in self.modules] != self.training
-            or [p.requires_grad for p in self.parameters] != self.requires_grad
-            or any(map(operator.is_not, now, self.parameters))
+            list(map(TRAINING, self.modules)) != self.training
+            or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
+            or any(map(operator.is_not, _flat(map(PARAMETERS, self.modules)), self.parameters))
         )
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
@@ -150,7 +154,15 @@ class Settings:
         return undo
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        return ((m, name, p) for m, named in self.registered for name, p in named.items() if p is not None)
+        named = zip(self.modules, self.registered, strict=True)
+        return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
+
+
+def _flat(registered: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
+    parameters = list(chain.from_iterable(map(VALUES, registered)))
+    if any(map(operator.is_, parameters, repeat(None))):
+        return [p for p in parameters if p is not None]
+    return parameters
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
@@ -158,7 +170,7 @@ PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for other
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return [t._version for t in tensors]
+        return list(map(VERSION, tensors))
     except RuntimeError:  # an inference tensor among them
         return [version(t) for t in tensors]
 

@@ -30,6 +30,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,47 +45,45 @@ from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settin
 if TYPE_CHECKING:
     from lightning_revlib.nn.step import Step
 
+# By `map`, attributes of many tensors or modules are read without interpreting a line for each.
+DTYPE_AND_SHAPE, VERSION, BUFFERS = attrgetter("dtype", "shape"), attrgetter("_version"), attrgetter("_buffers")
+
 
 class Frame:
     """One step of one forward, and what it takes to run it again."""
 
-    __slots__ = (
-        "above", "again", "buffers", "calls_autograd", "caught", "changed", "coupling", "index", "modules",
-        "needs_grad", "random", "round", "running", "saved", "saved_by_block", "step", "stride", "tape", "versions",
-    )  # fmt: skip
+    above: Frame | None = None
+    random: RandomState | None = None  # set if the step draws
+    buffers: Buffers | None = None  # set if it has any
+    again: Any = None  # the second run's context
+    calls_autograd = False  # the block does, itself
+    changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
 
     def __init__(self, tape: Tape, index: int, step: Step) -> None:
         self.tape, self.index, self.step = tape, index, step
         self.modules = parts(step.module)
-        self.above: Frame | None = None
-        self.random: RandomState | None = None  # set if the step draws
-        self.buffers: Buffers | None = None  # set if it has any
-        self.calls_autograd = False  # the block does, itself
-        self.running: list[Tensor] = []  # what is saved until the step ends, for such a block
+        self.running: list[Tensor] = []  # what is saved until the step ends, for a block that calls autograd itself
         self.versions: list[int] = []  # theirs, when they were saved
-        self.changed: torch.Size | None = None  # the shape of one that was modified after it was saved
-        self.caught: list[Any] = []
-        self.round = -1  # of the tape, in which the tensors were caught
+        self.caught: dict[int, Tensor] = {}
 
     def run(self, a: Tensor, b: Tensor) -> Streams:
         step, tape, count = self.step, self.tape, version(b)
         self.needs_grad, self.stride = (a.requires_grad, b.requires_grad), b.stride()
-        if any([m._buffers for m in self.modules]):
+        if any(map(BUFFERS, self.modules)):
             self.buffers = Buffers(self.modules)
         first: Any = None
-        self.again: Any = None
         if tape.context_fn:
             first, self.again = tape.context_fn()
         try:
             with saved_tensors_hooks(self._pack, self._unpack):
-                f, step.extra = self._branch(b, first)
+                f, step.extra = self._branch(b, first) if first else step.branch(b, tape.compiler)
                 step.check(b, f, count)
                 saved = self.running
                 self.saved_by_block = len(saved)
                 self.coupling = step.bind(a, b)
                 streams = step.couple(self.coupling, a, b, f)
-            self.saved = [t.dtype for t in saved], [t.shape for t in saved]
-            if [t._version for t in saved] != self.versions:
+            self.saved = list(map(DTYPE_AND_SHAPE, saved))
+            if list(map(VERSION, saved)) != self.versions:
                 self.changed = next(t.shape for t, v in zip(saved, self.versions, strict=True) if t._version != v)
         finally:
             self.running, self.versions = [], []
@@ -110,24 +109,24 @@ class Frame:
                 again = again.new_empty_strided(b.shape, self.stride).copy_(b)
             again.requires_grad_(self.needs_grad[1])
             with torch.enable_grad(), hooks:
-                f, _ = self._branch(again, self.again)
+                f, _ = self._branch(again, self.again) if self.again else self.step.branch(again, self.tape.compiler)
             if a is None:
                 a = self.coupling.inverse(*out, b, None if f is None else f.detach())  # type: ignore[arg-type]
-            if len(self.saved[0]) > self.saved_by_block:  # the coupling saves tensors, too
+            if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
                 with torch.enable_grad(), hooks:
                     self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
         finally:
-            caught[:] = [t if t.is_leaf else t.detach() for t in caught]  # the second graph refers to this list
+            again_saved = list(map(DTYPE_AND_SHAPE, caught))
+            tensors = [t if t.is_leaf else t.detach() for t in caught]
+            caught.clear()  # the second graph refers to this list
             while undo:
                 undo.pop()()
-        if self.changed is not None or ([t.dtype for t in caught], [t.shape for t in caught]) != self.saved:
-            self._complain(caught)
-        self.caught, self.round = caught, self.tape.round
+        if self.changed is not None or again_saved != self.saved:
+            self._complain(again_saved)
+        self.caught = dict(enumerate(tensors))
         return a
 
     def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
-        if context is None:
-            return self.step.branch(b, self.tape.compiler)
         with context:
             return self.step.branch(b, self.tape.compiler)
 
@@ -153,32 +152,28 @@ class Frame:
         return undo
 
     def _pack(self, tensor: Tensor) -> int:
+        self.running.append(tensor)
         self.versions.append(tensor._version)
-        return _append(self.running, tensor)
+        return len(self.versions) - 1
 
     def _unpack(self, number: int) -> Tensor:
-        tape = self.tape
-        tensor = self.caught[number] if self.caught and self.round == tape.round else None
-        if tensor is None:
+        if number not in self.caught:
             if self.running:
                 self.calls_autograd = True
                 return self.running[number]
-            tape.rewind(self)
-            tensor = self.caught[number]
-        if not tape.keep:
-            self.caught[number] = None
-        return tensor
+            self.tape.rewind(self)
+        return self.caught[number] if self.tape.keep else self.caught.pop(number)
 
-    def _complain(self, caught: list[Tensor]) -> None:
+    def _complain(self, again: list[Any]) -> None:
         if self.changed is not None:
             raise RuntimeError(
                 f"{self.step.name}: a tensor of shape {list(self.changed)} needed for its gradient has been modified by"
                 " an inplace operation inside the block; use the operation that is not in-place"
             )
-        pairs = enumerate(zip(zip(*self.saved), [(t.dtype, t.shape) for t in caught]))  # noqa: B905
+        pairs = enumerate(zip(self.saved, again))  # noqa: B905
         lines = [
             f"{self.step.name} computes something else in backward than it did in forward: it saved"
-            f" {len(self.saved[0])} tensors for its gradient, and {len(caught)} when recomputed.",
+            f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
             *[f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y][:3],
             "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
         ]
@@ -212,7 +207,6 @@ class Tape:
         self.settings_changed = self.environment_changed = False  # since the forward
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
-        self.round = 0  # counts the starts
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
@@ -230,7 +224,7 @@ class Tape:
     def start(self, tensors: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             self.streams = self.read(tensors)
-        self.position, self.round = self.depth, self.round + 1
+        self.position = self.depth
         self.settings_changed, self.environment_changed = self.settings.changed(), self.environment.changed()
 
     def rewind(self, frame: Frame) -> None:
@@ -260,7 +254,7 @@ class Tape:
             a, b = each.rewind(a, b)
             self.position = each.index
             if each.above is not None and not self.keep:
-                each.above.caught = []  # what is left was saved for an output that nobody uses
+                each.above.caught = {}  # what is left was saved for an output that nobody uses
             if self.position == 0:
                 self.arrived(a, b)
         self.streams = a, b
