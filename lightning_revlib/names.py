@@ -15,6 +15,7 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "reversible_spawn": ("ReversibleStrategy", {"start_method": "spawn"}),
     "reversible_fork": ("ReversibleStrategy", {"start_method": "fork"}),
     "reversible_find_unused_parameters_true": ("ReversibleStrategy", {"find_unused_parameters": True}),
+    "reversible_ddp": ("ReversibleDDPStrategy", {}),
     "reversible_fsdp": ("ReversibleFSDPStrategy", {}),
     "reversible_deepspeed_stage_1": ("ReversibleDeepSpeedStrategy", {"stage": 1}),
     "reversible_deepspeed_stage_1_offload": ("ReversibleDeepSpeedStrategy", {"stage": 1, "offload_optimizer": True}),
@@ -30,6 +31,7 @@ FABRIC_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "reversible": ("ReversibleFabricStrategy", {}),
     "reversible_spawn": ("ReversibleFabricStrategy", {"start_method": "spawn"}),
     "reversible_fork": ("ReversibleFabricStrategy", {"start_method": "fork"}),
+    "reversible_ddp": ("ReversibleFabricDDPStrategy", {}),
     "reversible_fsdp": ("ReversibleFabricFSDPStrategy", {}),
 }
 #     module of Lightning: (its registry, names)

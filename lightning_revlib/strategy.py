@@ -40,9 +40,12 @@ class WholeFile(Swapping):
 
 
 class ReversibleDDPStrategy(WholeFile, DDPStrategy):
-    """Lightning's DDPStrategy with reversible stacks: what `ReversibleStrategy` is on several devices."""
+    """Lightning's DDPStrategy with reversible stacks: what `ReversibleStrategy` is on several devices.
 
-    strategy_name = "reversible"
+    By the name "reversible_ddp" it is DDP with one process, too. Arguments: see `ReversibleStrategy`.
+    """
+
+    strategy_name = "reversible_ddp"
 
 
 class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):

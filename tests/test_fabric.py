@@ -44,8 +44,9 @@ def test_as_the_stock_strategy(precision: Any) -> None:
 
 
 def test_several_devices_are_ddp() -> None:
-    fabric = L.Fabric(accelerator="cpu", devices=2, strategy="reversible")
-    assert type(fabric.strategy) is revlib.ReversibleFabricDDPStrategy
+    for name in ("reversible", "reversible_ddp", "reversible_spawn"):
+        fabric = L.Fabric(accelerator="cpu", devices=2, strategy=name)
+        assert type(fabric.strategy) is revlib.ReversibleFabricDDPStrategy
     strategy = revlib.ReversibleFabricStrategy(find_unused_parameters=True, start_method="spawn")
     L.Fabric(accelerator="cpu", devices=2, num_nodes=2, strategy=strategy)
     assert isinstance(strategy, revlib.ReversibleFabricDDPStrategy)

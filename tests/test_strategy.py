@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_revlib as revlib
+from lightning_revlib.names import NAMES
 
 
 class Net(L.LightningModule):
@@ -216,3 +217,13 @@ def test_a_budget_too_small_and_a_wrong_one_are_errors(tmp_path: Path) -> None:
         revlib.ReversibleStrategy(memory_budget="2 pounds")
     with pytest.raises(ValueError, match="memory_budget=64 is 64 B, and the reversible stacks need at least"):
         trainer(tmp_path, max_epochs=1, strategy=revlib.ReversibleStrategy(memory_budget=64)).fit(Net(), data())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "deepspeed" not in name])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_a_name_stands_for(tmp_path: Path, name: str, devices: int) -> None:
+    cls = NAMES[name][0]
+    many = "ReversibleDDPStrategy" if cls == "ReversibleStrategy" else cls
+    strategy = trainer(tmp_path, strategy=name, devices=devices).strategy
+    assert type(strategy).__name__ == (cls if devices == 1 else many)
+    assert strategy.world_size == devices
