@@ -9,7 +9,7 @@ train: .venv/installed
 	$(BIN)/revlib train
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
