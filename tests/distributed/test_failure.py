@@ -84,7 +84,9 @@ def test_out_of_memory_names_the_way_out(tmp_path: Path, by: str, store: int) ->
     if by == "callback":
         options = {"callbacks": [revlib.ReversibleCallback(targets)]}
     message = (
-        "net: 2 of 5 blocks keep activations: give them a smaller memory_budget or store_last" if store else "hold their output"
+        "net: 2 of 5 blocks keep activations: give them a smaller memory_budget or store_last"
+        if store
+        else "hold their output"
     )
     with pytest.raises(torch.OutOfMemoryError, match=f"(?s)CUDA out of memory.*{message}.*revlib.report"):
         trainer(tmp_path, **options).fit(Exhausts(), data())
