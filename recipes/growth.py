@@ -32,30 +32,43 @@ def report_memory(cfg: DictConfig) -> None:
     """Measure `cfg.recipe` at each of `cfg.depths` on a batch of zeros; print a table and draw it."""
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ValueError(f"batch_size={cfg.batch_size}: pass a whole number of 1 or more")
+    if cfg.budget_sweep:
+        from lightning_revlib.bench.command import sweep_recipe
+
+        return sweep_recipe(cfg)
     depths = OmegaConf.to_container(cfg.depths) if OmegaConf.is_list(cfg.depths) else [cfg.depths]
     if not isinstance(depths, list) or not depths:
         raise ValueError(f"depths={cfg.depths}: give one depth or more, such as depths=[2,4,8]")
     torch.manual_seed(cfg.seed)
-    data = instantiate(cfg.data) if "_target_" in cfg.get("data", {}) else None
-    arguments = getattr(data, "model_arguments", {})
     points = []
     for depth in depths:
         with open_dict(cfg):
             cfg.depth = depth
-        points.append(measure(instantiate(cfg.recipe, **arguments), depth, cfg.batch_size))
+        points.append(measure(build(cfg), depth, cfg.batch_size))
     _print(points, cfg.batch_size)
     path = draw(cfg.picture, points, f"{type_name(cfg)}, batch of {cfg.batch_size}")
     print(f"picture: {os.path.relpath(path)}")
 
 
-def measure(module: Any, depth: Any, batch_size: int) -> Point:
-    """Run forward and backward of a recipe's module on its `example_input_array`, repeated to a batch."""
+def build(cfg: DictConfig) -> Any:
+    """The recipe's module, for the images or tokens that `cfg.data` has."""
+    data = instantiate(cfg.data) if "_target_" in cfg.get("data", {}) else None
+    return instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
+
+
+def sample(module: Any, batch_size: int) -> torch.Tensor:
+    """Its `example_input_array`, repeated to a batch."""
     example = getattr(module, "example_input_array", None)
     if example is None:
         raise ValueError(
             f"{type(module).__name__} has no example_input_array: set it in __init__ to an input of one sample"
         )
-    found = activations(module, example.expand(batch_size, *example.shape[1:]))
+    return example.expand(batch_size, *example.shape[1:])
+
+
+def measure(module: Any, depth: Any, batch_size: int) -> Point:
+    """Run forward and backward of a recipe's module on its `example_input_array`, repeated to a batch."""
+    found = activations(module, sample(module, batch_size))
     return Point(depth, sum(len(module.get_submodule(path)) for path in swap(module)), found)
 
 

@@ -16,9 +16,10 @@ from lightning_revlib.bench.cell import Row, cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.machine import describe
 from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
+from lightning_revlib.recipes import growth
 
 T = TypeVar("T")
-SECONDS = {"quick": 2.0, "full": 14.0, "sweep": 30.0}  # of timing, for each cell
+SECONDS = {"quick": 1.5, "full": 14.0, "sweep": 30.0}  # of timing, for each cell
 SWEPT = ["transformer", "conv"]  # unless others are named
 
 
@@ -54,6 +55,23 @@ def bench(cfg: DictConfig) -> None:
         times[tables.cells(found)[0][0]] = taken
         print(f"{time.perf_counter() - begin:5.0f} s  {tables.cells(found)[0][0]}", flush=True)
     _write(Path(cfg.paths.output_dir), rows, times, head, chosen, device)
+
+
+def sweep_recipe(cfg: DictConfig) -> None:
+    """`revlib report budget_sweep=true`: the curve of a recipe's network, on random input.
+
+    Raises ValueError if the module has no `example_input_array`.
+    """
+    torch.manual_seed(cfg.seed)
+    device = read_device("auto")
+    module = growth.build(cfg)
+    x = growth.sample(module, cfg.batch_size).to(device)
+    x = torch.randn_like(x).requires_grad_() if x.is_floating_point() else x
+    name = f"{growth.type_name(cfg)}-batch{cfg.batch_size}"
+    curve = sweep.sweep(name, module.to(device), x, budgets=cfg.budgets, seed=cfg.seed)
+    print(sweep.show(curve), flush=True)
+    head = {"command": _command(cfg), **describe(sweep.RIVALS, device, cfg.seed)}
+    sweep.write(Path(cfg.paths.output_dir), [curve], head)
 
 
 def _write(
@@ -143,4 +161,4 @@ def _command(cfg: DictConfig) -> str:
     from hydra.core.hydra_config import HydraConfig
 
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return " ".join(["revlib bench", *overrides])
+    return " ".join([f"revlib {cfg.task}", *overrides])

@@ -25,6 +25,7 @@ from lightning_revlib.bench import peers
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.nn import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.coupling import Streams
+from lightning_revlib.nn.couplings import Additive, Momentum
 from lightning_revlib.nn.plan import MemoryBudget
 from lightning_revlib.nn.step import Step
 
@@ -151,7 +152,7 @@ def peer(cls: type[peers.Peer], drawing: type[peers.Peer] | None = None) -> Any:
     """A peer of additive couplings, and the class for blocks that draw, or None if it has no way to run them."""
 
     def build(stack: CoupledSequential, draws: bool) -> nn.Module:
-        if stack.given["coupling"] != "additive" or stack.split_dim is None:
+        if {type(c) for c in stack.couplings} != {Additive} or stack.split_dim is None:
             raise Inexpressible("it is for additive couplings of the input's halves")
         if issubclass(cls, peers.Pairs) and len(peers.paired(list(stack))) != len(stack):
             raise Inexpressible("it couples blocks in pairs")
@@ -164,12 +165,12 @@ def peer(cls: type[peers.Peer], drawing: type[peers.Peer] | None = None) -> Any:
 
 
 def momentumnet(stack: CoupledSequential, draws: bool) -> nn.Module:
-    coupling = stack.given["coupling"]
-    if not isinstance(coupling, dict) or coupling["name"] != "momentum" or stack.split_dim is not None:
+    coupling = stack.couplings[0]
+    if not isinstance(coupling, Momentum) or coupling.init is not None or stack.split_dim is not None:
         raise Inexpressible("it is for the momentum coupling of one stream")
     if draws:
         raise Inexpressible("it does not draw the same numbers again")
-    return peers.MomentumNet(*stack, split_dim=None, coupling=coupling)
+    return peers.MomentumNet(*stack, split_dim=None, coupling={"gamma": coupling.gamma})
 
 
 CONTESTANTS = [

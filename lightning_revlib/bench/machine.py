@@ -29,7 +29,8 @@ def fix_allocator() -> None:
 def describe(contestants: Iterable[Contestant], device: torch.device, seed: int) -> dict[str, str]:
     """What is written above the tables."""
     fixed = all(os.environ.get(name) for name in ALLOCATOR)
-    missing = [c.name for c in contestants if not c.installed]
+    named = {c.package: c for c in reversed(list(contestants)) if c.package != "torch"}
+    missing = [c.name for c in named.values() if not c.installed]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
@@ -39,10 +40,10 @@ def describe(contestants: Iterable[Contestant], device: torch.device, seed: int)
             [
                 f"Python {platform.python_version()}",
                 f"torch {torch.__version__}",
-                *[f"{c.name} {c.version}" for c in contestants if c.package != "torch" and c.installed],
+                *[f"{c.name} {c.version}" for c in reversed(named.values()) if c.installed],
             ]
         ),
-        "not installed": ", ".join(missing) or "none",
+        "not installed": ", ".join(reversed(missing)) or "none",
         "allocator": "fixed" if fixed else "as the system has it",
         "seed": str(seed),
     }

@@ -30,7 +30,7 @@ RIVALS = [c for c in CONTESTANTS if c.name in ("plain", "save_on_cpu", "RevLib")
     Contestant("checkpoint, root of N", checkpointed(segment=None)),
     Contestant("checkpoint, selective", checkpointed(selective=True)),
 ]
-LEAST = "lightning_revlib"
+PLAIN, LEAST = RIVALS[0], "lightning_revlib"
 
 
 @dataclass
@@ -77,12 +77,10 @@ def of_workload(workload: Workload, size: Size, device: torch.device, budgets: i
     torch.manual_seed(seed)
     stack, x = workload.stack(size).to(device), workload.input(size, device=device, requires_grad=True)
     name = f"{workload.name}-depth{size.depth}-width{size.width}-batch{size.batch}"
-    return sweep(name, stack, x, draws=workload.draws, budgets=budgets, seconds=seconds, seed=seed)
+    return sweep(name, stack, x, budgets=budgets, seconds=seconds, seed=seed)
 
 
-def sweep(
-    name: str, model: nn.Module, x: Tensor, *, draws: bool, budgets: int = 10, seconds: float = 30.0, seed: int = 0
-) -> Curve:
+def sweep(name: str, model: nn.Module, x: Tensor, *, budgets: int = 10, seconds: float = 30.0, seed: int = 0) -> Curve:
     """Measure the model at so many budgets, and the others once; all take turns with their steps.
 
     Raises ValueError for less than two budgets, and for a model without a stack.
@@ -92,8 +90,11 @@ def sweep(
     steps = sum(len(m) for m in model.modules() if isinstance(m, CoupledSequential))
     if not steps:
         raise ValueError(f"{name} has no stack: a budget chooses how the blocks of a CoupledSequential are run")
+    state = torch.get_rng_state()
+    measure.step(execute(PLAIN, model, True), x)
+    draws = not torch.equal(torch.get_rng_state(), state)
     small = (x[:2].double() if x.is_floating_point() else x[:2]).detach().requires_grad_(x.requires_grad)
-    reference = measure.gradients(execute(RIVALS[0], model, draws, torch.float64), small)
+    reference = measure.gradients(execute(PLAIN, model, draws, torch.float64), small)
     rows: dict[str, Row] = {}
     modules: dict[str, nn.Module] = {}
 

@@ -70,12 +70,21 @@ def test_a_sweep_is_never_over_its_budgets_and_never_does_more_work():
     assert curve.points[0].budget < curve.points[-1].budget == curve.plain.peak
 
 
+def test_a_recipe_can_be_swept(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.measure, "times", lambda modules, *args, **named: {name: [1.0] * 3 for name in modules})
+    arguments = ["recipe=momentumnet", "depth=3", "budget_sweep=true", "budgets=2", "batch_size=2"]
+    assert main(["report", *arguments, "hydra.run.dir=out"]) == 0
+    assert "| budget | peak |" in capsys.readouterr().out
+    assert (folder / "sweep-MomentumNet-batch2.png").exists()
+    assert "report recipe=momentumnet" in (folder / "sweep.md").read_text()
+
+
 def test_a_budget_is_shared_by_the_stacks_of_a_model():
     model = nn.Sequential(WORKLOADS["mlp"].stack(Size(6, 16, 0)), nn.Tanh(), WORKLOADS["mlp"].stack(Size(6, 16, 0)))
-    curve = sweep.sweep("two", model, torch.randn(64, 32, requires_grad=True), draws=False, budgets=2, seconds=0)
+    curve = sweep.sweep("two", model, torch.randn(64, 32, requires_grad=True), budgets=2, seconds=0)
     assert all(point.fits and point.row.right for point in curve.points)
     with pytest.raises(ValueError, match="two has no stack"):
-        sweep.sweep("two", nn.Linear(2, 2), torch.randn(1, 2), draws=False)
+        sweep.sweep("two", nn.Linear(2, 2), torch.randn(1, 2))
 
 
 @pytest.mark.parametrize(
