@@ -74,6 +74,14 @@ def momentum(width: int) -> nn.Module:
     return basic(width, width, width)
 
 
+def lsh(width: int) -> nn.Module:
+    from lightning_revlib.recipes.attention import LSHAttention
+    from lightning_revlib.recipes.reformer import AttentionBlock
+
+    attend = LSHAttention(width, max(4, width // 64), hashes=2, chunk=64)
+    return AttentionBlock(width, attend, shift=False, dropout=0.0)
+
+
 @dataclass(frozen=True)
 class Workload:
     """A kind of stack.
@@ -159,6 +167,18 @@ WORKLOADS = {
             # The paper's 0.9 loses 12 digits in 256 blocks, and so would nets of such a depth.
             options={"split_dim": None, "coupling": {"name": "momentum", "gamma": 0.99}},
             **IMAGES,
+        ),
+        Workload(
+            "reformer",
+            repeated(lsh, feed_forward),
+            "tokens",
+            512,
+            (512, 0),
+            2,
+            quick=_sizes((4, 128, 1), (16, 64, 1)),
+            full=_sizes((4, 64, 4), (4, 256, 1), (16, 64, 2), (64, 32, 1)),
+            cuda=_sizes((12, 512, 32), (12, 1024, 32)),
+            draws=True,
         ),
     )
 }
