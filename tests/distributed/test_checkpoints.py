@@ -26,6 +26,9 @@ CELLS = [
 ]
 
 
+pytestmark = pytest.mark.xdist_group("checkpoints")  # one worker runs the processes, once
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run("checkpoints.py", tmp_path_factory.mktemp("checkpoints"))

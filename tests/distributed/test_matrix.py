@@ -9,6 +9,8 @@ import pytest
 from tests.distributed.cells import GROUPS, STRATEGIES, TOLERANCES, cells
 from tests.distributed.pair import run
 
+pytestmark = pytest.mark.xdist_group("matrix")  # one worker runs the processes, once
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:

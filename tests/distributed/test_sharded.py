@@ -25,6 +25,9 @@ NEAR = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one worker runs the processes, once
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run("sharded.py", tmp_path_factory.mktemp("sharded"))
