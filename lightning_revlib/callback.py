@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_revlib.nn.meter import MemoryMeter
-from lightning_revlib.nn.plan import MemoryBudget
+from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import explain_memory, make_budget, read_targets, swap_module
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
 
-from lightning_revlib.nn.plan import MemoryBudget
+from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.swapping import Swapping, check_arguments
 

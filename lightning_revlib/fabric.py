@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_revlib.fsdp import shard
-from lightning_revlib.nn.plan import MemoryBudget
+from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.one_or_many import OneOrMany
 from lightning_revlib.strategy import StartMethod

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from typing_extensions import override
 
-from lightning_revlib.nn.plan import MemoryBudget
+from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import Swapping, swap_module

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_revlib.nn.plan import MemoryBudget
+from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.swap import Targets
 from lightning_revlib.one_or_many import OneOrMany
 from lightning_revlib.swapping import Swapping, check_arguments

@@ -26,7 +26,7 @@ from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.nn import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Momentum
-from lightning_revlib.nn.plan import MemoryBudget
+from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.step import Step
 
 

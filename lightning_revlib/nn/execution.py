@@ -19,9 +19,9 @@ from torch.utils.flop_counter import flop_registry
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.drift import Sentinel
-from lightning_revlib.nn.measure import Figures, measure
+from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.options import OnDrift, Treatment
-from lightning_revlib.nn.plan import Budget, Measured, Plan, Signature
+from lightning_revlib.nn.plan import Budget, Plan, Signature
 from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Recording, Tape
@@ -77,15 +77,14 @@ class Execution:
         self.recording: Recording | None = None
         self.drifts: dict[int, Tensor] = {}
         self.drew = False
-        self.measured: list[Measured] | None = None  # if a memory plan needs figures first
-        self.alike: dict[Any, dict[Treatment, Figures]] = {}
+        self.measuring: Measuring | None = None  # if a memory plan needs figures first
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""
         if self.index == 0 and self.stack.budget is not None:
             self._begin_plan(step, a, b)
-        if self.measured is not None:
-            self.measured.append(self._measure(step, a, b))
+        if self.measuring is not None:
+            self.measuring.add(step, a, b, last=self.index == self.count - 1)
         treatment = self.planned[self.index] if self.planned else step.treatment
         self.index += 1
         return self._step(step, treatment, a, b)
@@ -114,32 +113,11 @@ class Execution:
         )
         treatments = self.stack.budget.treatments(self.stack.path, self.signature)
         if treatments is None:
-            self.measured = []
+            self.measuring = Measuring(self.stack, self._alone)
         self.planned = treatments or ["reversible"] * self.count
 
-    def _measure(self, step: Step, a: Tensor, b: Tensor) -> Measured:
-        """The step's figures under each treatment it can have; those of a step that is alike are not counted again."""
-        last, streams = self.index == self.count - 1, a.nbytes + b.nbytes
-        alike = (last, *_description(step), a.shape, b.shape, a.stride(), b.stride(), a.requires_grad, b.requires_grad)
-        if alike not in self.alike:
-            possible: list[Treatment] = ["store"]
-            if not isinstance(step.coupling, Invertible):
-                possible = (
-                    ["checkpoint", *possible] if self.stack.context_fn else ["checkpoint", "selective", *possible]
-                )
-            figures = {t: measure(partial(self._alone, step, t, last), step.module, a, b, last=last) for t in possible}
-            if step.coupling.invertible(self.stack.training):
-                undone = measure(partial(self._alone, step, "reversible", last), step.module, a, b, last=last)
-                if (
-                    not last or self.stack.split_dim is not None
-                ):  # the anchor's streams are the next step's, or the output
-                    undone = undone._replace(held=undone.held - streams)
-                figures = {"reversible": undone, **figures}
-            self.alike[alike] = figures
-        return Measured(streams, Sentinel.bytes(a), self.alike[alike])
-
     def _alone(self, step: Step, treatment: Treatment, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        """The step with what comes before and after it in a stack that has it alone."""
+        """The step as in a stack that has it alone, or with steps behind it."""
         execution = Execution(self.stack, None, 1, watched=False)
         try:
             a, b = execution._step(step, treatment, a, b)
@@ -152,8 +130,8 @@ class Execution:
 
     def end_plan(self, y: Tensor) -> None:
         """Behind the last step: make the plan, if its figures were measured."""
-        if self.measured is not None:
-            self.stack.budget.add(self.stack.path, self.signature, self.measured, y.nbytes)
+        if self.measuring is not None:
+            self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 
     def close(self, a: Tensor, b: Tensor) -> Streams:
         """Pass what comes out of the steps that are open through the anchor."""
@@ -191,17 +169,6 @@ def keep_heavy() -> Any:
 def _policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     heavy = function._overloadpacket in flop_registry
     return CheckpointPolicy.MUST_SAVE if heavy else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _description(step: Step) -> tuple[Any, ...]:
-    """What two steps agree in that take the same bytes and work, as far as can be told."""
-    modules = list(step.module.modules())
-    plain = (bool, int, float, str, tuple, type(None))
-    settings = [sorted((k, repr(v)) for k, v in vars(m).items() if isinstance(v, plain)) for m in modules]
-    parameters = [(p.shape, p.dtype, p.requires_grad) for p in step.module.parameters()]
-    arguments = [getattr(x, "shape", repr(x)) for x in tree_leaves((step.args, step.kwargs))]
-    branch = step.key.partition(".")[2]
-    return branch, repr(step.module), repr(settings), tuple(parameters), repr(step.coupling), repr(arguments)
 
 
 def _ignore(a: Tensor, b: Tensor) -> None: ...

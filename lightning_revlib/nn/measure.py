@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_revlib.nn.couplings import Invertible
+from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.options import Treatment
+from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.untouched import untouched
 
 FLOPS_A_BYTE = (
@@ -24,6 +30,61 @@ class Figures(NamedTuple):
     forward: int  # at most in forward, the streams before and after included
     backward: int  # at most in backward, the gradients of the streams and what was held included
     work: int
+
+
+class Measured(NamedTuple):
+    """One step: its streams' bytes as they come in, those of a drift sentinel, and its figures by treatment."""
+
+    streams: int
+    sentinel: int
+    figures: Mapping[Treatment, Figures]
+
+
+class Measuring:
+    """The figures of a stack's steps, in order; a step that is like one before it is not counted again.
+
+    `alone(step, treatment, last, a, b)` runs one step by itself.
+    """
+
+    def __init__(self, stack: Any, alone: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.stack, self.alone = stack, alone
+        self.steps: list[Measured] = []
+        self._known: dict[Any, dict[Treatment, Figures]] = {}
+
+    def add(self, step: Step, a: Tensor, b: Tensor, *, last: bool) -> None:
+        streams = [(t.shape, t.stride(), t.requires_grad) for t in (a, b)]
+        kind = (last, *streams, *_description(step))
+        if kind not in self._known:
+            self._known[kind] = {
+                treatment: measure(partial(self.alone, step, treatment, last), step.module, a, b, last=last)
+                for treatment in self._possible(step)
+            }
+            undone = self._known[kind].get("reversible")
+            if undone and (not last or self.stack.split_dim is not None):
+                # What the anchor holds are the next step's streams, or the output.
+                self._known[kind]["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
+        self.steps.append(Measured(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind]))
+
+    def _possible(self, step: Step) -> list[Treatment]:
+        block = not isinstance(step.coupling, Invertible)
+        can: dict[Treatment, bool] = {
+            "reversible": step.coupling.invertible(self.stack.training),
+            "checkpoint": block,
+            "selective": block and self.stack.context_fn is None,
+            "store": True,
+        }
+        return [treatment for treatment in can if can[treatment]]
+
+
+def _description(step: Step) -> tuple[Any, ...]:
+    """What two steps agree in that take the same bytes and work, as far as can be told."""
+    modules = list(step.module.modules())
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = [sorted((k, repr(v)) for k, v in vars(m).items() if isinstance(v, plain)) for m in modules]
+    parameters = [(p.shape, p.dtype, p.requires_grad) for p in step.module.parameters()]
+    arguments = [getattr(x, "shape", repr(x)) for x in tree_leaves((step.args, step.kwargs))]
+    branch = step.key.partition(".")[2]
+    return branch, repr(step.module), repr(settings), tuple(parameters), repr(step.coupling), repr(arguments)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -12,7 +13,13 @@ from lightning_revlib.nn.couplings import CouplingSpec, Pair, get_coupling
 
 CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Treatment: TypeAlias = Literal["reversible", "checkpoint", "selective", "store"]
+MemoryBudget: TypeAlias = int | float | str
 OnDrift: TypeAlias = Literal["ignore", "warn", "raise"]
+UNITS = {"b": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
 
 
 def read_couplings(
@@ -54,3 +61,21 @@ def read_treatments(treatments: Sequence[Treatment] | None, store_last: int, cou
             f" {count} blocks"
         )
     return tuple(treatments)
+
+
+def read_budget(value: MemoryBudget) -> int | float | None:
+    """Bytes as an int, a fraction as a float, None for "auto". Raises ValueError or TypeError."""
+    if isinstance(value, str):
+        if value == "auto":
+            return None
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", value.lower())
+        if match and match[2] in {"", *UNITS} and float(match[1]) > 0:
+            return int(float(match[1]) * UNITS[match[2] or "b"])
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"memory_budget={value!r}: pass bytes, a text such as '2GiB', a fraction, or 'auto'")
+    elif (isinstance(value, int) and value > 0) or 0 < value <= 1:
+        return value
+    raise ValueError(
+        f"memory_budget={value!r}: pass a positive number of bytes as an int or a text such as '2GiB' or '800MB', a"
+        " fraction of ordinary autograd's peak between 0.0 and 1.0, or 'auto' on a CUDA device"
+    )

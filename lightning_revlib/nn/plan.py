@@ -13,35 +13,20 @@ Tensor rematerialisation as a knapsack: Checkmate, https://arxiv.org/abs/1910.02
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
-from lightning_revlib.nn.measure import Figures
+from lightning_revlib.nn.measure import Measured
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.nn.options import Treatment
+from lightning_revlib.nn.options import MemoryBudget, Treatment, read_budget
 
-MemoryBudget: TypeAlias = int | float | str
-UNITS = {"b": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("b", 1000), ("ib", 1024))
-    for power, prefix in enumerate("kmgt", start=1)
-}
 FRONT = 1024  # pairs that are kept at a step; with more, near ones are merged to the safe side
 MARGIN = 0.1  # of the free memory, which "auto" leaves
 log = logging.getLogger("lightning_revlib")
-
-
-class Measured(NamedTuple):
-    """One step: its streams' bytes as they come in, those of a drift sentinel, and its figures by treatment."""
-
-    streams: int
-    sentinel: int
-    figures: Mapping[Treatment, Figures]
 
 
 class Signature(NamedTuple):
@@ -204,24 +189,6 @@ def _unbeaten(pairs: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
         buckets = {int((pair[0] - front[0][0]) / max(step, 1)): pair for pair in reversed(front)}  # the least bytes
         front = sorted(buckets.values(), key=lambda pair: pair[:2])
     return front
-
-
-def read_budget(value: MemoryBudget) -> int | float | None:
-    """Bytes as an int, a fraction as a float, None for "auto". Raises ValueError or TypeError."""
-    if isinstance(value, str):
-        if value == "auto":
-            return None
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", value.lower())
-        if match and match[2] in {"", *UNITS} and float(match[1]) > 0:
-            return int(float(match[1]) * UNITS[match[2] or "b"])
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"memory_budget={value!r}: pass bytes, a text such as '2GiB', a fraction, or 'auto'")
-    elif (isinstance(value, int) and value > 0) or 0 < value <= 1:
-        return value
-    raise ValueError(
-        f"memory_budget={value!r}: pass a positive number of bytes as an int or a text such as '2GiB' or '800MB', a"
-        " fraction of ordinary autograd's peak between 0.0 and 1.0, or 'auto' on a CUDA device"
-    )
 
 
 def _limit(value: MemoryBudget, plain: int) -> int:

@@ -22,8 +22,15 @@ from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec, Invertible
 from lightning_revlib.nn.execution import Execution, Reversible
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
-from lightning_revlib.nn.options import CouplingFunction, OnDrift, Treatment, read_couplings, read_treatments
-from lightning_revlib.nn.plan import Budget, MemoryBudget
+from lightning_revlib.nn.options import (
+    CouplingFunction,
+    MemoryBudget,
+    OnDrift,
+    Treatment,
+    read_couplings,
+    read_treatments,
+)
+from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.step import Call, Step
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.plan import Budget, Plan, read_budget, share_budget
+from lightning_revlib.nn.options import read_budget
+from lightning_revlib.nn.plan import Budget, Plan, share_budget
 
 
 class Attention(nn.Module):
@@ -133,11 +134,11 @@ def test_measuring_leaves_no_trace() -> None:
 
 
 def test_alike_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_revlib.nn import execution
+    from lightning_revlib.nn import measure as module
 
     count = []
-    measure = execution.measure
-    monkeypatch.setattr(execution, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
     revlib.ReversibleSequential(*[mlp(16) for _ in range(32)], memory_budget=0.5)(
         torch.randn(8, 32, requires_grad=True)
     )
