@@ -9,17 +9,20 @@ plain need. Peers that are not installed are left out: `pip install revlib==1.7.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-from memory import Checkpointed, contestants
 from torch import nn
 
+from lightning_revlib.bench.cell import execute
+from lightning_revlib.bench.contestants import CONTESTANTS
+from lightning_revlib.nn import CoupledSequential
+
 DEPTH, WIDTH, STEPS, WARM_UP = 32, 8, 120, 20
+NAMES = ("plain", "checkpoint", "RevLib", "RevTorch", "lightning_revlib")
+SHOWN = [c for c in CONTESTANTS if c.name in NAMES and c.installed]
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "linear-tanh": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()),
     "mlp": lambda: nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)),
@@ -30,39 +33,21 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class RevTorch(nn.Module):
-    """Pairs of blocks, as RevTorch takes them."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        import revtorch
-
-        pairs = zip(blocks[::2], blocks[1::2], strict=True)
-        steps = [revtorch.ReversibleBlock(f, g, split_along_dim=1) for f, g in pairs]
-        self.stack = revtorch.ReversibleSequence(nn.ModuleList(steps), eagerly_discard_variables=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stack(x)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = {**contestants(), "checkpoint": Checkpointed}
-    if importlib.util.find_spec("revtorch"):
-        found["RevTorch 0.2.4"] = RevTorch
     print(f"torch {torch.__version__}, {DEPTH} blocks of width {WIDTH}, microseconds above plain a block and step\n")
     print("| | " + " | ".join(BLOCKS) + " |\n" + "|---" * (len(BLOCKS) + 1) + "|")
-    rows: dict[str, list[str]] = {name: [] for name in found}
+    rows: dict[str, list[str]] = {c.name: [] for c in SHOWN}
     for make in BLOCKS.values():
-        blocks = [make() for _ in range(DEPTH)]
-        stacks = {name: cls(*copy.deepcopy(blocks)) for name, cls in found.items()}
+        stack = CoupledSequential(*[make() for _ in range(DEPTH)])
+        stacks = {c.name: execute(c, stack, draws=False) for c in SHOWN}
         x = torch.randn(16, 2 * WIDTH, requires_grad=True)
         times: dict[str, list[float]] = {name: [] for name in stacks}
         for _ in range(STEPS):
-            for name, stack in stacks.items():
+            for name, module in stacks.items():
                 start = time.perf_counter()
-                stack(x).sum().backward()
+                module(x).sum().backward()
                 times[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(t[WARM_UP:]) for name, t in times.items()}
         for name, seconds in medians.items():
