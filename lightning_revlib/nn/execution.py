@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import flop_registry
+from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Invertible
@@ -23,6 +22,7 @@ from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.options import OnDrift, Treatment
 from lightning_revlib.nn.plan import Budget, Plan, Signature
 from lightning_revlib.nn.replay import Repeatable
+from lightning_revlib.nn.selective import keep_heavy
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Recording, Tape
 
@@ -159,16 +159,6 @@ class Execution:
 
 def _checkpoint(step: Step, contexts: Any, b: Tensor, compiler: Any) -> Any:
     return checkpoint(Repeatable(step.module, step.branch, contexts), b, compiler, use_reentrant=False)
-
-
-def keep_heavy() -> Any:
-    """Contexts of selective checkpointing that keep what is dear to compute: all that PyTorch counts FLOPs for."""
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    heavy = function._overloadpacket in flop_registry
-    return CheckpointPolicy.MUST_SAVE if heavy else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _ignore(a: Tensor, b: Tensor) -> None: ...

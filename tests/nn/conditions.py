@@ -747,6 +747,33 @@ def all_blocks_selective(case: Case) -> list[Tensor | None]:
     return case.train(case.stack(*_parts(case), treatments=["selective"] * 6))
 
 
+class ChangesProducts(nn.Module):
+    """Changes the outputs of what selective checkpointing keeps, in place, and views of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x).view(-1, 2 * WIDTH)
+        a, b = h.sub_(1).sigmoid_().view(*x.shape[:-1], 2 * WIDTH).chunk(2, -1)
+        return self.outer(a * b).mul_(0.5).tanh_()
+
+
+@condition
+def selective_where_products_change_in_place(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(ChangesProducts()) for _ in range(3)], treatments=["selective"] * 3))
+
+
+@condition
+def selective_twice(case: Case) -> list[Tensor | None]:
+    stack, x = case.stack(*_parts(case), treatments=["selective"] * 6), case.input()
+    loss = case.loss(case.call(stack, x))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return [x.grad, *gradients(stack)]
+
+
 @condition
 def memory_budget(case: Case) -> list[Tensor | None]:
     stack = case.stack(*_parts(case), memory_budget=0.9)
