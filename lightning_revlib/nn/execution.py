@@ -93,6 +93,7 @@ class Execution:
         """One that is undone stays open for the next; other steps first close what is."""
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is None:
+                a, b = dense_streams(a, b)
                 arrived: Any = partial(self.stack._arrived, Sentinel(a, b), self.drifts) if self.watched else _ignore
                 tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
                 self.recording = Recording(tape, a, b, self.stack._draws)
@@ -167,3 +168,15 @@ def _ignore(a: Tensor, b: Tensor) -> None: ...
 def _pair(tensors: Sequence[Tensor]) -> Streams:
     a, b = tensors
     return a, b
+
+
+def dense_streams(a: Tensor, b: Tensor) -> Streams:
+    return dense(a), dense(b)
+
+
+def dense(stream: Tensor) -> Tensor:
+    """Without gaps, in the same order of dimensions: as streams between blocks are, so that backward meets the same.
+
+    Kernels, what they save and how they round, depend on how memory is laid out.
+    """
+    return stream if stream.is_contiguous() else stream.clone()

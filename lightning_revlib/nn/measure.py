@@ -131,11 +131,14 @@ class _Meter(MemoryMeter):
 
 
 class _Entry(torch.autograd.Function):
-    """Streams as a former step would put them out: no leaves, which a graph would keep alive."""
+    """Streams as a former step would put them out: no leaves, which a graph would keep alive.
+
+    Views with gaps are of the stack's input, which is there anyway.
+    """
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, a: Tensor, b: Tensor, needs_grad: tuple[bool, bool]) -> Any:
-        streams = a.clone(), b.clone()
+        streams = tuple(t.clone() if t.is_contiguous() else t.view_as(t) for t in (a, b))
         ctx.mark_non_differentiable(*[t for t, needed in zip(streams, needs_grad, strict=True) if not needed])
         return streams
 

@@ -98,29 +98,25 @@ class Budget:
         """Note a stack's figures; with the last stack's, make the plan. ValueError if the budget is too small."""
         self.measured[path] = signature, steps, output
         if all(each in self.measured for each in self.paths):
-            self.plan = make_plan({p: (s, out) for p, (_, s, out) in self.measured.items()}, self.value)
+            try:
+                self.plan = make_plan({p: (s, out) for p, (_, s, out) in self.measured.items()}, self.value)
+            except ValueError:
+                del self.measured[path]  # the next forward is to fail as well
+                raise
             self.announce(str(self.plan))
 
 
 def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: MemoryBudget) -> Plan:
     """The plan with the least work for stacks of so many output bytes. Raises ValueError if none fits."""
-    # Beside its own: all outputs, sentinels, the gradient of its stack's output, which the last step's figures contain,
-    # and what later steps hold when they are undone, since their frames refer to each other.
-    outside = sum(output + measured[0].sentinel for measured, output in stacks.values())
-    steps: list[tuple[Measured, int]] = []
-    for measured, output in reversed(list(stacks.values())):
-        for step in reversed(measured):
-            last = step is measured[-1]
-            steps.insert(0, (step, outside + (0 if last else output)))
-            outside += step.figures["reversible"].held if "reversible" in step.figures and not last else 0
+    steps = lay_out(stacks)
     choices = list({treatment: None for step, _ in steps for treatment in step.figures})
     peaks = {
-        t: _walk(steps, [t if t in step.figures else next(iter(step.figures)) for step, _ in steps]) for t in choices
+        t: walk(steps, [t if t in step.figures else next(iter(step.figures)) for step, _ in steps]) for t in choices
     }
     minimum, plain = min(peak for peak, _ in peaks.values()), peaks["store"]
     limit = _limit(value, plain[0])
-    best = [min(step.figures, key=lambda t: step.figures[t].work) for step, _ in steps]
-    if _walk(steps, best)[0] > limit:
+    best = [min(reversed(list(step.figures)), key=lambda t: step.figures[t].work) for step, _ in steps]
+    if walk(steps, best)[0] > limit:
         found = _search(steps, limit)
         if found is None:
             raise ValueError(
@@ -128,13 +124,31 @@ def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: Memor
                 f" {format_bytes(minimum)} for this input; take a smaller batch, or a larger budget"
             )
         best = found
-    peak, work = _walk(steps, best)
+    peak, work = walk(steps, best)
     chosen = iter(best)
     treatments = {path: tuple(next(chosen) for _ in measured) for path, (measured, _) in stacks.items()}
     return Plan(treatments, limit, peak, minimum, plain[0], work / max(plain[1], 1))
 
 
-def _walk(steps: Sequence[tuple[Measured, int]], treatments: Sequence[Treatment]) -> tuple[int, int]:
+def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[Measured, int]]:
+    """The steps of all stacks, each with the bytes that live outside of it.
+
+    They are all outputs, the gradient of its stack's output, unless the last step's figures contain it, and what later
+    steps hold when they are undone, since their frames refer to each other.
+    """
+    outside = sum(output for _, output in stacks.values())
+    steps: list[tuple[Measured, int]] = []
+    for measured, output in reversed(list(stacks.values())):
+        for step in reversed(measured):
+            last = step is measured[-1]
+            steps.insert(0, (step, outside + (0 if last else output)))
+            if "reversible" in step.figures:
+                held = step.figures["reversible"].held
+                outside += held - step.streams if last and held >= step.streams else held  # without the anchor's
+    return steps
+
+
+def walk(steps: Sequence[tuple[Measured, int]], treatments: Sequence[Treatment]) -> tuple[int, int]:
     """Peak bytes and work of one choice of treatments."""
     peak = held = work = 0
     before: Treatment | None = None
@@ -147,8 +161,10 @@ def _walk(steps: Sequence[tuple[Measured, int]], treatments: Sequence[Treatment]
 
 
 def _boundary(step: Measured, before: Treatment | None, treatment: Treatment) -> int:
-    """Where reversible steps end, the streams are kept."""
-    return step.streams if before == "reversible" and treatment != "reversible" else 0
+    """What is kept where reversible steps begin, a sample, and where they end, the streams."""
+    if treatment == "reversible":
+        return 0 if before == "reversible" else step.sentinel
+    return step.streams if before == "reversible" else 0
 
 
 def _search(steps: Sequence[tuple[Measured, int]], limit: int) -> list[Treatment] | None:

@@ -20,7 +20,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 from lightning_revlib.nn.branches import Branch, BranchSpec, check_branches
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec, Invertible
-from lightning_revlib.nn.execution import Execution, Reversible
+from lightning_revlib.nn.execution import Execution, Reversible, dense, dense_streams
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.options import (
     CouplingFunction,
@@ -188,7 +188,7 @@ class CoupledSequential(nn.Sequential):
         part.ordinary = sum(i < self.ordinary for i in range(len(self))[index])
         return part
 
-    def _split(self, x: Tensor, what: str = "input") -> Streams:
+    def _split(self, x: Tensor, what: str = "input", *, copy: bool = True) -> Streams:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
         half = x.dtype in (torch.bfloat16, torch.float16)
@@ -203,7 +203,7 @@ class CoupledSequential(nn.Sequential):
             x = round_to_grid(x, self.grid_bits)
         dim = self.split_dim
         if dim is None:
-            return self.couplings[0].start(_dense(x))
+            return self.couplings[0].start(dense(x))
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"split_dim={dim} is out of range for an {what} of shape {list(x.shape)}")
         if x.shape[dim] % 2:
@@ -211,12 +211,12 @@ class CoupledSequential(nn.Sequential):
                 f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
                 " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
             )
-        return self._halves(x)
+        return self._halves(x) if copy else x.chunk(2, dim)  # type: ignore[return-value]
 
     def _halves(self, x: Tensor) -> Streams:
         assert self.split_dim is not None
         a, b = x.chunk(2, self.split_dim)
-        return _dense(a), _dense(b)
+        return dense_streams(a, b)
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         if self.split_dim is None:
@@ -325,7 +325,8 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 step.extra = None  # it refers to the graph, which refers to the step
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
-        a, b = self._split(x)
+        # Of an input that its owner holds, views will do, where steps are not undone.
+        a, b = self._split(x, copy=not x.is_leaf or self.grid_bits is not None)
         execution = Execution(self, compiler, len(steps))
         for step in steps:
             a, b = execution.step(step, a, b)
@@ -347,14 +348,6 @@ def _call_of(index: int, args: Sequence[Any], kwargs: Mapping[str, Any], layerwi
 
 def _is_invertible(module: nn.Module | None) -> bool:
     return hasattr(type(module), "inverse") and not isinstance(module, CoupledSequential)
-
-
-def _dense(stream: Tensor) -> Tensor:
-    """Without gaps, in the same order of dimensions: as streams between blocks are, so that backward meets the same.
-
-    Kernels, what they save and how they round, depend on how memory is laid out.
-    """
-    return stream if stream.is_nested or stream.is_contiguous() else stream.clone()
 
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:

@@ -246,10 +246,10 @@ class Tape:
 
     def _rewind(self, frame: Frame) -> None:
         assert self.streams is not None
-        a, b = out = self.streams
+        a, b = self.streams
         self.streams = None  # after an error the next call starts afresh
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-            frame.replay(b, out, a)
+            frame.replay(b, (a, b), a)
         for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
             a, b = each.rewind(a, b)
             self.position = each.index

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_revlib as revlib
 from lightning_revlib.nn.options import read_budget
-from lightning_revlib.nn.plan import Budget, Plan, share_budget
+from lightning_revlib.nn.plan import Budget, Plan, lay_out, share_budget, walk
 
 
 class Attention(nn.Module):
@@ -44,6 +44,7 @@ STACKS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "affine": (lambda: [nn.Sequential(mlp(16), nn.Linear(16, 32)) for _ in range(5)], (64, 32), {"coupling": "affine"}),
     "transformer": (lambda: [f(16) for _ in range(3) for f in (Attention, mlp)], (4, 32, 32), {"split_dim": 2}),
     "conv": (pyramid, (4, 16, 8, 8), {}),
+    "light end": (lambda: [conv(8), conv(8), revlib.SpaceToDepth(2), nn.Tanh()], (32, 16, 8, 8), {}),
 }  # fmt: skip
 
 
@@ -96,6 +97,22 @@ def test_never_over_budget_and_close_to_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective", "store"])
+def test_what_one_treatment_takes_is_known(kind: str, treatment: Any) -> None:
+    make, shape, options = STACKS[kind]
+    blocks, x = make(), torch.randn(shape, requires_grad=True)
+    budget = revlib.ReversibleSequential(*blocks, memory_budget=1.0, **options)
+    budget(x)
+    assert budget.budget is not None
+    ((_, measured, output),) = budget.budget.measured.values()
+    predicted, _ = walk(
+        lay_out({"stack": (measured, output)}), [treatment if treatment in m.figures else "store" for m in measured]
+    )
+    taken, _ = peak(revlib.ReversibleSequential(*blocks, treatments=[treatment] * len(blocks), **options), x)
+    assert taken <= predicted <= taken + 2 * output
+
+
+@pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 0.8])
 def test_gradients_and_buffers_are_those_of_autograd(kind: str, fraction: float) -> None:
     make, shape, options = STACKS[kind]
@@ -142,7 +159,7 @@ def test_alike_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     revlib.ReversibleSequential(*[mlp(16) for _ in range(32)], memory_budget=0.5)(
         torch.randn(8, 32, requires_grad=True)
     )
-    assert len(count) == 8  # four treatments, of the last and of the others
+    assert len(count) == 12  # four treatments, of the first, the last and the others
 
 
 def test_replans_for_larger_shapes_only() -> None:
@@ -220,8 +237,9 @@ def test_bad_budgets_are_named(value: Any, error: type[Exception]) -> None:
 
 def test_what_cannot_be_planned_is_named() -> None:
     stack = revlib.ReversibleSequential(mlp(16), mlp(16), memory_budget=100)
-    with pytest.raises(ValueError, match="memory_budget=100 is 100 B, and the reversible stacks need at least"):
-        stack(torch.randn(64, 32))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="memory_budget=100 is 100 B, and the reversible stacks need at least"):
+            stack(torch.randn(64, 32))
     with pytest.raises(ValueError, match="leave out store_last and treatments"):
         revlib.ReversibleSequential(mlp(16), memory_budget=0.5, store_last=1)
     if not torch.cuda.is_available():
