@@ -92,7 +92,7 @@ def test_never_over_budget_and_close_to_it(kind: str) -> None:
         assert taken <= budget
         assert taken <= stack.plan.peak <= taken + 2 * output  # what is counted on is counted well
         works.append(stack.plan.work)
-    assert works == sorted(works, reverse=True) and works[0] > 1
+    assert works == sorted(works, reverse=True)
     assert stack.plan.treatments["stack"] == ("store",) * len(blocks) and works[-1] == 1
 
 
