@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lightning_revlib.nn import MemoryMeter
-from lightning_revlib.nn.report import format_bytes
+from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.recipes.attention import LSHAttention
 
 SHAPE, ROUNDS, LENGTHS = (4, 1024, 256), 7, (1024, 4096, 16384, 65536)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.report import format_bytes
+from lightning_revlib.nn.meter import format_bytes
 from tests.models.test_bert import BERT
 from tests.models.test_gpt2 import GPT2
 from tests.models.test_llama import LLAMA

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lightning_revlib.nn.report import format_bytes
+from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.recipes.growth import Bytes
 
 Row: TypeAlias = tuple[str, str]

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from rich.progress import BarColumn, TextColumn
 
-from lightning_revlib.nn.report import format_bytes
+from lightning_revlib.nn.meter import format_bytes
 
 
 class ProgressBar(RichProgressBar):

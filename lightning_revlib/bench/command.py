@@ -31,10 +31,9 @@ def bench(cfg: DictConfig) -> None:
     device = read_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    mode = "full" if cfg.full else "quick"
+    mode = "sweep" if cfg.sweep else "full" if cfg.full else "quick"
     contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in CONTESTANTS}))
     workloads = SWEPT if cfg.sweep and cfg.workloads is None else cfg.workloads
-    mode = "sweep" if cfg.sweep else mode
     chosen = [(w, s) for w in pick("workloads", workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
     seconds = SECONDS[mode] if cfg.seconds is None else cfg.seconds
     if not isinstance(seconds, (int, float)) or seconds < 0:

@@ -65,7 +65,8 @@ class Momentum(Coupling):
     The streams are (v, x) and the block always sees x. With `split_dim=None`, v starts at zero or
     at `init(x)`, and x comes out. Each step multiplies the reconstruction's error by 1 / gamma
     (float32, 24 blocks: about 1e-7 at 0.99, 8e-6 at 0.9), so not for deep stacks with small
-    gamma. With gamma 0 it is the plain residual network, which stores its activations. Momentum ResNet, https://arxiv.org/abs/2102.07870.
+    gamma. With gamma 0 it is the plain residual network, which stores its activations. Momentum
+    ResNet, https://arxiv.org/abs/2102.07870.
     """
 
     gamma: float = 0.9
@@ -152,7 +153,8 @@ class Scaled(Alternating):
     With a small scale a pretrained network is nearly itself, for fine-tuning: f is the whole block,
     its skip connection included (so not `residual=True`), and with `split_dim=None` b comes out.
     Each step multiplies the reconstruction's error by 1 / scale, so not for deep stacks with small
-    scale. With scale 0 it is the network as it was, which stores its activations. MEFT, https://arxiv.org/abs/2306.00477.
+    scale. With scale 0 it is the network as it was, which stores its activations. MEFT,
+    https://arxiv.org/abs/2306.00477.
     """
 
     scale: float = 0.9

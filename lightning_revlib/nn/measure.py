@@ -18,9 +18,8 @@ from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.untouched import untouched
 
-FLOPS_A_BYTE = (
-    10  # work is FLOPs + this many for each byte written: what processors do in the time they take to move it
-)
+# Work is FLOPs + this many for each byte written: what processors do in the time they take to move it.
+FLOPS_A_BYTE = 10
 
 
 class Figures(NamedTuple):

@@ -23,9 +23,11 @@ Figures: TypeAlias = tuple[int, int, int]
 
 
 class Stack(NamedTuple):
-    """One stack alone, as it would be swapped. `drift` was measured on the inputs, `expected` is by dtype, twice:
-    at its depth and at twice that. `change` is how far the model's outputs in evaluation are from what they were,
-    relative."""
+    """One stack alone, as it would be swapped.
+
+    `drift` was measured on the inputs, `expected` is by dtype, twice: at its depth and at twice that.
+    `change` is how far the model's outputs in evaluation are from what they were, relative.
+    """
 
     path: str
     steps: int
