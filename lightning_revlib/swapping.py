@@ -124,8 +124,7 @@ def swap_module(
     if not strict and not find(module, targets, strict=False):
         return []
     paths = swap(module, targets, strict=strict)
-    if budget is not None:
-        share_budget(stacks(module), budget)
+    share_budget(stacks(module), budget)
     return paths
 
 

@@ -81,7 +81,7 @@ class Execution:
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""
-        if self.index == 0 and self.stack.budget is not None:
+        if self.index == 0 and self.stack.budget is not None and set(self.stack.treatments) == {"reversible"}:
             self._begin_plan(step, a, b)
         if self.measuring is not None:
             self.measuring.add(step, a, b, last=self.index == self.count - 1)
@@ -110,7 +110,16 @@ class Execution:
         environment = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.signature = Signature(
             tuple(t.shape for t in (a, b, *tensors)),
-            (a.dtype, step.dtype, a.requires_grad, b.requires_grad, kind, environment, self.stack.training),
+            (
+                a.dtype,
+                step.dtype,
+                a.requires_grad,
+                b.requires_grad,
+                kind,
+                environment,
+                self.stack.training,
+                *[p.requires_grad for p in self.stack.parameters()],
+            ),
         )
         treatments = self.stack.budget.treatments(self.stack.path, self.signature)
         if treatments is None:

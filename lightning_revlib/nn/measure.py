@@ -18,8 +18,9 @@ from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.untouched import untouched
 
-# Work is FLOPs + this many for each byte written: what processors do in the time they take to move it.
-FLOPS_A_BYTE = 10
+# Work is FLOPs, and as many as processors do in the time that it takes to write a byte, to start an operation, and to
+# start one that Python looks at first, as it does in selective checkpointing.
+FLOPS_A_BYTE, FLOPS_AN_OPERATION, FLOPS_A_SELECTION = 10, 100_000, 1_000_000
 
 
 class Figures(NamedTuple):
@@ -55,9 +56,12 @@ class Measuring:
         kind = (last, *streams, *_description(step))
         if kind not in self._known:
             self._known[kind] = {
-                treatment: measure(partial(self.alone, step, treatment, last), step.module, a, b, last=last)
+                treatment: measure(
+                    partial(self.alone, step, treatment, last), step.module, a, b, last=last,
+                    start=FLOPS_A_SELECTION if treatment == "selective" else FLOPS_AN_OPERATION,
+                )
                 for treatment in self._possible(step)
-            }
+            }  # fmt: skip
             undone = self._known[kind].get("reversible")
             if undone and (not last or self.stack.split_dim is not None):
                 # What the anchor holds are the next step's streams, or the output.
@@ -87,11 +91,19 @@ def _description(step: Step) -> tuple[Any, ...]:
 
 
 def measure(
-    run: Callable[[Tensor, Tensor], tuple[Tensor, ...]], module: nn.Module, a: Tensor, b: Tensor, *, last: bool
+    run: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    module: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    *,
+    last: bool,
+    start: int,
 ) -> Figures:
     """The figures of `run`, which does a step with `module` on streams like a and b, whose tensors are not touched.
 
-    `last`: what it returns is the stack's output, whose gradient somebody else holds.
+    `last`: what it returns is the stack's output, whose gradient somebody else holds. `start`: what it takes to
+    start an operation, in FLOPs.
+
     The module runs forward and backward, with its hooks, and is as before when this returns.
     """
     parameters = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
@@ -107,19 +119,21 @@ def measure(
             meter.reset_peak()
             if end.requires_grad:
                 torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
-            return Figures(held, forward, meter.peak, meter.flops + FLOPS_A_BYTE * meter.written)
+            work = meter.flops + FLOPS_A_BYTE * meter.written + start * meter.operations
+            return Figures(held, forward, meter.peak, work)
     finally:
         for hook in hooks:
             hook.remove()
 
 
 class _Meter(MemoryMeter):
-    """Counts FLOPs, as `FlopCounterMode` does but without its hooks on modules, and bytes written."""
+    """Counts FLOPs, as `FlopCounterMode` does but without its hooks on modules, bytes written and operations."""
 
-    flops = written = 0
+    flops = written = operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.operations += 1
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out

@@ -70,40 +70,53 @@ class Plan:
 
 @dataclass
 class Budget:
-    """The bytes that the activations of the stacks at `paths` may take together, and the plan for it.
+    """The bytes that the activations of some stacks may take together, and the plans for them.
 
     `value` is a number of bytes, a text such as "2GiB", a fraction of ordinary autograd's peak, or "auto": what is free
-    on the CUDA device, less a margin. `announce` is called with the text of each plan.
+    on the CUDA device, less a margin. `paths` are the stacks that share it; without, it is of one stack. `announce` is
+    called with the text of each plan. There is a plan for each combination of signatures by which the stacks run.
     """
 
     value: MemoryBudget
     paths: tuple[str, ...] = ()
     announce: Callable[[str], Any] = log.info
-    plan: Plan | None = None
-    measured: dict[str, tuple[Signature, list[Measured], int]] = field(default_factory=dict)
+    plan: Plan | None = None  # the last that was followed or made
+    _known: dict[str, dict[Signature, tuple[list[Measured], int]]] = field(default_factory=dict)
+    _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run
+    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         read_budget(self.value)
 
     def treatments(self, path: str, signature: Signature) -> tuple[Treatment, ...] | None:
         """The plan's for this stack; None if it has to be measured first."""
-        if path not in self.measured or not self.measured[path][0].covers(signature):
-            self.plan = None
+        known = self._known.get(path, {})
+        covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
+        if covering is None:
             return None
-        if self.plan is None:
-            return tuple("reversible" for _ in self.measured[path][1])
-        return self.plan.treatments[path]
+        self._last[path] = covering
+        return self._follow().treatments[path]
 
     def add(self, path: str, signature: Signature, steps: list[Measured], output: int) -> None:
-        """Note a stack's figures; with the last stack's, make the plan. ValueError if the budget is too small."""
-        self.measured[path] = signature, steps, output
-        if all(each in self.measured for each in self.paths):
+        """Note a stack's figures; with the last stack's, make a plan. ValueError if the budget is too small."""
+        self._known.setdefault(path, {})[signature] = steps, output
+        self._last[path] = signature
+        if all(each in self._last for each in self.paths):
             try:
-                self.plan = make_plan({p: (s, out) for p, (_, s, out) in self.measured.items()}, self.value)
+                self._follow()
             except ValueError:
-                del self.measured[path]  # the next forward is to fail as well
+                del self._known[path][signature]  # the next forward is to fail as well
                 raise
-            self.announce(str(self.plan))
+
+    def _follow(self) -> Plan:
+        """The plan for the stacks that have run, as they have run last."""
+        combination = tuple(self._last.items())
+        if combination not in self._plans:
+            plan = make_plan({path: self._known[path][signature] for path, signature in combination}, self.value)
+            self._plans[combination] = plan
+            self.announce(str(plan))
+        self.plan = self._plans[combination]
+        return self.plan
 
 
 def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: MemoryBudget) -> Plan:
@@ -222,13 +235,17 @@ def _limit(value: MemoryBudget, plain: int) -> int:
     return int((free + cached) * (1 - MARGIN))
 
 
-def share_budget(stacks: Mapping[str, Any], budget: Budget) -> None:
-    """Give stacks, by path, one budget for all of them together; those that choose treatments themselves keep them."""
+def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
+    """Give stacks, by path, one budget for all of them together, in place of one that they shared before.
+
+    Stacks with a budget or treatments of their own keep them.
+    """
     sharing = {
         path: stack
         for path, stack in stacks.items()
-        if stack.budget is budget or (stack.budget is None and set(stack.treatments) == {"reversible"})
+        if (stack.budget is None or stack.budget.paths) and set(stack.treatments) == {"reversible"}
     }
-    budget.paths = tuple(sharing)
-    for stack in sharing.values():
-        stack.budget = budget
+    if budget is not None:
+        budget.paths = tuple(sharing)
+    for path, stack in sharing.items():
+        stack.budget, stack.path = budget, path

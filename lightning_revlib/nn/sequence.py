@@ -185,6 +185,7 @@ class CoupledSequential(nn.Sequential):
         part = type(self).__new__(type(self))
         part.__dict__ = {**self.__dict__, "_modules": dict(list(self._modules.items())[index])}
         part.treatments = self.treatments[index]
+        part.budget = None if self.budget is None else Budget(self.budget.value)
         part.ordinary = sum(i < self.ordinary for i in range(len(self))[index])
         return part
 

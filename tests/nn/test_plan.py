@@ -104,7 +104,7 @@ def test_what_one_treatment_takes_is_known(kind: str, treatment: Any) -> None:
     budget = revlib.ReversibleSequential(*blocks, memory_budget=1.0, **options)
     budget(x)
     assert budget.budget is not None
-    ((_, measured, output),) = budget.budget.measured.values()
+    ((measured, output),) = budget.budget._known["stack"].values()
     predicted, _ = walk(
         lay_out({"stack": (measured, output)}), [treatment if treatment in m.figures else "store" for m in measured]
     )
@@ -168,7 +168,7 @@ def test_replans_for_larger_shapes_only() -> None:
     for rows in (64, 32, 64, 128, 64):
         stack(torch.randn(rows, 32))
         plans.append(stack.plan)
-    assert plans[0] is plans[1] is plans[2] and plans[3] is plans[4] and plans[3] is not plans[0]
+    assert plans[0] is plans[1] is plans[2] is plans[4] and plans[3] is not plans[0]
 
 
 def test_plan_is_deterministic_printed_and_survives_pickling(caplog: pytest.LogCaptureFixture) -> None:
@@ -183,6 +183,50 @@ def test_plan_is_deterministic_printed_and_survives_pickling(caplog: pytest.LogC
     assert pickle.loads(pickle.dumps(stack)).plan == stack.plan
 
 
+def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_revlib.nn import measure as module
+
+    count = []
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
+    stack = revlib.ReversibleSequential(*[mlp(16) for _ in range(4)], memory_budget=0.6)
+    plans, measured = [], []
+    for _ in range(3):
+        for training, shape in ((True, (8, 20, 32)), (False, (8, 20, 32)), (True, (20, 8, 32))):
+            stack.train(training).split_dim = 2
+            stack(torch.randn(shape))
+            plans.append(stack.plan)
+        measured.append(len(count))
+    assert plans[:3] == plans[3:6] == plans[6:] and measured[0] == measured[2]
+    next(stack.parameters()).requires_grad_(False)
+    stack(torch.randn(8, 20, 32))
+    assert len(count) > measured[0]
+
+
+def test_stacks_that_never_run_and_slices() -> None:
+    model = nn.ModuleList([revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
+    x = torch.randn(64, 32, requires_grad=True)
+    for value in (0.5, 0.9):
+        share_budget(dict(model.named_children()), Budget(value))
+        for _ in range(2):
+            model[0](x)
+        assert model[0].plan.limit == int(value * model[0].plan.plain) and set(model[0].plan.treatments) == {"0"}
+    model[0][:2](x)
+    assert len(model[0].plan.treatments["0"]) == 4
+    model[0](x)
+    share_budget(dict(model.named_children()), None)
+    assert model[0].plan is None
+
+
+def test_stored_layers_are_not_planned() -> None:
+    layers = revlib.ReversibleModuleList([mlp(32) for _ in range(3)], coupling="midpoint", memory_budget=0.5)
+    revlib.restore(layers)
+    y = x = torch.randn(64, 32, requires_grad=True)
+    for layer in layers:
+        y = layer(y)
+    assert layers.plan is None and x.requires_grad
+
+
 def test_several_stacks_share_a_budget() -> None:
     model = nn.Sequential(*[revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
     x = torch.randn(64, 32, requires_grad=True)
@@ -190,8 +234,6 @@ def test_several_stacks_share_a_budget() -> None:
     plain, _ = peak(nn.Sequential(*[revlib.CoupledSequential(*stack) for stack in model]), x)  # type: ignore[misc]
     budget = (least + plain) // 2
     found = {path: m for path, m in model.named_modules() if isinstance(m, revlib.ReversibleSequential)}
-    for path, stack in found.items():
-        stack.path = path
     share_budget(found, Budget(budget))
     model(x)
     assert peak(model, x)[0] <= budget
