@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
 INDEX = ".metadata"
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+FORCE, FORCE_NO = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
@@ -39,15 +39,13 @@ def plain_data_only(folder: Any) -> Iterator[None]:
     """While active, reading `folder` executes nothing. Raises UnpicklingError if its index holds more than data."""
     with (Path(folder) / INDEX).open("rb") as index:
         _Index(index).load()
-    before = os.environ.get(FORCE)
+    before = {name: os.environ.pop(name) for name in (FORCE, FORCE_NO) if name in os.environ}  # torch takes one
     os.environ[FORCE] = "1"  # which is stronger than the arguments of torch's own calls of torch.load
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[FORCE]
-        else:
-            os.environ[FORCE] = before
+        del os.environ[FORCE]
+        os.environ.update(before)
 
 
 def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[str, Any]:

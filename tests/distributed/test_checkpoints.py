@@ -104,3 +104,12 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, make: Any) -> Non
         with pytest.raises(BaseException, match=r"(?i)weights.only|executed"):
             revlib.merge_checkpoint(path)
         assert not trap.path.exists()
+
+
+def test_the_users_opposite_wish_for_torch_does_not_get_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opposite = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    monkeypatch.setenv(opposite, "1")
+    assert list(revlib.merge_checkpoint(hostile_rest(tmp_path, None))["state_dict"]) == list(Net().state_dict())
+    assert os.environ[opposite] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
