@@ -15,7 +15,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Gradients, buffers and random states are put back at the end; parameters have no gradient inside."""
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    with torch.random.fork_rng():
+    devices = {p.device for p, _ in grads if p.is_cuda}
+    if torch.cuda.is_initialized():  # where blocks without parameters run
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    with torch.random.fork_rng(devices):
         try:
             for p, _ in grads:
                 p.grad = None

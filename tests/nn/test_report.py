@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +140,16 @@ def test_a_model_without_stacks() -> None:
     assert report.stacks == () and str(report) == "no stack of blocks was found"
     with pytest.raises(ValueError, match="no output of Linear requires grad"):
         revlib.report(nn.Linear(4, 4).requires_grad_(False), torch.randn(2, 4))
+
+
+def test_random_states_of_devices_without_the_model_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[list[torch.device]] = []
+    fork = torch.random.fork_rng
+
+    def watched(devices: Any = None) -> Any:
+        forked.append(devices and list(devices))
+        return fork(devices)
+
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    revlib.report(model(), torch.randn(64, 4))
+    assert forked and all(devices is not None and not devices for devices in forked)
