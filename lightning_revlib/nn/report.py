@@ -177,7 +177,7 @@ class _Call:
             figures = _measure(self)
             drift = stack.drift
             change = _distance(self.evaluate(), outputs)
-            steps = len(stack) - stack.ordinary
+            steps = (len(stack) - stack.ordinary) * (len(stack.branches) or 1)
             expected = tuple(
                 (
                     str(dtype).removeprefix("torch."),

@@ -113,3 +113,9 @@ def test_wrong_branches(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"target 'layers': .*{message}"):
         revlib.swap(model, {"layers": options})
     assert type(model.layers) is nn.ModuleList
+
+
+def test_report_counts_branches_as_steps() -> None:
+    args = torch.randn(2, 5, 8), torch.randn(5, 5)
+    found = revlib.report(Model(), *args, targets={"layers": {"coupling": "additive", "branches": NAMES}})
+    assert [stack.steps for stack in found.stacks] == [8]
