@@ -160,16 +160,18 @@ def explain_memory(exception: BaseException, module: nn.Module) -> None:
         words in str(exception) for words in ("not enough memory", "can't allocate memory")
     ):
         return
-    storing = {path: len(s) - s.treatments.count("reversible") for path, s in stacks(module).items()}
-    ways = [
-        f"{path}: {count} of {len(module.get_submodule(path))} blocks keep activations"  # type: ignore[arg-type]
-        for path, count in storing.items()
-        if count
-    ]
-    advice = (
-        f"{'; '.join(ways)}: give them a smaller memory_budget or store_last, or treatments of 'reversible'"
-        if ways
-        else "all stacks hold their output only; a smaller batch or a shorter stack outside of them,"
+    ways = []
+    for path, stack in stacks(module).items():
+        if stack.plan is None or stack.path not in stack.plan.treatments:  # it may not have run yet
+            treatments, units = stack.treatments, "blocks"
+            way = "give them a smaller memory_budget or store_last, or treatments of 'reversible'"
+        else:
+            treatments, units = stack.plan.treatments[stack.path], "steps"
+            way = "by their memory plan; take a smaller memory_budget"
+        if kept := len(treatments) - treatments.count("reversible"):
+            ways.append(f"{path}: {kept} of {len(treatments)} {units} keep activations: {way}")
+    advice = "; ".join(ways) or (
+        "all stacks hold their output only; a smaller batch or a shorter stack outside of them,"
         " accumulate_grad_batches or optimizer_in_backward=True remain"
     )
     text = f"{exception}\nreversible stacks: {advice}; revlib.report(model, batch) measures it"

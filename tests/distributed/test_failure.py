@@ -100,3 +100,17 @@ class Huge(Net):
 def test_out_of_memory_on_the_host_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)allocate.*reversible stacks: all stacks hold their output only"):
         trainer(tmp_path, strategy="reversible").fit(Huge(), data())
+
+
+class ExhaustsLater(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().training_step(batch, batch_idx)
+
+
+def test_out_of_memory_counts_what_a_plan_stores(tmp_path: Path) -> None:
+    strategy = revlib.ReversibleStrategy(memory_budget=1.0)
+    message = "net: 5 of 5 steps keep activations: by their memory plan; take a smaller memory_budget"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        trainer(tmp_path, strategy=strategy).fit(ExhaustsLater(), data())
