@@ -36,7 +36,8 @@ class CouplingAnnealing(Callback):
         tolerance: of the drift to expect, relative.
 
     Raises:
-        ValueError: for fewer than one step; when training starts, if no stack has momentum or scaled.
+        ValueError: for fewer than one step; when training starts, if no stack has momentum or scaled, or one of
+            these has a memory budget.
     """
 
     def __init__(self, steps: int, tolerance: float = 1e-3) -> None:
@@ -55,6 +56,12 @@ class CouplingAnnealing(Callback):
             couplings = ", ".join(f"{path}: {c}" for path, stack in found.items() for c in stack.couplings)
             raise ValueError(f"CouplingAnnealing is for momentum and scaled, and the stacks have {couplings or 'none'}")
         for path, stack in self._stacks.items():
+            if stack.budget is not None:
+                raise ValueError(
+                    f"memory_budget={stack.budget.value!r} of {path or 'the model'}: its plan is made in the first"
+                    " step, where CouplingAnnealing has no coupling yet that can be inverted; leave out memory_budget,"
+                    " or CouplingAnnealing"
+                )
             if self._set.get(path) != stack.couplings:  # else a run was interrupted
                 self._own[path] = stack.couplings, stack.treatments
 
@@ -67,7 +74,8 @@ class CouplingAnnealing(Callback):
             couplings, treatments = self._own[path]
             stack.couplings = self._set[path] = tuple(self._at(coupling, progress) for coupling in couplings)
             dtype = stack.stream_dtype or torch.float32
-            drift = max(expected_drift(c, len(treatments), dtype) for c in stack.couplings)
+            steps = (len(stack) - stack.ordinary) * (len(stack.branches) or 1)
+            drift = max(expected_drift(c, steps, dtype) for c in stack.couplings)
             stack.treatments = treatments if drift < self.tolerance else tuple("store" for _ in treatments)
         pl_module.log("annealing", progress, on_step=True, on_epoch=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
@@ -38,7 +39,12 @@ class ReversibleCallback(Callback):
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         swap_module(pl_module, self.targets, self.budget)  # what `configure_model` has built since
 
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _start
+    on_fit_start = on_test_start = on_predict_start = _start
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # in a fit it would undo what callbacks have changed of stacks
+            self._start(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

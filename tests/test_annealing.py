@@ -45,8 +45,14 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(module: Module, callbacks: list[Any], coupling: Any, **kwargs: Any) -> L.Trainer:
-    strategy = revlib.ReversibleStrategy(targets={"layers": {"coupling": coupling, "residual": True}})
+def targets(coupling: Any, **options: Any) -> Any:
+    return {"layers": {"coupling": coupling, "residual": True, **options}}
+
+
+def fit(module: Module, callbacks: list[Any], strategy: Any, **kwargs: Any) -> L.Trainer:
+    """`strategy`, or the coupling for the layers."""
+    if isinstance(strategy, dict) or strategy == "midpoint":
+        strategy = revlib.ReversibleStrategy(targets(strategy))
     trainer = L.Trainer(
         strategy=strategy, callbacks=callbacks, logger=False, enable_progress_bar=False, accelerator="cpu",
         enable_model_summary=False, enable_checkpointing=False, **kwargs,
@@ -93,3 +99,42 @@ def test_an_interrupted_run_goes_on() -> None:
     trainer.fit_loop.epoch_loop.max_steps = 12
     trainer.fit(module, DataLoader(torch.randn(20, 3, 4), batch_size=None))
     assert module.rows[3][0] == pytest.approx(0.3) and module.rows[-1][0] == 0.8
+
+
+class Validated(Module):
+    def val_dataloader(self) -> Any:
+        return DataLoader(torch.randn(1, 3, 4), batch_size=None)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        stack: Any = self.layers
+        self.validated = [*getattr(self, "validated", []), stack.couplings[0].gamma]
+
+
+def test_validation_sees_the_coupling_as_it_is() -> None:
+    module = Validated()
+    swapping = revlib.ReversibleCallback(targets({"name": "momentum", "gamma": 0.8}))
+    fit(module, [swapping, revlib.CouplingAnnealing(steps=8)], "auto", max_epochs=1, val_check_interval=4)
+    assert module.validated == pytest.approx([0.8, 0.3, 0.7, 0.8])  # the first is the check before training
+    assert [row[0] for row in module.rows] == pytest.approx([0.8 * min(1, i / 8) for i in range(12)])
+
+
+def test_branches_count_as_steps() -> None:
+    module = Module()
+    branches = targets({"name": "momentum", "gamma": 0.8}, residual=False, branches=[["net"], ["net"]])
+    fit(module, [revlib.CouplingAnnealing(steps=8)], revlib.ReversibleStrategy(branches), max_epochs=1)
+    assert [stored for _, stored, _ in module.rows] == [True] * 5 + [False] * 7
+
+
+@pytest.mark.parametrize("by", ["stack", "strategy", "callback"])
+def test_a_memory_budget_cannot_be_annealed(by: str) -> None:
+    coupling = {"name": "momentum", "gamma": 0.8}
+    callbacks: list[Any] = [revlib.CouplingAnnealing(steps=8)]
+    strategy: Any = "auto"
+    if by == "stack":
+        strategy = revlib.ReversibleStrategy(targets(coupling, memory_budget=0.5))
+    elif by == "strategy":
+        strategy = revlib.ReversibleStrategy(targets(coupling), memory_budget=0.5)
+    else:
+        callbacks.insert(0, revlib.ReversibleCallback(targets(coupling), memory_budget=0.5))
+    with pytest.raises(ValueError, match=r"memory_budget=0\.5 of layers: .* leave out"):
+        fit(Module(), callbacks, strategy, max_epochs=1)
