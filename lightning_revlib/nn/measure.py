@@ -20,7 +20,7 @@ from lightning_revlib.nn.untouched import untouched
 
 # Work is FLOPs, and as many as processors do in the time that it takes to write a byte, to start an operation, and to
 # start one that Python looks at first, as it does in selective checkpointing.
-FLOPS_A_BYTE, FLOPS_AN_OPERATION, FLOPS_A_SELECTION = 10, 100_000, 1_000_000
+FLOPS_A_BYTE, FLOPS_AN_OPERATION, FLOPS_A_SELECTION = 10, 100_000, 500_000
 
 
 class Figures(NamedTuple):
