@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.options import MemoryBudget
+from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import explain_memory, make_budget, read_targets, swap_module
 
@@ -34,10 +35,14 @@ class ReversibleCallback(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        swap_module(pl_module, self.targets, self.budget, strict=False)  # before averages and optimizers see the module
+        # before averages and optimizers see the module
+        swap_module(pl_module, self.targets, self._budget(trainer), strict=False)
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        swap_module(pl_module, self.targets, self.budget)  # what `configure_model` has built since
+        swap_module(pl_module, self.targets, self._budget(trainer))  # what `configure_model` has built since
+
+    def _budget(self, trainer: pl.Trainer) -> Budget | None:
+        return self.budget or getattr(trainer.strategy, "budget", None)
 
     on_fit_start = on_test_start = on_predict_start = _start
 

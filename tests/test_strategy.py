@@ -227,3 +227,14 @@ def test_what_a_name_stands_for(tmp_path: Path, name: str, devices: int) -> None
     strategy = trainer(tmp_path, strategy=name, devices=devices).strategy
     assert type(strategy).__name__ == (cls if devices == 1 else many)
     assert strategy.world_size == devices
+
+
+def test_a_later_run_has_its_own_budget(tmp_path: Path) -> None:
+    net = Net()
+    with pytest.raises(ValueError, match="memory_budget=64"):
+        trainer(tmp_path, max_epochs=1, strategy=revlib.ReversibleStrategy(memory_budget=64)).fit(net, data())
+    both: dict[str, Any] = {"strategy": revlib.ReversibleStrategy(memory_budget=0.9)}
+    trainer(tmp_path, max_epochs=1, **both, callbacks=[revlib.ReversibleCallback()]).fit(net, data())
+    assert net.net.plan.limit == int(0.9 * net.net.plan.plain)
+    trainer(tmp_path, max_epochs=1, strategy="reversible").fit(net, data())
+    assert net.net.plan is None
