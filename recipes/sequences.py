@@ -15,7 +15,11 @@ from lightning_revlib.recipes.text import SequenceData
 
 
 class Words(Dataset[list[Tensor]]):
-    """0 w 0 w, w a word of random symbols; with a seed, always the same words."""
+    """0 w 0 w, w a word of random symbols; with a seed, always the same words.
+
+    Without, a number drawn anew is the seed: processes that draw the same one still get different words, as the sampler
+    gives them different indices.
+    """
 
     def __init__(self, count: int, length: int, vocab: int, seed: int | None = None) -> None:
         self.count, self.length, self.vocab, self.seed = count, length, vocab, seed
@@ -26,9 +30,8 @@ class Words(Dataset[list[Tensor]]):
     def __getitem__(self, index: int) -> list[Tensor]:
         if index >= self.count:  # what ends a loop over it
             raise IndexError(index)
-        generator = (
-            None if self.seed is None else torch.Generator().manual_seed(self.seed * 10**8 + index)
-        )  # of 32 bits
+        base = int(torch.randint(2**31, ())) if self.seed is None else self.seed * 10**8
+        generator = torch.Generator().manual_seed(base + index)  # which uses 32 bits
         word = torch.randint(1, self.vocab, (self.length // 2,), generator=generator)
         word[0] = 0
         half = torch.full_like(word, -100)

@@ -56,27 +56,31 @@ class SequenceData(L.LightningDataModule):
 
 
 class Windows(Dataset[list[Tensor]]):
-    """Pieces of some length out of one row of bytes: one after the other, or `count` at random."""
+    """Pieces of some length out of one row of bytes, one after the other.
 
-    def __init__(self, data: Tensor, length: int, count: int | None = None) -> None:
-        self.data, self.length, self.count = data, length, count
+    With `shifted`, each begins up to a length later, at random: processes whose random numbers are alike still get
+    different pieces, as the sampler gives them different indices.
+    """
+
+    def __init__(self, data: Tensor, length: int, *, shifted: bool = False) -> None:
+        self.data, self.length, self.shifted = data, length, shifted
 
     def __len__(self) -> int:
-        return self.count or len(self.data) // self.length
+        return len(self.data) // self.length
 
     def __getitem__(self, index: int) -> list[Tensor]:
         if index >= len(self):
             raise IndexError(index)
         start = index * self.length
-        if self.count:
-            start = int(torch.randint(len(self.data) - self.length + 1, ()))
+        if self.shifted:  # past the end it goes on at the beginning
+            start = (start + int(torch.randint(self.length, ()))) % (len(self.data) - self.length + 1)
         return [self.data[start : start + self.length].long()]
 
 
 class Text(SequenceData):
     """Bytes in a row: the first 90 % train, 5 % choose the checkpoint, the last 5 % are held out.
 
-    Training draws windows at random, as many in an epoch as there would be one after the other.
+    Training shifts each window at random: as many in an epoch as there would be one after the other.
     """
 
     def __init__(self, length: int = 512, batch_size: int = 16, num_workers: int = 0) -> None:
@@ -99,7 +103,7 @@ class Text(SequenceData):
                 f" length from 1 to {max(1, len(data) // 20)}"
             )
         self.parts = {
-            "train": Windows(data[:train], length, train // length),
+            "train": Windows(data[:train], length, shifted=True),
             "val": Windows(data[train:val], length),
             "test": Windows(data[val:], length),
         }

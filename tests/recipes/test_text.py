@@ -67,6 +67,23 @@ def test_duplication():
     assert not torch.equal(torch.stack(one), torch.stack(other))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: Duplication(length=64, batch_size=4), lambda: Topics(length=64, batch_size=4)]
+)
+def test_processes_with_the_same_random_numbers_train_on_different_data(make):
+    seen = []
+    for index in (0, 1, 0):  # of the last, the next epoch
+        data = make()
+        data.setup()
+        torch.manual_seed(0)
+        if len(seen) == 2:
+            data.parts["train"][0]
+        seen.append(data.parts["train"][index][0])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    torch.manual_seed(0)
+    assert torch.equal(data.parts["train"][0][0], seen[0])  # what `ExactResume` relies on
+
+
 def test_images_are_bytes_pixel_by_pixel(tmp_path):
     arrays = [np.random.default_rng(i).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8) for i in range(3)]
     for name, array in zip(("train_1", "train_2", "val"), arrays, strict=True):
