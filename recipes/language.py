@@ -45,7 +45,8 @@ class LanguageModel(Trained):
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         self._step(batch, "test")
         known = getattr(self.trainer.datamodule, "known", {}) if batch_idx == 0 else {}
-        self.log_dict({f"test/{name}": value for name, value in known.items()}, on_step=False, on_epoch=True)
+        known = {f"test/{name}": value for name, value in known.items()}
+        self.log_dict(known, on_step=False, on_epoch=True, sync_dist=True)
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The tokens of the first batch, for `present` to go on from."""
@@ -64,7 +65,7 @@ class LanguageModel(Trained):
     def _step(self, batch: Sequence[Tensor], stage: str) -> Tensor:
         logits, targets = self(batch[0]).flatten(0, 1), batch[-1].flatten()
         loss = F.cross_entropy(logits, targets)
-        options: Any = {"on_step": False, "on_epoch": True, "batch_size": len(batch[0])}
+        options: Any = {"on_step": False, "on_epoch": True, "batch_size": len(batch[0]), "sync_dist": True}
         self.log_dict({f"{stage}/loss": loss, f"{stage}/acc": self.accuracy(logits, targets)}, **options)
         self.log(f"{stage}/bpb", loss.detach() / math.log(2), prog_bar=stage == "val", **options)
         return loss

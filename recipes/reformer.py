@@ -282,7 +282,7 @@ class ReformerModule(LanguageModel):
             with self.net.hashing(hashes):
                 right = self.accuracy(self(batch[0]), batch[-1])
             name = f"test/acc_lsh{hashes}" if hashes else "test/acc_full"
-            self.log(name, right, on_step=False, on_epoch=True, batch_size=len(batch[0]))
+            self.log(name, right, on_step=False, on_epoch=True, batch_size=len(batch[0]), sync_dist=True)
 
 
 def _check_split_dim(split_dim: int | None, dim: int) -> int | None:
