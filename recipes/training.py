@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import lightning as L
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 OptimizerFactory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
-SchedulerFactory: TypeAlias = Callable[..., torch.optim.lr_scheduler.LRScheduler]
+SchedulerFactory: TypeAlias = Callable[..., LRScheduler]
 
 
 class Trained(L.LightningModule):
@@ -33,12 +34,24 @@ class Trained(L.LightningModule):
         if self._scheduler is None:
             return optimizer
         if "total_steps" in inspect.signature(self._scheduler).parameters:
-            scheduler = self._scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+            scheduler = self._planned(self._scheduler, optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
 
+    def _planned(self, make: SchedulerFactory, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """A schedule for all steps of the run; where they have no end, one that needs none."""
+        if not math.isinf(steps := self.trainer.estimated_stepping_batches):
+            return make(optimizer, total_steps=int(steps))
+        try:
+            return make(optimizer, total_steps=None)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"max_epochs=-1: training has no end, and the learning rate's schedule needs one ({error}); set"
+                " max_epochs or max_steps, or take a schedule without, such as scheduler=warmup_rsqrt"
+            ) from error
+
     def on_train_start(self) -> None:
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:  # as restored from a checkpoint, if there is one
             if (planned := getattr(config.scheduler, "total_steps", steps)) < steps:
                 raise ValueError(
@@ -51,5 +64,8 @@ def warmup_rsqrt(optimizer: torch.optim.Optimizer, *, warmup: int, total_steps: 
     """The rate rises to the optimizer's own over `warmup` steps, and falls with the square root of the steps.
 
     rate(t) = lr min((t + 1) / warmup, sqrt(warmup / (t + 1))). It needs no end, and `total_steps` is not used.
+    Raises ValueError if `warmup` is less than a step.
     """
+    if warmup < 1:
+        raise ValueError(f"warmup={warmup}: pass 1 or more; with 1 the rate falls from the first step")
     return LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (warmup / (step + 1)) ** 0.5))
