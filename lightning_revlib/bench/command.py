@@ -30,7 +30,7 @@ def bench(cfg: DictConfig) -> None:
     """
     device = read_device(cfg.device)
     if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+        torch.set_num_threads(_whole("threads", cfg.threads))
     mode = "sweep" if cfg.sweep else "full" if cfg.full else "quick"
     contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in CONTESTANTS}))
     workloads = SWEPT if cfg.sweep and cfg.workloads is None else cfg.workloads

@@ -23,10 +23,17 @@ class Size(NamedTuple):
     batch: int
 
 
+def heads(width: int) -> int:
+    """Of attention. Raises ValueError for a width that they cannot share."""
+    if width % (count := max(4, width // 64)):
+        raise ValueError(f"widths={width}: its {count} heads are to be equally wide; take a multiple of {count}")
+    return count
+
+
 class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = max(4, width // 64)
+        self.heads = heads(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, width)
@@ -61,6 +68,8 @@ def irevnet(size: Size) -> list[nn.Module]:
     """Two stages of i-RevNet, the second of stride 2; one if the depth is no multiple of 4."""
     from lightning_revlib.recipes.irevnet import IRevNet
 
+    if size.width < 4:
+        raise ValueError(f"widths={size.width}: i-RevNet's blocks have a quarter of it inside; take 4 or more")
     channels, strides = ([size.width, 4 * size.width], [1, 2]) if size.depth % 4 == 0 else ([size.width], [1])
     net = IRevNet(
         (3, 32, 32), depth=size.depth // len(strides), channels=channels, strides=strides, initial_psi=2, dropout=0.0
@@ -78,7 +87,7 @@ def lsh(width: int) -> nn.Module:
     from lightning_revlib.recipes.attention import LSHAttention
     from lightning_revlib.recipes.reformer import AttentionBlock
 
-    attend = LSHAttention(width, max(4, width // 64), hashes=2, chunk=64)
+    attend = LSHAttention(width, heads(width), hashes=2, chunk=64)
     return AttentionBlock(width, attend, shift=False, dropout=0.0)
 
 

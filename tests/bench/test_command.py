@@ -95,6 +95,10 @@ def test_a_budget_is_shared_by_the_stacks_of_a_model():
         (["device=tpu"], "device=tpu: take auto, cpu or cuda"),
         (["depths=0"], "depths=0: pass whole numbers of 1 or more"),
         (["sweep=true", "budgets=1", "depths=4"], "budgets=1: pass 2 or more"),
+        (["threads=0"], "threads=0: pass whole numbers of 1 or more"),
+        (["workloads=transformer", "widths=66"], "widths=66: its 4 heads are to be equally wide; take a multiple of 4"),
+        (["workloads=reformer", "widths=66"], "widths=66: its 4 heads"),
+        (["workloads=irevnet", "widths=3"], "widths=3: i-RevNet's blocks have a quarter of it inside; take 4 or more"),
         (["seconds=-1"], "seconds=-1: pass 0 or more"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.recipes import standin
 
 ROOT = Path(conf.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
-COMMANDS = ["train", "eval", "predict", "report"]
+COMMANDS = ["train", "eval", "predict", "report", "bench"]
 # callbacks and loggers are dictionaries of their own, and hydra and paths have one option each
 CHOICES = [f"{p.parent}={p.stem}" for p in FILES if p.parent.name not in ("", "hydra", "paths")]
 
@@ -50,7 +50,7 @@ def test_every_file_opens_with_what_it_is_and_a_launch_line(file):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose_and_resolve(command):
-    cfg = configuration(command, "ckpt_path=x")
+    cfg = configuration(command, "++ckpt_path=x")
     assert cfg.task == command
     for key in cfg:
         if key != "hydra":
