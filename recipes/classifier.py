@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,6 +99,15 @@ class ImageClassifier(Trained):
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
         return loss
+
+
+def check_images(net: Mapping[str, Any]) -> None:
+    """Raises ValueError if a network's arguments are those of sequences of tokens."""
+    if tokens := sorted({"vocab", "length"} & set(net)):
+        raise ValueError(
+            f"{', '.join(tokens)}: the data are sequences of tokens, and this network works on images; take"
+            " recipe=reformer, or data of images, such as data=digits"
+        )
 
 
 def image_dim(split_dim: int) -> int:

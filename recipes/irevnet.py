@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, SpaceToDepth, get_coupling
-from lightning_revlib.recipes.classifier import ImageClassifier, image_dim
+from lightning_revlib.recipes.classifier import ImageClassifier, check_images, image_dim
 from lightning_revlib.recipes.panel import Row
 from lightning_revlib.recipes.picture import draw, pairs, to_unit
 from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory
@@ -177,6 +177,7 @@ class IRevNetModule(ImageClassifier):
     def __init__(
         self, optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None, **net: Any
     ) -> None:
+        check_images(net)
         network = IRevNet(**net)
         super().__init__(
             network, classes=network.classes, shape=network.shape, optimizer=optimizer, scheduler=scheduler

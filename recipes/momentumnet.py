@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, get_coupling
 from lightning_revlib.nn.couplings import Momentum
-from lightning_revlib.recipes.classifier import ImageClassifier, image_dim
+from lightning_revlib.recipes.classifier import ImageClassifier, check_images, image_dim
 from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory
 
 DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -175,6 +175,7 @@ class MomentumNetModule(ImageClassifier):
     def __init__(
         self, optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None, **net: Any
     ) -> None:
+        check_images(net)
         network = MomentumNet(**net)
         super().__init__(
             network, classes=network.classes, shape=network.shape, optimizer=optimizer, scheduler=scheduler

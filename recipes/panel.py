@@ -40,13 +40,20 @@ def show_training(
     best: str | None,
     *,
     reversible: bool,
+    plans: Sequence[str] = (),
+    measured: str | None = None,
 ) -> None:
-    """What `revlib train` reports. `found` is measured on one batch, with one forward and backward of each kind."""
+    """What `revlib train` reports.
+
+    `found` is measured on one batch, with one forward and backward of each kind; on part of it, if `measured` says so.
+    """
     best = best and os.path.relpath(best)
     none, unknown = "none: ordinary autograd rebuilds nothing", "not measured, without callbacks.drift"
     rows = [
         *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
         *([] if found is None else _activations(found)),
+        *([] if found is None or measured is None else [("both measured on", f"the first of a batch: {measured}")]),
+        *(("memory plan", plan.removeprefix("memory plan: ")) for plan in plans),
         ("drift", (unknown if reversible else none) if drift is None else f"{float(drift):.1e}, relative"),
         ("training", f"{seconds:.1f} s"),
         ("logs", os.path.relpath(logs)),

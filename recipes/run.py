@@ -39,6 +39,7 @@ def train(cfg: DictConfig) -> float:
     with _threads(cfg.threads):
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     seconds = time.perf_counter() - start
+    plans = {str(plan).splitlines()[0] for s in stacks(module).values() if (plan := getattr(s, "plan", None))}
     drift = trainer.callback_metrics.get("drift/worst")
 
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
@@ -49,10 +50,14 @@ def train(cfg: DictConfig) -> float:
     metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
     if trainer.is_global_zero:
         folder, reversible = cfg.paths.output_dir, bool(stacks(module))
-        found = None
+        found, measured = None, None
         if trainer.world_size == 1 and find(module):  # one process of several cannot run a model that is shared out
-            found = activations(module.train(), _inputs(data, module), ("plain", "reversible"))
-        show_training(metrics, found, drift, seconds, folder, best, reversible=reversible)
+            inputs = _inputs(data, module)
+            few = few_samples(inputs, module)
+            measured = None if few is inputs else " x ".join(map(str, few.shape))
+            found = activations(module.train(), few, ("plain", "reversible"))
+        details = {"reversible": reversible, "plans": sorted(plans), "measured": measured}
+        show_training(metrics, found, drift, seconds, folder, best, **details)
         draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:
         raise ValueError(f"optimized_metric={cfg.optimized_metric} is none of {', '.join(sorted(metrics))}")
@@ -104,6 +109,17 @@ def _inputs(data: L.LightningDataModule, module: L.LightningModule) -> Any:
     return inputs.to(module.dtype) if inputs.is_floating_point() else inputs
 
 
+def few_samples(inputs: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """What activations are measured on at the end: the batch, or two samples if it would keep the CPU for long.
+
+    Of a long sequence of tokens it is the first 4,096.
+    """
+    numbers = inputs.is_floating_point()  # each token becomes a vector of them
+    if inputs.numel() <= (2**20 if numbers else 2**16) and sum(p.numel() for p in module.parameters()) <= 10**7:
+        return inputs
+    return inputs[:2] if numbers else inputs[:2, :4096]
+
+
 def _seed(seed: object) -> None:
     if not isinstance(seed, int):
         raise ValueError(f"seed={seed}: pass a whole number, such as seed=0")
@@ -112,6 +128,8 @@ def _seed(seed: object) -> None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"threads={count}: pass a whole number of 1 or more, or null")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -16,6 +16,7 @@ from lightning_revlib.cli import COMMANDS, main
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.recipes.data import Digits
 from lightning_revlib.recipes.irevnet import IRevNetModule
+from lightning_revlib.recipes.run import few_samples
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,37 @@ def test_training_closes_with_the_panel(tmp_path, monkeypatch, capsys):
     ):
         assert row in out
     assert "Warning" not in out and "treespec" not in out
+
+
+def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=2", "logger=csv"]
+    assert main(["train", "strategy.memory_budget=0.9", *short]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "memory plan" in line]
+    assert " of " in row and "at least" in row
+
+
+def test_of_what_is_large_a_little_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_revlib.recipes.run.few_samples", lambda inputs, module: inputs[:2])
+    assert main(["train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=1", "logger=csv"]) == 0
+    out = capsys.readouterr().out
+    assert "both measured on" in out and "2 x 1 x 8 x 8" in out
+
+
+@pytest.mark.parametrize(
+    ("inputs", "width", "few"),
+    [
+        (torch.zeros(64, 1, 8, 8), 8, (64, 1, 8, 8)),
+        (torch.zeros(64, 3, 80, 80), 8, (2, 3, 80, 80)),
+        (torch.zeros(64, 1, 8, 8), 4000, (2, 1, 8, 8)),
+        (torch.zeros(16, 512).long(), 8, (16, 512)),
+        (torch.zeros(1, 2**17).long(), 8, (1, 4096)),
+    ],
+    ids=str,
+)
+def test_what_counts_as_large(inputs, width, few):
+    assert few_samples(inputs, torch.nn.Linear(width, width, device="meta")).shape == few
 
 
 def test_evaluation_needs_only_the_checkpoint(best, tmp_path, monkeypatch, capsys):
@@ -187,6 +219,16 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "coupling=momentum", "coupling.gamma=3"], "gamma=3"),
         (["train", "seed=abc"], "seed=abc: pass a whole number"),
         (["train", "trainer.max_epochs=many"], "trainer.max_epochs=many: pass a whole number"),
+        (
+            ["train", "trainer.max_epochs=-1"],
+            "max_epochs=-1: training has no end, and the learning rate's schedule needs",
+        ),
+        (["train", "threads=0"], "threads=0: pass a whole number of 1 or more, or null"),
+        (["train", "data=topics"], "length, vocab: the data are sequences of tokens, and this network works on images"),
+        (
+            ["train", "recipe=momentumnet", "data=enwik8"],
+            "take recipe=reformer, or data of images, such as data=digits",
+        ),
         (["train", "depth=[1,2,3]"], "depth=[1, 2, 3]"),
         (["train", "split_dim=0"], "split_dim=0: the streams would be different images"),
         (["train", "recipe.initial_psi=3"], "8 is not a multiple of 6"),
