@@ -73,6 +73,7 @@ class Execution:
     def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
         self.index = 0
+        self.lent = False  # whether the streams are views of an input that its owner holds
         self.planned: Sequence[Treatment] | None = None  # else each step says its own
         self.recording: Recording | None = None
         self.drifts: dict[int, Tensor] = {}
@@ -93,11 +94,14 @@ class Execution:
         """One that is undone stays open for the next; other steps first close what is."""
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is None:
-                a, b = dense_streams(a, b)
+                if self.lent:
+                    a, b = dense_streams(a, b)
                 arrived: Any = partial(self.stack._arrived, Sentinel(a, b), self.drifts) if self.watched else _ignore
                 tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
                 self.recording = Recording(tape, a, b, self.stack._draws)
+            self.lent = False
             return self.recording.step(step, a, b)
+        self.lent = False
         a, b = self.close(a, b)
         contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
@@ -129,6 +133,7 @@ class Execution:
     def _alone(self, step: Step, treatment: Treatment, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         """The step as in a stack that has it alone, or with steps behind it."""
         execution = Execution(self.stack, None, 1, watched=False)
+        execution.lent = self.lent
         try:
             a, b = execution._step(step, treatment, a, b)
             if last and self.stack.split_dim is not None:

@@ -326,9 +326,10 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 step.extra = None  # it refers to the graph, which refers to the step
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
-        # Of an input that its owner holds, views will do, where steps are not undone.
-        a, b = self._split(x, copy=not x.is_leaf or self.grid_bits is not None)
+        lent = x.is_leaf and self.grid_bits is None  # of what its owner holds, views will do, where nothing is undone
+        a, b = self._split(x, copy=not lent)
         execution = Execution(self, compiler, len(steps))
+        execution.lent = lent and self.split_dim is not None
         for step in steps:
             a, b = execution.step(step, a, b)
         if self.split_dim is None:
