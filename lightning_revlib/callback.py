@@ -68,7 +68,8 @@ class DriftMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        drifts = {path or "model": m._drift.float() for path, m in stacks(pl_module).items() if m._drift is not None}
+        found = {path or "model": m._drift() for path, m in stacks(pl_module).items()}
+        drifts = {path: drift.float() for path, drift in found.items() if drift is not None}
         if drifts:
             drifts["worst"] = torch.stack(list(drifts.values())).max()
         for path, drift in drifts.items():

@@ -38,7 +38,7 @@ class Module(L.LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         stack: Any = self.layers
-        drift, stack._drift = stack.drift, None
+        drift, stack._rebuilt = stack.drift, None
         self.rows.append((getattr(stack.couplings[0], "gamma", -1), drift is None, drift or 0))
 
     def configure_optimizers(self) -> Any:

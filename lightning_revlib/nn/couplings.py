@@ -23,6 +23,12 @@ class Additive(Summing):
     The default: its reconstruction error only adds up. RevNet, https://arxiv.org/abs/1707.04585.
     """
 
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        return b, a + f
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return b_out - f
+
 
 @dataclass(frozen=True)
 class Affine(Alternating):

@@ -15,27 +15,31 @@ SAMPLE = 256  # elements a stream, at most; never more than one in 512
 class Sentinel:
     """A small sample of both streams at a stack's entrance, to be compared with their reconstruction.
 
-    `measure` gives |rebuilt - sample| / |sample| in the 2-norm, as a tensor on the streams' device.
+    `error(taken)` gives |taken - sample| / |sample| in the 2-norm for what `take` took from the reconstruction, as a
+    tensor on the streams' device.
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.sample = self._take(a, b)
+        self.sample = self.take(a, b)
 
-    def measure(self, a: Tensor, b: Tensor) -> Tensor:
+    @staticmethod
+    def take(*streams: Tensor) -> Tensor:
+        with torch.no_grad():
+            places = _places(streams[0])
+            if all(map(Tensor.is_contiguous, streams)):
+                samples = [s.as_strided((len(places),), (places.step,), s.storage_offset()) for s in streams]
+                return torch.cat(samples)
+            index = torch.arange(places.start, places.stop, places.step, device=streams[0].device)
+            return torch.cat([stream.take(index) for stream in streams])
+
+    def error(self, taken: Tensor) -> Tensor:
         norm = self.sample.norm().clamp_min(torch.finfo(self.sample.dtype).tiny)
-        return (self._take(a, b) - self.sample).norm() / norm
+        return (taken - self.sample).norm() / norm
 
     @staticmethod
     def bytes(stream: Tensor) -> int:
         """What it takes at most, for streams like this one: its sample, another, their difference, and indices."""
         return len(_places(stream)) * (6 * stream.element_size() + 8) + 64
-
-    @staticmethod
-    def _take(*streams: Tensor) -> Tensor:
-        with torch.no_grad():
-            places = _places(streams[0])
-            index = torch.arange(places.start, places.stop, places.step, device=streams[0].device)
-            return torch.cat([stream.take(index) for stream in streams])
 
 
 def _places(stream: Tensor) -> range:

@@ -6,7 +6,7 @@ Both kinds of stack use it, `ReversibleSequential` in one call and `ReversibleMo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.options import OnDrift, Treatment
 from lightning_revlib.nn.plan import Budget, Plan, Signature
-from lightning_revlib.nn.replay import Repeatable
+from lightning_revlib.nn.replay import Repeatable, parts
 from lightning_revlib.nn.selective import keep_heavy
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Recording, Tape
@@ -35,7 +35,7 @@ class Reversible:
     drift_tolerance: float
     context_fn: Callable[[], tuple[Any, Any]] | None
     budget: Budget | None
-    _drift: Tensor | None = None
+    _rebuilt: Mapping[Sentinel, Tensor] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
 
     @property
@@ -44,18 +44,24 @@ class Reversible:
 
         With several reversible parts between stored or checkpointed blocks, the largest of theirs.
         """
-        return None if self._drift is None else self._drift.item()
+        return None if (drift := self._drift()) is None else drift.item()
+
+    def _drift(self) -> Tensor | None:
+        """The drift without waiting for the device."""
+        if self._rebuilt is None:
+            return None
+        return torch.stack([sentinel.error(taken) for sentinel, taken in self._rebuilt.items()]).max()
 
     @property
     def plan(self) -> Plan | None:
         """The memory plan that `memory_budget` has led to; None before the first forward, or without a budget."""
         return None if self.budget is None else self.budget.plan
 
-    def _arrived(self, sentinel: Sentinel, drifts: dict[int, Tensor], a: Tensor, b: Tensor) -> None:
-        """Backward has rebuilt the entrance of a reversible part; `drifts` are those of the forward's parts."""
-        drifts[id(sentinel)] = sentinel.measure(a, b)
-        self._drift = torch.stack(list(drifts.values())).max()
-        if self.on_drift == "ignore" or (drift := self._drift.item()) <= self.drift_tolerance:
+    def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Tensor], a: Tensor, b: Tensor) -> None:
+        """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
+        rebuilt[sentinel] = sentinel.take(a, b)
+        self._rebuilt = rebuilt
+        if self.on_drift == "ignore" or (drift := self.drift) is None or drift <= self.drift_tolerance:
             return
         message = (
             f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
@@ -72,16 +78,21 @@ class Execution:
 
     def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
+        self.all_undone = stack.budget is None and all(t == "reversible" for t in stack.treatments) and all(
+            c.invertible(stack.training) for c in stack.couplings
+        )
         self.index = 0
         self.lent = False  # whether the streams are views of an input that its owner holds
         self.planned: Sequence[Treatment] | None = None  # else each step says its own
         self.recording: Recording | None = None
-        self.drifts: dict[int, Tensor] = {}
+        self.rebuilt: dict[Sentinel, Tensor] = {}
         self.drew = False
         self.measuring: Measuring | None = None  # if a memory plan needs figures first
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""
+        if self.all_undone and self.recording is not None:
+            return self.recording.step(step, a, b)
         if self.index == 0 and self.stack.budget is not None and set(self.stack.treatments) == {"reversible"}:
             self._begin_plan(step, a, b)
         if self.measuring is not None:
@@ -93,12 +104,15 @@ class Execution:
     def _step(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor) -> Streams:
         """One that is undone stays open for the next; other steps first close what is."""
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
-            if self.recording is None:
-                if self.lent:
-                    a, b = dense_streams(a, b)
-                arrived: Any = partial(self.stack._arrived, Sentinel(a, b), self.drifts) if self.watched else _ignore
-                tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
-                self.recording = Recording(tape, a, b, self.stack._draws)
+            if self.recording is not None:
+                return self.recording.step(step, a, b)
+            if self.lent:
+                a, b = dense_streams(a, b)
+            if a.is_inference():  # it would not count its changes
+                a, b = a.clone(), b.clone()
+            arrived: Any = partial(self.stack._arrived, Sentinel(a, b), self.rebuilt) if self.watched else _ignore
+            tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
+            self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
             self.lent = False
             return self.recording.step(step, a, b)
         self.lent = False

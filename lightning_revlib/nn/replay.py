@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 # By `map`, attributes of many tensors or modules are read without interpreting a line for each.
 TRAINING, PARAMETERS = operator.attrgetter("training"), operator.attrgetter("_parameters")
 REQUIRES_GRAD, VERSION = operator.attrgetter("requires_grad"), operator.attrgetter("_version")
-ITEMS, VALUES = operator.methodcaller("items"), operator.methodcaller("values")
+VALUES = operator.methodcaller("values")
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -86,9 +86,9 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def parts(module: nn.Module) -> list[nn.Module]:
-    """The module and all that is in it; `module.modules()`, but fast and with what is shared twice."""
-    found = [module]
+def parts(*modules: nn.Module) -> list[nn.Module]:
+    """The modules and all that is in them; `module.modules()`, but fast and with what is shared twice."""
+    found = [*modules]
     for m in found:  # grows on the way
         if m._modules:
             found += [child for child in m._modules.values() if child is not None]
@@ -103,13 +103,14 @@ class Settings:
     just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("arguments", "by_module", "modules", "parameters", "registered", "requires_grad", "training",
-                 "versions")  # fmt: skip
+    __slots__ = ("arguments", "by_module", "modules", "owners", "parameters", "registered", "requires_grad",
+                 "training", "versions")  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules, self.arguments = modules, arguments
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.registered = list(map(dict, map(ITEMS, map(PARAMETERS, modules))))
+        self.owners = list(filter(PARAMETERS, modules))  # of parameters
+        self.registered = list(map(dict, map(PARAMETERS, self.owners)))
         self.parameters = _flat(self.registered)
         self.training = list(map(TRAINING, modules))
         self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
@@ -130,7 +131,7 @@ class Settings:
         return (
             list(map(TRAINING, self.modules)) != self.training
             or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
-            or any(map(operator.is_not, _flat(map(PARAMETERS, self.modules)), self.parameters))
+            or any(map(operator.is_not, _flat(map(PARAMETERS, self.owners)), self.parameters))
         )
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
@@ -154,7 +155,7 @@ class Settings:
         return undo
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        named = zip(self.modules, self.registered, strict=True)
+        named = zip(self.owners, self.registered, strict=True)
         return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
 
 
@@ -185,12 +186,16 @@ class Buffers:
     __slots__ = ("changing",)
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self.changing: list[tuple[Any, ...]] = [
-            (m, name, _copy(m, buffer), buffer, version(buffer))
-            for m in modules
-            for name, buffer in m._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
+        self.changing: list[tuple[Any, ...]] = []
+        for m in modules:
+            if m._buffers:
+                # In training a batch norm writes its statistics and reads none, so that no copy need be held.
+                # Its kernel does not count the change in the buffer's version: None says "changed" for it.
+                written = isinstance(m, _NormBase) and m.training
+                for name, buffer in m._buffers.items():
+                    if buffer is not None and not isinstance(buffer, UninitializedTensorMixin):
+                        before = None if written else buffer.detach().clone()
+                        self.changing.append((m, name, before, buffer, version(buffer)))
 
     def close(self) -> None:
         """Keep only the buffers that the call has changed, in place or by a new tensor."""
@@ -207,14 +212,6 @@ class Buffers:
             undo.append(partial(m._buffers.__setitem__, name, buffer))
             m._buffers[name] = (buffer if before is None else before).clone()
         return undo
-
-
-def _copy(module: nn.Module, buffer: Tensor) -> Tensor | None:
-    # In training a batch norm writes its statistics and reads none, so that no copy need be held.
-    # Its kernel does not count the change in the buffer's version: None says "changed" for it.
-    if isinstance(module, _NormBase) and module.training:
-        return None
-    return buffer.detach().clone()
 
 
 class Repeatable:

@@ -9,8 +9,10 @@ A third of the file describes the options, in one place for both classes and for
 from __future__ import annotations
 
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, get_args
 
 import torch
@@ -233,31 +235,38 @@ class CoupledSequential(nn.Sequential):
             raise ValueError(
                 f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {len(self)} blocks"
             )
-        steps, blocks = [], 0
+        steps: list[Step] = []
+        call: Call = (args, kwargs)
+        blocks = 0
         for index, (name, module) in enumerate(self._modules.items()):
-            assert module is not None
             if index < self.ordinary:
                 continue
-            call = _call_of(index, args, kwargs, layerwise)
-            if _is_invertible(module):
-                steps.append(Step(self, name, module, Invertible(module), dtype, call))
-                steps[-1].treatment = self.treatments[index]
+            if layerwise is not None:
+                call = _call_of(index, args, kwargs, layerwise)
+            if hasattr(type(module), "inverse") and _is_invertible(module):
+                steps.append(Step(self, name, module, Invertible(module), dtype, call, self.treatments[index]))
+            elif not self.branches:
+                coupling = self.couplings[blocks % len(self.couplings)]
+                steps.append(self._step(self, name, module, coupling, dtype, call, self.treatments[index]))
+                blocks += 1
             else:
-                added = self._steps_of(index, blocks, name, module, dtype, call)
-                steps, blocks = steps + added, blocks + len(added)
+                steps += self._steps_of(index, blocks, name, module, dtype, call)
+                blocks += len(self.branches)
         return steps
 
     def _steps_of(
         self, index: int, first: int, name: str, module: nn.Module, dtype: torch.dtype, call: Call
     ) -> list[Step]:
         """The step of a block, or one for each of its branches; `first` is its number, which gives it its coupling."""
-        steps: list[Step] = []
-        branches: list[Branch | None] = [Branch(module, spec) for spec in self.branches]
-        for branch in branches or [None]:
-            key = name if branch is None else f"{name}.{branch.name}"
-            coupling = self.couplings[(first + len(steps)) % len(self.couplings)]
-            steps.append(self._step(self, key, module, coupling, dtype, call))
-            steps[-1].treatment, steps[-1].call = self.treatments[index], branch or module
+        if not self.branches:
+            coupling = self.couplings[first % len(self.couplings)]
+            return [self._step(self, name, module, coupling, dtype, call, self.treatments[index])]
+        steps = []
+        for number, spec in enumerate(self.branches, first):
+            branch, coupling = Branch(module, spec), self.couplings[number % len(self.couplings)]
+            key = f"{name}.{branch.name}"
+            steps.append(self._step(self, key, module, coupling, dtype, call, self.treatments[index]))
+            steps[-1].call = branch
         return steps
 
     def _begin(
@@ -354,4 +363,4 @@ def _is_invertible(module: nn.Module | None) -> bool:
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:
     extras = [step.extra for step in steps]
-    return (y, extras) if any(extra is not None for extra in extras) else y
+    return y if all(map(operator.is_, extras, repeat(None))) else (y, extras)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
+from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.options import Treatment
-from lightning_revlib.nn.replay import version
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.sequence import CoupledSequential
@@ -29,13 +29,14 @@ class Step:
     __slots__ = ("args", "call", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack", "treatment")
 
     def __init__(
-        self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call
-    ) -> None:
+        self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call,
+        treatment: Treatment,
+    ) -> None:  # fmt: skip
         self.stack, self.key, self.module, self.coupling, self.dtype = stack, key, module, coupling, dtype
         self.args, self.kwargs = call
         self.call: Callable[..., Any] = module
         self.extra: Any = None
-        self.treatment: Treatment = "reversible"
+        self.treatment = treatment
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class Step:
 
     def run(self, a: Tensor, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Streams:
         """The whole step, by ordinary autograd; `branch` may stand for the method of that name."""
-        count = 0 if torch.compiler.is_compiling() else version(b)
+        count = None if torch.compiler.is_compiling() or b.is_inference() else b._version
         f, self.extra = (branch or self.branch)(b, compiler)
         self.check(b, f, count)
         return self.couple(self.bind(a, b), a, b, f)
@@ -69,6 +70,10 @@ class Step:
             f = f - x
         return f, extra
 
+    def tensors(self) -> list[Tensor]:
+        """Those among the call's arguments."""
+        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
     def split(self, out: Any) -> tuple[Any, Any]:
         """What a block returned that is no tensor, as its branch and the rest."""
         return rest_of(out)
@@ -82,19 +87,14 @@ class Step:
             self._check_grid(streams[1])
         return streams
 
-    def check(self, b: Tensor, f: Any, count: int) -> None:
-        """Raise where the block did what a coupling cannot undo; `count` is b's version before it."""
-        if type(self.coupling) is Invertible:
+    def check(self, b: Tensor, f: Any, count: int | None) -> None:
+        """Raise where the block did what a coupling cannot undo; `count` is b's version before it, if known."""
+        if f is None and type(self.coupling) is Invertible:
             return
         if not isinstance(f, Tensor):
             raise TypeError(
                 f"{self.name} returned {type(f).__name__} for its branch; a block returns a tensor, or a tuple, dict or"
                 " dataclass that begins with it"
-            )
-        if not torch.compiler.is_compiling() and version(b) != count:
-            raise RuntimeError(
-                f"{self.name} changes its input in place, and with it the stream that the next block sees;"
-                " use inplace=False in its first operation"
             )
         if f.is_nested:  # of nn.TransformerEncoder, where gradients are off; it has no shape
             return
@@ -106,6 +106,11 @@ class Step:
             )
         if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
+        if count is not None and b._version != count:
+            raise RuntimeError(
+                f"{self.name} changes its input in place, and with it the stream that the next block sees;"
+                " use inplace=False in its first operation"
+            )
 
     def _check_grid(self, stream: Tensor) -> None:
         limit = getattr(self.coupling, "limit", None)

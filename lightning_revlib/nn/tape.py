@@ -28,102 +28,81 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts, version
+from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.step import Step
 
+# What `saved_tensors_hooks` does, less its objects and calls: a tenth of what a small block's step costs beside it.
+catch = torch._C._autograd._push_saved_tensors_default_hooks
+release = torch._C._autograd._pop_saved_tensors_default_hooks
+
 # By `map`, attributes of many tensors or modules are read without interpreting a line for each.
-DTYPE_AND_SHAPE, VERSION, BUFFERS = attrgetter("dtype", "shape"), attrgetter("_version"), attrgetter("_buffers")
+NBYTES, VERSION, BUFFERS = attrgetter("nbytes"), attrgetter("_version"), attrgetter("_buffers")
 
 
 class Frame:
     """One step of one forward, and what it takes to run it again."""
 
-    above: Frame | None = None
-    random: RandomState | None = None  # set if the step draws
-    buffers: Buffers | None = None  # set if it has any
-    again: Any = None  # the second run's context
-    calls_autograd = False  # the block does, itself
-    changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
+    __slots__ = ("a_needs_grad", "above", "again", "b_needs_grad", "buffers", "calls_autograd", "caught", "changed",
+                 "coupling", "index", "random", "running", "saved", "saved_by_block", "step", "stride", "tape",
+                 "versions")  # fmt: skip
 
-    def __init__(self, tape: Tape, index: int, step: Step) -> None:
-        self.tape, self.index, self.step = tape, index, step
-        self.modules = parts(step.module)
+    def __init__(self, tape: Tape, index: int, step: Step, b: Tensor) -> None:
+        self.tape, self.index, self.step, self.stride = tape, index, step, b.stride()
+        self.above: Frame | None = None
+        self.random: RandomState | None = None  # set if the step draws
+        self.buffers: Buffers | None = None  # set if it has any
+        self.again: Any = None  # the second run's context
+        self.calls_autograd = False  # the block does, itself
+        self.changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
         self.running: list[Tensor] = []  # what is saved until the step ends, for a block that calls autograd itself
         self.versions: list[int] = []  # theirs, when they were saved
-        self.caught: dict[int, Tensor] = {}
-
-    def run(self, a: Tensor, b: Tensor) -> Streams:
-        step, tape, count = self.step, self.tape, version(b)
-        self.needs_grad, self.stride = (a.requires_grad, b.requires_grad), b.stride()
-        if any(map(BUFFERS, self.modules)):
-            self.buffers = Buffers(self.modules)
-        first: Any = None
-        if tape.context_fn:
-            first, self.again = tape.context_fn()
-        try:
-            with saved_tensors_hooks(self._pack, self._unpack):
-                f, step.extra = self._branch(b, first) if first else step.branch(b, tape.compiler)
-                step.check(b, f, count)
-                saved = self.running
-                self.saved_by_block = len(saved)
-                self.coupling = step.bind(a, b)
-                streams = step.couple(self.coupling, a, b, f)
-            self.saved = list(map(DTYPE_AND_SHAPE, saved))
-            if list(map(VERSION, saved)) != self.versions:
-                self.changed = next(t.shape for t, v in zip(saved, self.versions, strict=True) if t._version != v)
-        finally:
-            self.running, self.versions = [], []
-        if self.buffers:
-            self.buffers.close()
-        return streams
-
-    def rewind(self, a_out: Tensor, b_out: Tensor) -> Streams:
-        """The streams before the step from those after it, catching what autograd has saved in between."""
-        b = self.coupling.recover(a_out, b_out)
-        return self.replay(b, (a_out, b_out)), b
+        self.caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
         """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
+        step, tape = self.step, self.tape
         caught: list[Tensor] = []
         pack: Any = partial(_append, caught) if self.calls_autograd else caught.append
-        hooks = saved_tensors_hooks(pack, caught.__getitem__)
-        undo = self._lend(b) if self.tape.settings_changed or self.buffers or self.random else []
+        undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else None
         try:
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
             again = b.detach()
             if again.stride() != self.stride:
                 again = again.new_empty_strided(b.shape, self.stride).copy_(b)
-            again.requires_grad_(self.needs_grad[1])
-            with torch.enable_grad(), hooks:
-                f, _ = self._branch(again, self.again) if self.again else self.step.branch(again, self.tape.compiler)
+            again.requires_grad_(self.b_needs_grad)
+            catch(pack, caught.__getitem__)
+            torch.set_grad_enabled(True)
+            try:
+                f, _ = self._branch(again, self.again) if self.again else step.branch(again, tape.compiler)
+            finally:
+                torch.set_grad_enabled(False)
+                release()
             if a is None:
                 a = self.coupling.inverse(*out, b, None if f is None else f.detach())  # type: ignore[arg-type]
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
-                with torch.enable_grad(), hooks:
-                    self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), again, f)
+                with torch.enable_grad(), saved_tensors_hooks(pack, caught.__getitem__):
+                    self.coupling.forward(a.detach().requires_grad_(self.a_needs_grad), again, f)
         finally:
-            again_saved = list(map(DTYPE_AND_SHAPE, caught))
-            tensors = [t if t.is_leaf else t.detach() for t in caught]
+            tensors: list[Tensor | None] = [*caught]
             caught.clear()  # the second graph refers to this list
             while undo:
                 undo.pop()()
-        if self.changed is not None or again_saved != self.saved:
-            self._complain(again_saved)
-        self.caught = dict(enumerate(tensors))
+        if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
+            self._complain(tensors)
+        self.caught = tensors
         return a
 
     def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
@@ -144,7 +123,7 @@ class Frame:
         return streams
 
     def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
-        undo = self.tape.settings.lend(self.modules) if self.tape.settings_changed else []
+        undo = self.tape.settings.lend(parts(self.step.module)) if self.tape.settings_changed else []
         if self.buffers:
             undo += self.buffers.lend()
         if self.random:
@@ -157,14 +136,18 @@ class Frame:
         return len(self.versions) - 1
 
     def _unpack(self, number: int) -> Tensor:
-        if number not in self.caught:
+        caught = self.caught
+        if caught is None or (tensor := caught[number]) is None:
             if self.running:
                 self.calls_autograd = True
                 return self.running[number]
-            self.tape.rewind(self)
-        return self.caught[number] if self.tape.keep else self.caught.pop(number)
+            caught = self.tape.rewind(self)
+            tensor = caught[number]
+        if not self.tape.keep:
+            caught[number] = None
+        return tensor
 
-    def _complain(self, again: list[Any]) -> None:
+    def _complain(self, again: list[Tensor]) -> None:
         if self.changed is not None:
             raise RuntimeError(
                 f"{self.step.name}: a tensor of shape {list(self.changed)} needed for its gradient has been modified by"
@@ -174,7 +157,7 @@ class Frame:
         lines = [
             f"{self.step.name} computes something else in backward than it did in forward: it saved"
             f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
-            *[f"  {i}: saved {_show(x)}, recomputed {_show(y)}" for i, (x, y) in pairs if x != y][:3],
+            *[f"  {i}: saved {x:,} bytes, recomputed {_show(t)}" for i, (x, t) in pairs if x != t.nbytes][:3],
             "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
         ]
         raise RuntimeError("\n".join(lines))
@@ -204,7 +187,8 @@ class Tape:
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn
-        self.settings_changed = self.environment_changed = False  # since the forward
+        self.settings_changed = False  # since the forward
+        self.unusual = False  # the environment has changed, or it is not known which steps draw
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
         self.keep = False  # caught tensors are not given away
@@ -225,39 +209,48 @@ class Tape:
         with torch.no_grad():
             self.streams = self.read(tensors)
         self.position = self.depth
-        self.settings_changed, self.environment_changed = self.settings.changed(), self.environment.changed()
+        self.settings_changed = self.settings.changed()
+        self.unusual = self.surprise is not None or self.environment.changed()
 
-    def rewind(self, frame: Frame) -> None:
-        """Make the frame catch what autograd asks it for."""
+    def rewind(self, frame: Frame) -> list[Tensor | None]:
+        """Undo steps down to the frame's; what autograd has saved in it."""
         compiler = set_eval_frame(None)
         try:
             with self.lock:
                 if self.streams is None or self.position < frame.index:
                     self.start(self._output())
                 self.keep = torch.is_grad_enabled()  # create_graph
-                if not (self.keep or self.surprise or self.environment_changed):
-                    return self._rewind(frame)
-                with torch.no_grad(), self.environment.again():
-                    if self.surprise:
-                        self._find_draws(*self.surprise)
-                    self._rewind(frame)
+                if self.position == frame.index + 1 and not (self.keep or self.unusual):
+                    self._undo(frame)
+                else:
+                    with torch.no_grad(), self.environment.again():
+                        self._rewind(frame)
+                assert frame.caught is not None
+                return frame.caught
         finally:
-            set_eval_frame(compiler)
+            if compiler is not None:
+                set_eval_frame(compiler)
 
     def _rewind(self, frame: Frame) -> None:
-        assert self.streams is not None
-        a, b = self.streams
-        self.streams = None  # after an error the next call starts afresh
+        if self.surprise:
+            self._find_draws(*self.surprise)
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
+            (a, b), self.streams = self.streams, None
             frame.replay(b, (a, b), a)
-        for each in [frame] if frame.index == self.position - 1 else reversed(self._between(frame)):
-            a, b = each.rewind(a, b)
-            self.position = each.index
-            if each.above is not None and not self.keep:
-                each.above.caught = {}  # what is left was saved for an output that nobody uses
-            if self.position == 0:
-                self.arrived(a, b)
-        self.streams = a, b
+            self.streams = a, b
+        for each in reversed(self._between(frame)):
+            self._undo(each)
+
+    def _undo(self, frame: Frame) -> None:
+        out, self.streams = self.streams, None  # after an error the next call starts afresh
+        assert out is not None
+        b = frame.coupling.recover(*out)
+        a = frame.replay(b, out)
+        self.streams, self.position = (a, b), frame.index
+        if frame.above is not None and not self.keep:
+            frame.above.caught = None  # what is left was saved for an output that nobody uses
+        if not frame.index:
+            self.arrived(a, b)
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
@@ -296,33 +289,56 @@ class Recording:
     `close`, as the tape must not refer to them.
     """
 
-    def __init__(self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool) -> None:
+    def __init__(self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool, modules: list[nn.Module]) -> None:
         self.tape, self.expect_draws = tape, expect_draws
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
         tape.environment = Environment(a.device.type)
+        self.modules, self.buffers = modules, any(map(BUFFERS, modules))
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
-        frame = Frame(self.tape, len(self.frames), step)
-        if self.frames:
-            self.frames[-1].above = frame
-        self.frames.append(frame)
-        a, b = frame.run(a, b)
-        if self.expect_draws:
-            after = RandomState(a)
-            if not after.same(self.random):
-                frame.random, self.random, self.tape.drew = self.random, after, True
+        tape, frames = self.tape, self.frames
+        frame = Frame(tape, len(frames), step, b)
+        if frames:
+            frames[-1].above = frame
+        frames.append(frame)
+        saved, count = frame.running, b._version
+        frame.a_needs_grad, frame.b_needs_grad = a.requires_grad, b.requires_grad
+        if self.buffers and any(map(BUFFERS, modules := parts(step.module))):
+            frame.buffers = Buffers(modules)
+        try:
+            catch(frame._pack, frame._unpack)
+            try:
+                if tape.context_fn is None:
+                    f, step.extra = step.branch(b, tape.compiler)
+                else:
+                    first, frame.again = tape.context_fn()
+                    f, step.extra = frame._branch(b, first)
+                step.check(b, f, count)
+                frame.saved_by_block = len(saved)
+                frame.coupling = step.coupling.at(a, b, step.stack.training)
+                a, b = step.couple(frame.coupling, a, b, f)
+            finally:
+                release()
+            frame.saved = list(map(NBYTES, saved))
+            if list(map(VERSION, saved)) != frame.versions:
+                frame.changed = next(t.shape for t, v in zip(saved, frame.versions, strict=True) if t._version != v)
+        finally:
+            frame.running, frame.versions = [], []
+        if frame.buffers:
+            frame.buffers.close()
+        if self.expect_draws and not (now := RandomState(a)).same(self.random):
+            frame.random, self.random, tape.drew = self.random, now, True
         return a, b
 
     def close(self) -> None:
-        tape, steps = self.tape, [frame.step for frame in self.frames]
-        tape.depth = len(steps)
-        arguments = [t for step in steps if step.args or step.kwargs for t in tree_leaves((step.args, step.kwargs))]
-        unique = {id(t): t for t in arguments if isinstance(t, Tensor)}
-        tape.settings = Settings([m for frame in self.frames for m in frame.modules], list(unique.values()))
+        self.tape.depth = len(self.frames)
+        steps = [frame.step for frame in self.frames]
+        unique = {id(t): t for step in steps if step.args or step.kwargs for t in step.tensors()}
+        self.tape.settings = Settings(self.modules, list(unique.values()))
         if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
-            tape.drew, tape.surprise = True, (self.frames[0], self.start, self.entrance)
+            self.tape.drew, self.tape.surprise = True, (self.frames[0], self.start, self.entrance)
 
 
 class Anchor(torch.autograd.Function):
@@ -343,5 +359,5 @@ class Anchor(torch.autograd.Function):
         return None, *grads
 
 
-def _show(entry: tuple[torch.dtype, torch.Size]) -> str:
-    return f"{str(entry[0]).removeprefix('torch.')}{list(entry[1])}"
+def _show(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}, {tensor.nbytes:,}"

@@ -328,7 +328,7 @@ def test_autocast_ends_before_backward() -> None:
 
 @pytest.mark.parametrize("change", ["nothing", "autocast", "eval"])
 def test_each_frame_is_rewound_once_whatever_has_changed(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    calls = {"rewind": 0, "lend": 0}
+    calls = {"replay": 0, "lend": 0}
 
     def count(cls: type, name: str) -> None:
         original = getattr(cls, name)
@@ -339,14 +339,14 @@ def test_each_frame_is_rewound_once_whatever_has_changed(monkeypatch: pytest.Mon
 
         monkeypatch.setattr(cls, name, counted)
 
-    count(Frame, "rewind")
+    count(Frame, "replay")
     count(Settings, "lend")
     stack = revlib.ReversibleSequential(*[mlp(4) for _ in range(20)])
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         loss = stack(torch.randn(2, 8)).sum()
     stack.train(change != "eval")
     loss.backward()
-    assert calls == {"rewind": 20, "lend": 20 if change == "eval" else 0}
+    assert calls == {"replay": 20, "lend": 20 if change == "eval" else 0}
 
 
 @pytest.mark.parametrize("what", ["model", "stack", "block"])
