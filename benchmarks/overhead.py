@@ -2,13 +2,15 @@
 
     python benchmarks/overhead.py
 
-32 tiny blocks, the contestants interleaved in one process, medians. The overhead is the step's time
-less plain autograd's, over the number of blocks; it contains the blocks' second run, which all but
-plain need. Peers that are not installed are left out: `pip install revlib==1.7.2 revtorch==0.2.4`.
+32 tiny blocks, the contestants interleaved in one process in an order drawn each round, medians. The
+overhead is the step's time less plain autograd's, over the number of blocks; it contains the blocks'
+second run, which all but plain need. Peers that are not installed are left out: `pip install
+revlib==1.7.2 revtorch==0.2.4`.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -45,7 +47,7 @@ def main() -> None:
         x = torch.randn(16, 2 * WIDTH, requires_grad=True)
         times: dict[str, list[float]] = {name: [] for name in stacks}
         for _ in range(STEPS):
-            for name, module in stacks.items():
+            for name, module in random.sample(list(stacks.items()), len(stacks)):  # none always follows the same other
                 start = time.perf_counter()
                 module(x).sum().backward()
                 times[name].append(time.perf_counter() - start)

@@ -13,7 +13,7 @@ A coupling never states a gradient: autograd derives it from `forward`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +29,12 @@ class Coupling(ABC):
     """
 
     needs_grid = False  # works on the exact grid only
+    other_shape = False  # `branch_shape` is another than the stream's
     growth = 1.0  # the factor by which a step's inverse multiplies an error; 0 if it makes none
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.other_shape = cls.branch_shape is not Coupling.branch_shape
 
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:

@@ -24,13 +24,12 @@ class Sentinel:
 
     @staticmethod
     def take(*streams: Tensor) -> Tensor:
-        with torch.no_grad():
-            places = _places(streams[0])
-            if all(map(Tensor.is_contiguous, streams)):
-                samples = [s.as_strided((len(places),), (places.step,), s.storage_offset()) for s in streams]
-                return torch.cat(samples)
-            index = torch.arange(places.start, places.stop, places.step, device=streams[0].device)
-            return torch.cat([stream.take(index) for stream in streams])
+        places = _places(streams[0])
+        if all(map(Tensor.is_contiguous, streams)):
+            size, stride = (len(places),), (places.step,)
+            return torch.cat([s.as_strided(size, stride, s.storage_offset()) for s in streams])
+        index = torch.arange(places.start, places.stop, places.step, device=streams[0].device)
+        return torch.cat([stream.take(index) for stream in streams])
 
     def error(self, taken: Tensor) -> Tensor:
         norm = self.sample.norm().clamp_min(torch.finfo(self.sample.dtype).tiny)

@@ -78,8 +78,10 @@ class Execution:
 
     def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
-        self.all_undone = stack.budget is None and all(t == "reversible" for t in stack.treatments) and all(
-            c.invertible(stack.training) for c in stack.couplings
+        self.all_undone = (
+            stack.budget is None
+            and all(t == "reversible" for t in stack.treatments)
+            and all(c.invertible(stack.training) for c in stack.couplings)
         )
         self.index = 0
         self.lent = False  # whether the streams are views of an input that its owner holds
@@ -110,7 +112,9 @@ class Execution:
                 a, b = dense_streams(a, b)
             if a.is_inference():  # it would not count its changes
                 a, b = a.clone(), b.clone()
-            arrived: Any = partial(self.stack._arrived, Sentinel(a, b), self.rebuilt) if self.watched else _ignore
+            arrived: Any = _ignore
+            if self.watched:
+                arrived = partial(self.stack._arrived, Sentinel(a.detach(), b.detach()), self.rebuilt)
             tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
             self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
             self.lent = False

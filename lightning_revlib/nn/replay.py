@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 # By `map`, attributes of many tensors or modules are read without interpreting a line for each.
@@ -131,7 +131,7 @@ class Settings:
         return (
             list(map(TRAINING, self.modules)) != self.training
             or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
-            or any(map(operator.is_not, _flat(map(PARAMETERS, self.owners)), self.parameters))
+            or not self._same_parameters()
         )
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
@@ -140,7 +140,7 @@ class Settings:
             self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
             for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
                 self.by_module[m][1].append((name, p, requires_grad))
-        for m in modules:
+        for m in filter(self.by_module.__contains__, modules):  # not those that have been added since
             training, parameters = self.by_module[m]
             undo.append(partial(setattr, m, "training", m.training))
             m.training = training
@@ -153,6 +153,12 @@ class Settings:
                     undo.append(partial(p.requires_grad_, p.requires_grad))
                     p.requires_grad_(requires_grad)
         return undo
+
+    def _same_parameters(self) -> bool:
+        try:
+            return list(map(PARAMETERS, self.owners)) == self.registered  # the same tensor, or equal numbers
+        except (RuntimeError, TypeError):  # tensors of several elements, compared
+            return False
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         named = zip(self.owners, self.registered, strict=True)
@@ -180,7 +186,7 @@ class Buffers:
     """The former values of the buffers that a block's call changes.
 
     Made before the call, closed after it. `lend` gives the modules copies of these values, for a
-    second call to see what the first saw, and returns calls that put the buffers back untouched.
+    second call to see what the first saw, and returns a call that puts the buffers back untouched.
     """
 
     __slots__ = ("changing",)
@@ -193,25 +199,28 @@ class Buffers:
                 # Its kernel does not count the change in the buffer's version: None says "changed" for it.
                 written = isinstance(m, _NormBase) and m.training
                 for name, buffer in m._buffers.items():
-                    if buffer is not None and not isinstance(buffer, UninitializedTensorMixin):
+                    if buffer is not None and not isinstance(buffer, UninitializedBuffer):
                         before = None if written else buffer.detach().clone()
-                        self.changing.append((m, name, before, buffer, version(buffer)))
+                        self.changing.append((m._buffers, name, before, buffer, version(buffer)))
 
     def close(self) -> None:
         """Keep only the buffers that the call has changed, in place or by a new tensor."""
         self.changing = [
-            (m, name, before)
-            for m, name, before, buffer, count in self.changing
-            if before is None or name not in m._buffers or m._buffers[name] is not buffer or version(buffer) != count
+            (buffers, name, before)
+            for buffers, name, before, buffer, count in self.changing
+            if before is None or name not in buffers or buffers[name] is not buffer or version(buffer) != count
         ]
 
-    def lend(self) -> list[Callable[[], Any]]:
-        undo: list[Callable[[], Any]] = []
-        for m, name, before in self.changing:
-            buffer = m._buffers[name]
-            undo.append(partial(m._buffers.__setitem__, name, buffer))
-            m._buffers[name] = (buffer if before is None else before).clone()
-        return undo
+    def lend(self) -> Callable[[], Any]:
+        now = [(buffers, name, buffers[name]) for buffers, name, _ in self.changing]
+        for buffers, name, before in self.changing:
+            buffers[name] = (buffers[name] if before is None else before).clone()
+        return partial(_put_back, now)
+
+
+def _put_back(buffers: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for registered, name, buffer in reversed(buffers):
+        registered[name] = buffer
 
 
 class Repeatable:
@@ -238,7 +247,7 @@ class Repeatable:
             self.buffers.close()
             self.settings = Settings(self.modules)
             return out
-        undo = [*self.settings.lend(self.modules), *self.buffers.lend()]
+        undo = [*self.settings.lend(self.modules), self.buffers.lend()]
         try:
             with self.again:
                 return self.function(*args)

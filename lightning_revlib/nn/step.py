@@ -89,6 +89,16 @@ class Step:
 
     def check(self, b: Tensor, f: Any, count: int | None) -> None:
         """Raise where the block did what a coupling cannot undo; `count` is b's version before it, if known."""
+        plain = f.__class__ is Tensor and not f.is_nested and not self.coupling.other_shape
+        if not plain or f.shape != b.shape or f.dtype is not b.dtype:
+            self._check_branch(b, f)
+        if count is not None and b._version != count:
+            raise RuntimeError(
+                f"{self.name} changes its input in place, and with it the stream that the next block sees;"
+                " use inplace=False in its first operation"
+            )
+
+    def _check_branch(self, b: Tensor, f: Any) -> None:
         if f is None and type(self.coupling) is Invertible:
             return
         if not isinstance(f, Tensor):
@@ -106,11 +116,6 @@ class Step:
             )
         if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
-        if count is not None and b._version != count:
-            raise RuntimeError(
-                f"{self.name} changes its input in place, and with it the stream that the next block sees;"
-                " use inplace=False in its first operation"
-            )
 
     def _check_grid(self, stream: Tensor) -> None:
         limit = getattr(self.coupling, "limit", None)

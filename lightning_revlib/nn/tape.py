@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_revlib.nn.coupling import Streams
+from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 # What `saved_tensors_hooks` does, less its objects and calls: a tenth of what a small block's step costs beside it.
 catch = torch._C._autograd._push_saved_tensors_default_hooks
 release = torch._C._autograd._pop_saved_tensors_default_hooks
+set_grad_enabled = torch._C._set_grad_enabled
 
 # By `map`, attributes of many tensors or modules are read without interpreting a line for each.
 NBYTES, VERSION, BUFFERS = attrgetter("nbytes"), attrgetter("_version"), attrgetter("_buffers")
@@ -58,6 +59,12 @@ class Frame:
     __slots__ = ("a_needs_grad", "above", "again", "b_needs_grad", "buffers", "calls_autograd", "caught", "changed",
                  "coupling", "index", "random", "running", "saved", "saved_by_block", "step", "stride", "tape",
                  "versions")  # fmt: skip
+
+    a_needs_grad: bool
+    b_needs_grad: bool
+    coupling: Coupling  # bound to this step
+    saved: list[int]  # the bytes of each tensor that autograd wanted to save
+    saved_by_block: int  # how many of them; the coupling saved the others
 
     def __init__(self, tape: Tape, index: int, step: Step, b: Tensor) -> None:
         self.tape, self.index, self.step, self.stride = tape, index, step, b.stride()
@@ -76,6 +83,7 @@ class Frame:
         step, tape = self.step, self.tape
         caught: list[Tensor] = []
         pack: Any = partial(_append, caught) if self.calls_autograd else caught.append
+        unpack = caught.__getitem__
         undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else None
         try:
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
@@ -83,26 +91,26 @@ class Frame:
             if again.stride() != self.stride:
                 again = again.new_empty_strided(b.shape, self.stride).copy_(b)
             again.requires_grad_(self.b_needs_grad)
-            catch(pack, caught.__getitem__)
-            torch.set_grad_enabled(True)
+            catch(pack, unpack)
+            set_grad_enabled(True)
             try:
                 f, _ = self._branch(again, self.again) if self.again else step.branch(again, tape.compiler)
             finally:
-                torch.set_grad_enabled(False)
+                set_grad_enabled(False)
                 release()
             if a is None:
                 a = self.coupling.inverse(*out, b, None if f is None else f.detach())  # type: ignore[arg-type]
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
-                with torch.enable_grad(), saved_tensors_hooks(pack, caught.__getitem__):
+                with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
                     self.coupling.forward(a.detach().requires_grad_(self.a_needs_grad), again, f)
         finally:
-            tensors: list[Tensor | None] = [*caught]
+            tensors = [*caught]
             caught.clear()  # the second graph refers to this list
             while undo:
                 undo.pop()()
         if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
             self._complain(tensors)
-        self.caught = tensors
+        self.caught = tensors  # type: ignore[assignment]
         return a
 
     def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
@@ -125,7 +133,7 @@ class Frame:
     def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
         undo = self.tape.settings.lend(parts(self.step.module)) if self.tape.settings_changed else []
         if self.buffers:
-            undo += self.buffers.lend()
+            undo.append(self.buffers.lend())
         if self.random:
             undo.append(self.random.lend(b))
         return undo
@@ -143,6 +151,7 @@ class Frame:
                 return self.running[number]
             caught = self.tape.rewind(self)
             tensor = caught[number]
+        assert tensor is not None
         if not self.tape.keep:
             caught[number] = None
         return tensor
@@ -194,7 +203,7 @@ class Tape:
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
-        self.output: tuple[tuple[Tensor, int], ...] = ()  # what the anchor saves, until its backward
+        self.output: list[tuple[Tensor, int]] = []  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
         self.environment: Environment  # this and the next by `Recording`
         self.settings: Settings
@@ -202,7 +211,7 @@ class Tape:
 
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Pass what came out through the anchor; `read` must give the last streams from it."""
-        self.output = tuple((t.detach(), t._version) for t in tensors)
+        self.output = [(t.detach(), t._version) for t in tensors]
         return Anchor.apply(self, *tensors)
 
     def start(self, tensors: tuple[Tensor, ...]) -> None:
@@ -235,6 +244,7 @@ class Tape:
         if self.surprise:
             self._find_draws(*self.surprise)
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
+            assert self.streams is not None
             (a, b), self.streams = self.streams, None
             frame.replay(b, (a, b), a)
             self.streams = a, b
@@ -355,7 +365,7 @@ class Anchor(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.tape.start(ctx.saved_tensors)
-        ctx.tape.output = ()
+        ctx.tape.output = []
         return None, *grads
 
 
