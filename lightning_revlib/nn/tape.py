@@ -13,6 +13,7 @@
    catching the tensors it saves, in the same order; find the other stream by the coupling's
    inverse. One evaluation serves inversion and gradient: 4/3 of the plain FLOPs in all.
 5. A caught tensor is given away when it is asked for: memory falls as the block's backward proceeds.
+   What a norm has put out is not even caught, if it is large, but computed again when it is asked for: `Norms`.
    Under `create_graph` all are kept, as the second graph keeps them anyway.
 6. A backward that does not come through the anchor, such as that of a loss which a block has
    returned besides its branch, finds no streams, and fetches what the anchor has saved by itself.
@@ -39,6 +40,7 @@ from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class Frame:
     """One step of one forward, and what it takes to run it again."""
 
     __slots__ = ("a_needs_grad", "above", "again", "b_needs_grad", "buffers", "calls_autograd", "caught", "changed",
-                 "coupling", "index", "random", "running", "saved", "saved_by_block", "step", "stride", "tape",
+                 "coupling", "index", "norms", "random", "running", "saved", "saved_by_block", "step", "stride", "tape",
                  "versions")  # fmt: skip
 
     a_needs_grad: bool
@@ -76,6 +78,7 @@ class Frame:
         self.changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
         self.running: list[Tensor] = []  # what is saved until the step ends, for a block that calls autograd itself
         self.versions: list[int] = []  # theirs, when they were saved
+        self.norms: Norms | None = None  # those of the second run, if its tensors are large
         self.caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
@@ -84,7 +87,11 @@ class Frame:
         caught: list[Tensor] = []
         pack: Any = partial(_append, caught) if self.calls_autograd else caught.append
         unpack = caught.__getitem__
-        undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else None
+        undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
+        norms = None
+        if b.nbytes >= Norms.SMALLEST and not (tape.keep or tape.settings_changed or tape.compiler):
+            norms = Norms(step.module)
+            undo.append(norms.watch())
         try:
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
             again = b.detach()
@@ -110,7 +117,9 @@ class Frame:
                 undo.pop()()
         if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
             self._complain(tensors)
-        self.caught = tensors  # type: ignore[assignment]
+        self.caught, self.norms = tensors, norms  # type: ignore[assignment]
+        if norms and not self.calls_autograd:
+            norms.forget(self.caught)  # type: ignore[arg-type]
         return a
 
     def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
@@ -146,15 +155,20 @@ class Frame:
     def _unpack(self, number: int) -> Tensor:
         caught = self.caught
         if caught is None or (tensor := caught[number]) is None:
-            if self.running:
-                self.calls_autograd = True
-                return self.running[number]
-            caught = self.tape.rewind(self)
-            tensor = caught[number]
-        assert tensor is not None
+            return self._find(number)
         if not self.tape.keep:
             caught[number] = None
         return tensor
+
+    def _find(self, number: int) -> Tensor:
+        """What autograd asks for where nothing is caught, or no more."""
+        if self.running:
+            self.calls_autograd = True
+            return self.running[number]
+        if self.norms and (tensor := self.norms.again(number)) is not None:
+            return tensor
+        self.tape.rewind(self)
+        return self._unpack(number)
 
     def _complain(self, again: list[Tensor]) -> None:
         if self.changed is not None:
@@ -221,8 +235,8 @@ class Tape:
         self.settings_changed = self.settings.changed()
         self.unusual = self.surprise is not None or self.environment.changed()
 
-    def rewind(self, frame: Frame) -> list[Tensor | None]:
-        """Undo steps down to the frame's; what autograd has saved in it."""
+    def rewind(self, frame: Frame) -> None:
+        """Undo steps down to the frame's, which then has caught what autograd asks for."""
         compiler = set_eval_frame(None)
         try:
             with self.lock:
@@ -234,8 +248,6 @@ class Tape:
                 else:
                     with torch.no_grad(), self.environment.again():
                         self._rewind(frame)
-                assert frame.caught is not None
-                return frame.caught
         finally:
             if compiler is not None:
                 set_eval_frame(compiler)
@@ -258,7 +270,7 @@ class Tape:
         a = frame.replay(b, out)
         self.streams, self.position = (a, b), frame.index
         if frame.above is not None and not self.keep:
-            frame.above.caught = None  # what is left was saved for an output that nobody uses
+            frame.above.caught = frame.above.norms = None  # what is left was saved for an output that nobody uses
         if not frame.index:
             self.arrived(a, b)
 

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lightning_revlib as revlib
+from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.norms import Norms
+
+WIDTH = 8
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Norms, "SMALLEST", 0)
+
+
+class Block(nn.Module):
+    """Reads a normalised input in one of many ways."""
+
+    def __init__(self, norm: nn.Module, use: str) -> None:
+        super().__init__()
+        self.norm, self.use = norm, use
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.inner = revlib.ReversibleSequential(*[pre_norm(WIDTH // 2) for _ in range(2)], split_dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use == "checkpoint":
+            return checkpoint(lambda x: self.q(self.norm(x)), x, use_reentrant=False)
+        y = self.norm(x)
+        if self.use == "shared":
+            return self.q(y) * torch.tanh(self.k(y)) + self.v(y)
+        if self.use == "in place":
+            return self.q(y.mul_(2))
+        if self.use == "saved, then changed":
+            z = y + 0
+            return self.q(y) + z.sin_()
+        if self.use == "twice":
+            return self.q(self.norm(self.k(y)))
+        if self.use == "returned":
+            return y
+        if self.use == "transposed":
+            return self.q(y.transpose(0, 1).contiguous().transpose(0, 1)) + y.transpose(0, 1).sin().transpose(0, 1)
+        if self.use == "stack":
+            return self.inner(y)
+        if self.use == "autograd":
+            y = self.q(y).square()
+            (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            return g
+        if self.use == "dropout":
+            return self.q(nn.functional.dropout(y))
+        return self.q(y)
+
+
+def pre_norm(width: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "LayerNorm": lambda: nn.LayerNorm(WIDTH),
+    "without parameters": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
+    "without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
+    "RMSNorm": lambda: nn.RMSNorm(WIDTH),
+    "GroupNorm": lambda: nn.Sequential(nn.Flatten(0, 1), nn.GroupNorm(2, WIDTH), nn.Unflatten(0, (3, 5))),
+    "frozen": lambda: nn.LayerNorm(WIDTH).requires_grad_(False),
+}
+USES = ["plain", "shared", "in place", "saved, then changed", "twice", "returned", "transposed", "stack", "checkpoint",
+        "autograd", "dropout"]  # fmt: skip
+
+
+def gradients(stack: nn.Module, x: Tensor, backwards: int = 1) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    loss = stack(x).square().sum()
+    for _ in range(backwards):
+        loss.backward(retain_graph=True)
+    return [x.grad, *[p.grad for p in stack.parameters() if p.grad is not None]]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_are_those_of_autograd(norm: str, use: str) -> None:
+    torch.manual_seed(0)
+    blocks = [Block(NORMS[norm](), use).double() for _ in range(3)]
+    x = torch.randn(3, 5, 2 * WIDTH, dtype=torch.float64)
+    expected = gradients(revlib.CoupledSequential(*copy.deepcopy(blocks), split_dim=-1), x, 2)
+    found = gradients(revlib.ReversibleSequential(*blocks, split_dim=-1), x, 2)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert not any("forward" in m.__dict__ for block in blocks for m in block.modules())
+
+
+def test_the_peak_lacks_the_normalised_input() -> None:
+    blocks = [pre_norm(32) for _ in range(4)]
+    x = torch.randn(512, 64, requires_grad=True)
+    stack = revlib.ReversibleSequential(*blocks)
+
+    def peak() -> float:
+        stack(x).sum().backward()
+        with MemoryMeter() as meter:
+            y = stack(x)
+            g = torch.ones_like(y)
+            meter.reset_peak()
+            y.backward(g)
+        return meter.peak / y.nbytes * 2
+
+    least = peak()
+    Norms.SMALLEST = 1 << 40
+    assert 0.95 < peak() - least < 1.05  # halves of the output
+
+
+def test_second_derivatives_and_hooks_of_norms() -> None:
+    torch.manual_seed(0)
+    blocks = [pre_norm(WIDTH).double() for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks)
+    x = torch.randn(4, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(stack, x)
+    calls = []
+    blocks[0][0].register_forward_hook(lambda *args: calls.append(1))  # type: ignore[index]
+    stack(x).sum().backward()
+    assert len(calls) == 2
+
+
+def test_an_error_leaves_the_norms_as_they_were() -> None:
+    class Fails(nn.Module):
+        runs = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            if self.runs == 3:
+                raise ValueError("third run")
+            return x
+
+    block = nn.Sequential(nn.LayerNorm(WIDTH), Fails(), nn.Linear(WIDTH, WIDTH))
+    loss = revlib.ReversibleSequential(block, block)(torch.randn(2, 2 * WIDTH)).sum()
+    with pytest.raises(ValueError, match="third run"):
+        loss.backward()
+    assert "forward" not in block[0].__dict__
+
+
+def test_parameters_lent_for_the_forward() -> None:
+    torch.manual_seed(0)
+    stack = revlib.ReversibleSequential(*[pre_norm(WIDTH).double() for _ in range(2)])
+    plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
+    x = torch.randn(4, 2 * WIDTH, dtype=torch.float64)
+    lent = {name: torch.randn_like(p) for name, p in stack.named_parameters()}
+    results = []
+    for model in (plain, stack):
+        mine = {name: p.clone().requires_grad_() for name, p in lent.items()}
+        torch.func.functional_call(model, mine, x).square().sum().backward()
+        results.append([p.grad for p in mine.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
