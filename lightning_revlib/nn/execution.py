@@ -84,7 +84,8 @@ class Execution:
             and all(c.invertible(stack.training) for c in stack.couplings)
         )
         self.index = 0
-        self.lent = False  # whether the streams are views of an input that its owner holds
+        self.views = False  # whether the streams are views of the stack's input
+        self.lent = False  # whether its owner holds that
         self.planned: Sequence[Treatment] | None = None  # else each step says its own
         self.recording: Recording | None = None
         self.rebuilt: dict[Sentinel, Tensor] = {}
@@ -108,8 +109,8 @@ class Execution:
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is not None:
                 return self.recording.step(step, a, b)
-            if self.lent:
-                a, b = dense_streams(a, b)
+            if self.views:
+                b = dense(b)  # what a block sees; a view of the other stream will do, until it is replaced
             if a.is_inference():  # it would not count its changes
                 a, b = a.clone(), b.clone()
             arrived: Any = _ignore
@@ -117,9 +118,11 @@ class Execution:
                 arrived = partial(self.stack._arrived, Sentinel(a.detach(), b.detach()), self.rebuilt)
             tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
             self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
-            self.lent = False
+            self.views = False
             return self.recording.step(step, a, b)
-        self.lent = False
+        if self.views and not self.lent:
+            a, b = dense_streams(a, b)
+        self.views = False
         a, b = self.close(a, b)
         contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
@@ -151,7 +154,7 @@ class Execution:
     def _alone(self, step: Step, treatment: Treatment, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         """The step as in a stack that has it alone, or with steps behind it."""
         execution = Execution(self.stack, None, 1, watched=False)
-        execution.lent = self.lent
+        execution.views, execution.lent = self.views, self.lent
         try:
             a, b = execution._step(step, treatment, a, b)
             if last and self.stack.split_dim is not None:

@@ -335,10 +335,10 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 step.extra = None  # it refers to the graph, which refers to the step
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
-        lent = x.is_leaf and self.grid_bits is None  # of what its owner holds, views will do, where nothing is undone
-        a, b = self._split(x, copy=not lent)
+        views = self.grid_bits is None and self.split_dim is not None
+        a, b = self._split(x, copy=not views)
         execution = Execution(self, compiler, len(steps))
-        execution.lent = lent and self.split_dim is not None
+        execution.views, execution.lent = views, x.is_leaf
         for step in steps:
             a, b = execution.step(step, a, b)
         if self.split_dim is None:
