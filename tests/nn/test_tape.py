@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.replay import Settings
-from lightning_revlib.nn.tape import Frame, Tape
+from lightning_revlib.nn.tape import Tape
 
 
 def mlp(width: int) -> nn.Module:

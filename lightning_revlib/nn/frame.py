@@ -1,0 +1,173 @@
+"""One step of one forward on the tape: what autograd saves in it, and how it is run again. See `tape` for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.norms import Norms
+from lightning_revlib.nn.replay import Buffers, RandomState, parts
+
+if TYPE_CHECKING:
+    from lightning_revlib.nn.step import Step
+    from lightning_revlib.nn.tape import Tape
+
+# What `saved_tensors_hooks` and `torch.enable_grad` do, without an object and calls for each: six microseconds a step.
+catch = torch._C._autograd._push_saved_tensors_default_hooks
+release = torch._C._autograd._pop_saved_tensors_default_hooks
+set_grad_enabled = torch._C._set_grad_enabled
+
+NBYTES = attrgetter("nbytes")
+
+
+class Frame:
+    """One step of one forward, and what it takes to run it again."""
+
+    __slots__ = ("a_needs_grad", "above", "again", "b_needs_grad", "buffers", "calls_autograd", "caught", "changed",
+                 "coupling", "index", "norms", "random", "running", "saved", "saved_by_block", "step", "stride", "tape",
+                 "versions")  # fmt: skip
+
+    a_needs_grad: bool
+    b_needs_grad: bool
+    coupling: Coupling  # bound to this step
+    saved: list[int]  # the bytes of each tensor that autograd wanted to save
+    saved_by_block: int  # how many of them; the coupling saved the others
+
+    def __init__(self, tape: Tape, index: int, step: Step, b: Tensor) -> None:
+        self.tape, self.index, self.step, self.stride = tape, index, step, b.stride()
+        self.above: Frame | None = None
+        self.random: RandomState | None = None  # set if the step draws
+        self.buffers: Buffers | None = None  # set if it has any
+        self.again: Any = None  # the second run's context
+        self.calls_autograd = False  # the block does, itself
+        self.changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
+        self.running: list[Tensor] = []  # what is saved until the step ends, for a block that calls autograd itself
+        self.versions: list[int] = []  # theirs, when they were saved
+        self.norms: Norms | None = None  # those of the second run, if its tensors are large
+        self.caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
+
+    def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
+        """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
+        step, tape = self.step, self.tape
+        caught: list[Tensor] = []
+        pack: Any = partial(_append, caught) if self.calls_autograd else caught.append
+        unpack = caught.__getitem__
+        undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
+        norms = None
+        if b.nbytes >= Norms.SMALLEST and not (tape.keep or tape.settings_changed or tape.compiler):
+            norms = Norms(step.module)
+            undo.append(norms.watch())
+        try:
+            # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
+            again = b.detach()
+            if again.stride() != self.stride:
+                again = again.new_empty_strided(b.shape, self.stride).copy_(b)
+            again.requires_grad_(self.b_needs_grad)
+            catch(pack, unpack)
+            set_grad_enabled(True)
+            try:
+                f, _ = self._branch(again, self.again) if self.again else step.branch(again, tape.compiler)
+            finally:
+                set_grad_enabled(False)
+                release()
+            if a is None:
+                a = self.coupling.inverse(*out, b, None if f is None else f.detach())  # type: ignore[arg-type]
+            if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
+                with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+                    self.coupling.forward(a.detach().requires_grad_(self.a_needs_grad), again, f)
+        finally:
+            tensors = [*caught]
+            caught.clear()  # the second graph refers to this list
+            while undo:
+                undo.pop()()
+        if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
+            self._complain(tensors)
+        self.caught, self.norms = tensors, norms  # type: ignore[assignment]
+        if norms and not self.calls_autograd:
+            norms.forget(self.caught)  # type: ignore[arg-type]
+        return a
+
+    def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
+        with context:
+            return self.step.branch(b, self.tape.compiler)
+
+    def repeat(self, a: Tensor, b: Tensor) -> Streams:
+        """The step's forward again, without graph or trace, to learn whether it draws."""
+        random, undo = RandomState(b), self._lend(b)
+        try:
+            f, _ = self.step.branch(b, self.tape.compiler)
+            self.step.bind(a, b)  # it may draw, too
+            streams = self.coupling.forward(a, b, f)
+        finally:
+            while undo:
+                undo.pop()()
+        self.random = None if RandomState(b).same(random) else random
+        return streams
+
+    def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
+        undo = self.tape.settings.lend(parts(self.step.module)) if self.tape.settings_changed else []
+        if self.buffers:
+            undo.append(self.buffers.lend())
+        if self.random:
+            undo.append(self.random.lend(b))
+        return undo
+
+    def _pack(self, tensor: Tensor) -> int:
+        self.running.append(tensor)
+        self.versions.append(tensor._version)
+        return len(self.versions) - 1
+
+    def _unpack(self, number: int) -> Tensor:
+        caught = self.caught
+        if caught is None or (tensor := caught[number]) is None:
+            return self._find(number)
+        if not self.tape.keep:
+            caught[number] = None
+        return tensor
+
+    def _find(self, number: int) -> Tensor:
+        """What autograd asks for where nothing is caught, or no more."""
+        if self.running:
+            self.calls_autograd = True
+            return self.running[number]
+        if self.norms and (tensor := self.norms.again(number)) is not None:
+            return tensor
+        self.tape.rewind(self)
+        return self._unpack(number)
+
+    def _complain(self, again: list[Tensor]) -> None:
+        if self.changed is not None:
+            raise RuntimeError(
+                f"{self.step.name}: a tensor of shape {list(self.changed)} needed for its gradient has been modified by"
+                " an inplace operation inside the block; use the operation that is not in-place"
+            )
+        pairs = enumerate(zip(self.saved, again))  # noqa: B905
+        lines = [
+            f"{self.step.name} computes something else in backward than it did in forward: it saved"
+            f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
+            *[f"  {i}: saved {x:,} bytes, recomputed {_show(t)}" for i, (x, t) in pairs if x != t.nbytes][:3],
+            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
+        ]
+        raise RuntimeError("\n".join(lines))
+
+
+def _show(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}, {tensor.nbytes:,}"
+
+
+def _append(tensors: list[Tensor], tensor: Tensor) -> int:
+    tensors.append(tensor)
+    return len(tensors) - 1
+
+
+# Autograd calls these while a compiled block runs: they are not to be compiled themselves.
+for function in (Frame._pack, Frame._unpack, _append):
+    skip_code(function.__code__)
