@@ -88,6 +88,7 @@ class Execution:
         self.lent = False  # whether its owner holds that
         self.planned: Sequence[Treatment] | None = None  # else each step says its own
         self.recording: Recording | None = None
+        self.undoes = False  # whether there has been a recording
         self.rebuilt: dict[Sentinel, Tensor] = {}
         self.drew = False
         self.measuring: Measuring | None = None  # if a memory plan needs figures first
@@ -118,7 +119,7 @@ class Execution:
                 arrived = partial(self.stack._arrived, Sentinel(a.detach(), b.detach()), self.rebuilt)
             tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
             self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
-            self.views = False
+            self.views, self.undoes = False, True
             return self.recording.step(step, a, b)
         if self.views and not self.lent:
             a, b = dense_streams(a, b)
@@ -166,6 +167,8 @@ class Execution:
 
     def end_plan(self, y: Tensor) -> None:
         """Behind the last step: make the plan, if its figures were measured."""
+        if not self.undoes:
+            self.stack._rebuilt = None  # backward will rebuild nothing
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 

@@ -175,6 +175,15 @@ def _wrong(out: Tensor, f: Tensor) -> Tensor:
     return out - 0.9 * f
 
 
+def test_no_drift_where_nothing_is_rebuilt() -> None:
+    x = torch.randn(4, 16)
+    stack = revlib.ReversibleSequential(*[nn.Linear(8, 8) for _ in range(3)], memory_budget="1GiB")
+    stack(x).sum().backward()
+    assert stack.drift is not None  # the first step measures, and undoes all
+    stack(x).sum().backward()
+    assert "3 store" in str(stack.plan) and stack.drift is None
+
+
 @pytest.mark.parametrize("on_drift", ["ignore", "warn", "raise"])
 def test_on_drift(on_drift: Any) -> None:
     options = {"coupling_forward": torch.add, "coupling_inverse": _wrong, "on_drift": on_drift}
