@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.couplings import Invertible
+from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.options import OnDrift, Treatment
@@ -110,8 +110,8 @@ class Execution:
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is not None:
                 return self.recording.step(step, a, b)
-            if self.views:
-                b = dense(b)  # what a block sees; a view of the other stream will do, until it is replaced
+            if self.views:  # of the stream that the block does not see one will do, if the coupling only reads it
+                a, b = a if type(step.coupling) is Additive else dense(a), dense(b)
             if a.is_inference():  # it would not count its changes
                 a, b = a.clone(), b.clone()
             arrived: Any = _ignore

@@ -26,7 +26,7 @@ class _Place:
     """Where a tensor is, without keeping it alive, and how often it had been changed."""
 
     def __init__(self, t: Tensor) -> None:
-        self.pointer, self.version, self.nbytes = t.data_ptr(), t._version, t.nbytes
+        self.pointer, self.version, self.nbytes, self.dtype = t.data_ptr(), t._version, t.nbytes, t.dtype
         self.storage, self.dense = weakref.ref(t.untyped_storage()), t.is_contiguous()
 
     def holds(self, t: Tensor) -> bool:
@@ -35,6 +35,7 @@ class _Place:
             self.pointer == t.data_ptr()
             and self.nbytes == t.nbytes
             and self.version == t._version
+            and self.dtype is t.dtype
             and self.storage() is t.untyped_storage()
             and self.dense
             and t.is_contiguous()
@@ -48,7 +49,7 @@ class Norms:
 
     def __init__(self, block: nn.Module) -> None:
         self.modules = [m for m in _parts(block) if type(m) in FUNCTIONS and "forward" not in m.__dict__]
-        self._runs: list[tuple[nn.Module, torch.Size, _Place, _Place]] = []
+        self._runs: list[tuple[_Output, _Place, _Place]] = []
         self._forgotten: dict[int, tuple[_Output, torch.Size]] = {}
 
     def watch(self) -> Callable[[], None]:
@@ -61,23 +62,33 @@ class Norms:
         for m in self.modules:
             m.__dict__.pop("forward", None)
 
-    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
-        y = type(module).forward(module, x)
-        if type(x) is type(y) is Tensor and y.nbytes >= self.SMALLEST and not torch.is_autocast_enabled(x.device.type):
-            self._runs.append((module, x.shape, _Place(x), _Place(y)))
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        y = type(module).forward(module, *args, **kwargs)
+        if len(args) == 1 and not kwargs and self._is_usual(args[0], y):
+            parameters = [getattr(module, name, None) for name in ("weight", "bias")]
+            if all(p is None or (type(p) in (Tensor, nn.Parameter) and not p.is_inference()) for p in parameters):
+                self._runs.append((_Output(module, args[0], parameters), _Place(args[0]), _Place(y)))
         return y
+
+    def _is_usual(self, x: Any, y: Any) -> bool:
+        return (
+            type(x) is type(y) is Tensor
+            and torch.is_grad_enabled()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not (x.is_inference() or y.is_inference() or torch.is_autocast_enabled(x.device.type))
+            and y.nbytes >= self.SMALLEST
+        )
 
     def forget(self, saved: list[Tensor | None]) -> None:
         """Put None in the place of norms' outputs among the saved tensors, where their inputs are there, too."""
-        for module, shape, x, y in self._runs:
+        for output, x, y in self._runs:
             source = next((t for t in saved if t is not None and x.holds(t)), None)
-            parameters = [module._parameters.get(name) for name in ("weight", "bias")]
-            if source is None or not all(map(_is_there, parameters)):
+            if source is None or not output.can_be_computed():
                 continue
-            output = _Output(module, source.view(shape), [p if p is None else p.detach() for p in parameters])
             for number, t in enumerate(saved):
                 if t is not None and y.holds(t):
                     saved[number], self._forgotten[number] = None, (output, t.shape)
+                    output.x = source.view(output.shape)
                     output.uses += 1
         self._runs = []
 
@@ -93,15 +104,32 @@ class _Output:
     """A norm's output, which is computed when it is first asked for, and kept while others will ask for it."""
 
     def __init__(self, module: nn.Module, x: Tensor, parameters: Sequence[Tensor | None]) -> None:
-        self.compute = partial(FUNCTIONS[type(module)], module, x, *parameters)
+        self.module, self.shape = module, x.shape
+        self.parameters = [p if p is None else p.detach() for p in parameters]
+        self.versions = self._versions()
+        self.x: Tensor
         self.uses = 0
         self.value: Tensor | None = None
 
+    def can_be_computed(self) -> bool:
+        """FSDP takes a parameter's memory away when its module has run."""
+        there = all(p is None or p.untyped_storage().nbytes() >= p.nbytes for p in self.parameters)
+        return there and self._versions() == self.versions
+
     def again(self) -> Tensor:
         self.uses -= 1
-        value = self.compute() if self.value is None else self.value
+        value = self._compute() if self.value is None else self.value
         self.value = value if self.uses else None
         return value
+
+    def _compute(self) -> Tensor:
+        if self._versions() != self.versions:
+            raise RuntimeError(f"a parameter of {self.module} has been modified in place while backward needs it")
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            return FUNCTIONS[type(self.module)](self.module, self.x, *self.parameters)
+
+    def _versions(self) -> list[int]:
+        return [0 if p is None else p._version for p in self.parameters]
 
 
 def _parts(block: nn.Module) -> Iterator[nn.Module]:
@@ -111,10 +139,3 @@ def _parts(block: nn.Module) -> Iterator[nn.Module]:
         for m in block._modules.values():
             if m is not None:
                 yield from _parts(m)
-
-
-def _is_there(parameter: Tensor | None) -> bool:
-    """FSDP takes a parameter's memory away when its module has run."""
-    return parameter is None or (
-        type(parameter) in (Tensor, nn.Parameter) and parameter.untyped_storage().nbytes() >= parameter.nbytes
-    )

@@ -52,6 +52,20 @@ class Block(nn.Module):
             y = self.q(y).square()
             (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
             return g
+        if self.use == "by name":
+            return self.q(self.norm(input=x))
+        if self.use == "weight of the call":
+            weight = self.k(x.mean((0, 1)))
+            return self.q(torch.func.functional_call(self.norm, {"weight": weight}, (x,)))
+        if self.use == "complex":
+            z = torch.view_as_complex(y.view(*y.shape[:-1], WIDTH // 2, 2))
+            return self.q(y) + torch.view_as_real(z * torch.polar(self.q.bias[:4].abs(), self.k.bias[:4])).flatten(-2)
+        if self.use == "inference":
+            with torch.inference_mode():
+                z = self.norm(x.detach())
+            return self.q(z.clone()) + self.k(y)
+        if self.use == "vmap":
+            return torch.vmap(lambda x: self.q(self.norm(x)))(x)
         if self.use == "dropout":
             return self.q(nn.functional.dropout(y))
         return self.q(y)
@@ -61,16 +75,23 @@ def pre_norm(width: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
+def with_buffer(norm: nn.Module) -> nn.Module:
+    del norm.weight
+    norm.register_buffer("weight", torch.randn(WIDTH))
+    return norm
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(WIDTH),
     "without parameters": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
     "without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
     "RMSNorm": lambda: nn.RMSNorm(WIDTH),
     "GroupNorm": lambda: nn.Sequential(nn.Flatten(0, 1), nn.GroupNorm(2, WIDTH), nn.Unflatten(0, (3, 5))),
+    "buffer": lambda: with_buffer(nn.LayerNorm(WIDTH)),
     "frozen": lambda: nn.LayerNorm(WIDTH).requires_grad_(False),
 }
 USES = ["plain", "shared", "in place", "saved, then changed", "twice", "returned", "transposed", "stack", "checkpoint",
-        "autograd", "dropout"]  # fmt: skip
+        "autograd", "dropout", "inference", "complex"]  # fmt: skip
 
 
 def gradients(stack: nn.Module, x: Tensor, backwards: int = 1) -> list[Tensor]:
@@ -82,8 +103,11 @@ def gradients(stack: nn.Module, x: Tensor, backwards: int = 1) -> list[Tensor]:
     return [x.grad, *[p.grad for p in stack.parameters() if p.grad is not None]]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("norm", "use"),
+    [(norm, use) for norm in NORMS for use in USES]
+    + [("LayerNorm", use) for use in ("by name", "weight of the call", "vmap")],
+)
 def test_gradients_are_those_of_autograd(norm: str, use: str) -> None:
     torch.manual_seed(0)
     blocks = [Block(NORMS[norm](), use).double() for _ in range(3)]
@@ -112,6 +136,25 @@ def test_the_peak_lacks_the_normalised_input() -> None:
     least = peak()
     Norms.SMALLEST = 1 << 40
     assert 0.95 < peak() - least < 1.05  # halves of the output
+
+
+def test_a_norm_that_is_changed_before_it_is_needed_again() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.q, self.k = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.q(x).tanh(), self.k(self.norm(x)).square().mean()
+
+    block = Branches()
+    x = torch.randn(4, 2 * WIDTH, requires_grad=True)
+    y, extras = revlib.ReversibleSequential(block)(x)
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.no_grad():
+        block.norm.weight.mul_(2)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="modified in place"):
+        extras[0][0].backward()
 
 
 def test_second_derivatives_and_hooks_of_norms() -> None:
