@@ -243,15 +243,11 @@ class CoupledSequential(nn.Sequential):
                 continue
             if layerwise is not None:
                 call = _call_of(index, args, kwargs, layerwise)
-            if hasattr(type(module), "inverse") and _is_invertible(module):
+            if _is_invertible(module):
                 steps.append(Step(self, name, module, Invertible(module), dtype, call, self.treatments[index]))
-            elif not self.branches:
-                coupling = self.couplings[blocks % len(self.couplings)]
-                steps.append(self._step(self, name, module, coupling, dtype, call, self.treatments[index]))
-                blocks += 1
             else:
                 steps += self._steps_of(index, blocks, name, module, dtype, call)
-                blocks += len(self.branches)
+                blocks += len(self.branches) or 1
         return steps
 
     def _steps_of(

@@ -175,6 +175,14 @@ def _wrong(out: Tensor, f: Tensor) -> Tensor:
     return out - 0.9 * f
 
 
+def test_a_coupling_that_works_in_place_leaves_the_input_alone() -> None:
+    pair = {"coupling_forward": lambda a, f: a.add_(f), "coupling_inverse": torch.sub}
+    x = torch.randn(4, 16)
+    before = x.clone()
+    revlib.ReversibleSequential(nn.Linear(8, 8), nn.Linear(8, 8), **pair)(x).sum().backward()  # type: ignore[arg-type]
+    assert torch.equal(x, before)
+
+
 def test_no_drift_where_nothing_is_rebuilt() -> None:
     x = torch.randn(4, 16)
     stack = revlib.ReversibleSequential(*[nn.Linear(8, 8) for _ in range(3)], memory_budget="1GiB")
