@@ -243,11 +243,15 @@ class CoupledSequential(nn.Sequential):
                 continue
             if layerwise is not None:
                 call = _call_of(index, args, kwargs, layerwise)
-            if _is_invertible(module):
+            if hasattr(type(module), "inverse") and _is_invertible(module):
                 steps.append(Step(self, name, module, Invertible(module), dtype, call, self.treatments[index]))
+            elif not self.branches:  # as `_steps_of` would, without a call and a list for each block of each forward
+                coupling = self.couplings[blocks % len(self.couplings)]
+                steps.append(self._step(self, name, module, coupling, dtype, call, self.treatments[index]))
+                blocks += 1
             else:
                 steps += self._steps_of(index, blocks, name, module, dtype, call)
-                blocks += len(self.branches) or 1
+                blocks += len(self.branches)
         return steps
 
     def _steps_of(
