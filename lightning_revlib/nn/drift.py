@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,13 +24,9 @@ class Sentinel:
         self.sample = self.take(a, b)
 
     @staticmethod
-    def take(*streams: Tensor) -> Tensor:
-        places = _places(streams[0])
-        if all(map(Tensor.is_contiguous, streams)):
-            size, stride = (len(places),), (places.step,)
-            return torch.cat([s.as_strided(size, stride, s.storage_offset()) for s in streams])
-        index = torch.arange(places.start, places.stop, places.step, device=streams[0].device)
-        return torch.cat([stream.take(index) for stream in streams])
+    def take(a: Tensor, b: Tensor) -> Tensor:
+        size, steps = _places(a.shape)
+        return torch.cat([_every(a, size, steps), _every(b, size, steps)])
 
     def error(self, taken: Tensor) -> Tensor:
         norm = self.sample.norm().clamp_min(torch.finfo(self.sample.dtype).tiny)
@@ -37,13 +34,25 @@ class Sentinel:
 
     @staticmethod
     def bytes(stream: Tensor) -> int:
-        """What it takes at most, for streams like this one: its sample, another, their difference, and indices."""
-        return len(_places(stream)) * (6 * stream.element_size() + 8) + 64
+        """What it takes at most, for streams like this one: its sample, another, and their difference."""
+        return 6 * math.prod(_places(stream.shape)[0]) * stream.element_size() + 64
 
 
-def _places(stream: Tensor) -> range:
-    count = stream.numel()
-    return range(0, count, max(1, count // max(8, min(SAMPLE, count // 512))) | 1)  # odd: not one column for ever
+def _every(stream: Tensor, size: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
+    """A view of every n-th element along each dimension, in however memory is laid out."""
+    strides = [step * stride for step, stride in zip(steps, stream.stride(), strict=True)]
+    return stream.as_strided(size, strides, stream.storage_offset())
+
+
+@lru_cache(maxsize=256)
+def _places(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many elements to take along each dimension, and how far they are apart: a grid, as even as it goes."""
+    left = max(8, min(SAMPLE, shape.numel() // 512))
+    size = list(shape)
+    for done, dim in enumerate(sorted(range(len(shape)), key=shape.__getitem__)):  # longer ones get what is left
+        size[dim] = min(size[dim], max(1, int(left ** (1 / (len(shape) - done)) + 1e-9)))
+        left //= max(1, size[dim])
+    return tuple(size), tuple(n // max(1, k) for n, k in zip(shape, size, strict=True))
 
 
 def expected_drift(coupling: Coupling, depth: int, dtype: torch.dtype) -> float:

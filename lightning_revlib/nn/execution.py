@@ -114,11 +114,10 @@ class Execution:
                 a, b = a if type(step.coupling) is Additive else dense(a), dense(b)
             if a.is_inference():  # it would not count its changes
                 a, b = a.clone(), b.clone()
-            arrived: Any = _ignore
-            if self.watched:
-                arrived = partial(self.stack._arrived, Sentinel(a.detach(), b.detach()), self.rebuilt)
-            tape = Tape(_pair, arrived, self.compiler, self.stack.context_fn)
+            tape = Tape(_pair, _ignore, self.compiler, self.stack.context_fn)
             self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
+            if self.watched:
+                tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
             self.views, self.undoes = False, True
             return self.recording.step(step, a, b)
         if self.views and not self.lent:

@@ -31,28 +31,24 @@ NBYTES = attrgetter("nbytes")
 class Frame:
     """One step of one forward, and what it takes to run it again."""
 
-    __slots__ = ("a_needs_grad", "above", "again", "b_needs_grad", "buffers", "calls_autograd", "caught", "changed",
-                 "coupling", "index", "norms", "random", "running", "saved", "saved_by_block", "step", "stride", "tape",
-                 "versions")  # fmt: skip
-
-    a_needs_grad: bool
-    b_needs_grad: bool
+    # Class attributes are what most frames have: they are not set in each.
+    above: Frame | None = None
+    random: RandomState | None = None  # set if the step draws
+    buffers: Buffers | None = None  # set if it changes any
+    again: Any = None  # the second run's context
+    calls_autograd = False  # the block does, itself
+    changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
+    norms: Norms | None = None  # those of the second run, if its tensors are large
+    caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
     coupling: Coupling  # bound to this step
     saved: list[int]  # the bytes of each tensor that autograd wanted to save
     saved_by_block: int  # how many of them; the coupling saved the others
 
-    def __init__(self, tape: Tape, index: int, step: Step, b: Tensor) -> None:
+    def __init__(self, tape: Tape, index: int, step: Step, a: Tensor, b: Tensor) -> None:
         self.tape, self.index, self.step, self.stride = tape, index, step, b.stride()
-        self.above: Frame | None = None
-        self.random: RandomState | None = None  # set if the step draws
-        self.buffers: Buffers | None = None  # set if it has any
-        self.again: Any = None  # the second run's context
-        self.calls_autograd = False  # the block does, itself
-        self.changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
+        self.a_needs_grad, self.b_needs_grad = a.requires_grad, b.requires_grad
         self.running: list[Tensor] = []  # what is saved until the step ends, for a block that calls autograd itself
         self.versions: list[int] = []  # theirs, when they were saved
-        self.norms: Norms | None = None  # those of the second run, if its tensors are large
-        self.caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
         """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
@@ -79,7 +75,9 @@ class Frame:
                 set_grad_enabled(False)
                 release()
             if a is None:
-                a = self.coupling.inverse(*out, b, None if f is None else f.detach())  # type: ignore[arg-type]
+                a = self.coupling.inverse(*out, b, f)
+                if a.requires_grad:  # it is f itself
+                    a = a.detach()
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
                 with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
                     self.coupling.forward(a.detach().requires_grad_(self.a_needs_grad), again, f)
@@ -115,7 +113,7 @@ class Frame:
     def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
         undo = self.tape.settings.lend(parts(self.step.module)) if self.tape.settings_changed else []
         if self.buffers:
-            undo.append(self.buffers.lend())
+            undo.append(self.buffers.lend(self.tape.scratch))
         if self.random:
             undo.append(self.random.lend(b))
         return undo

@@ -69,11 +69,13 @@ class Tape:
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
+        self.scratch: dict[Any, Tensor] = {}  # buffers that a block may write into: see `Buffers`
         self.output: list[tuple[Tensor, int]] = []  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
         self.environment: Environment  # this and the next by `Recording`
         self.settings: Settings
-        self.lock = threading.RLock()  # CUDA backward runs in threads of its own
+        # Backward of an accelerator runs in a thread of its own, beside that of the CPU's.
+        self.lock = threading.RLock() if torch.accelerator.current_accelerator() else None
 
     def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Pass what came out through the anchor; `read` must give the last streams from it."""
@@ -90,17 +92,20 @@ class Tape:
     def rewind(self, frame: Frame) -> None:
         """Undo steps down to the frame's, which then has caught what autograd asks for."""
         compiler = set_eval_frame(None)
+        if self.lock is not None:
+            self.lock.acquire()
         try:
-            with self.lock:
-                if self.streams is None or self.position < frame.index:
-                    self.start(self._output())
-                self.keep = torch.is_grad_enabled()  # create_graph
-                if self.position == frame.index + 1 and not (self.keep or self.unusual):
-                    self._undo(frame)
-                else:
-                    with torch.no_grad(), self.environment.again():
-                        self._rewind(frame)
+            if self.streams is None or self.position < frame.index:
+                self.start(self._output())
+            self.keep = torch.is_grad_enabled()  # create_graph
+            if self.position == frame.index + 1 and not (self.keep or self.unusual):
+                self._undo(frame)
+            else:
+                with torch.no_grad(), self.environment.again():
+                    self._rewind(frame)
         finally:
+            if self.lock is not None:
+                self.lock.release()
             if compiler is not None:
                 set_eval_frame(compiler)
 
@@ -173,12 +178,11 @@ class Recording:
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         tape, frames = self.tape, self.frames
-        frame = Frame(tape, len(frames), step, b)
+        frame = Frame(tape, len(frames), step, a, b)
         if frames:
             frames[-1].above = frame
         frames.append(frame)
         saved, count = frame.running, b._version
-        frame.a_needs_grad, frame.b_needs_grad = a.requires_grad, b.requires_grad
         if self.buffers and any(map(BUFFERS, modules := parts(step.module))):
             frame.buffers = Buffers(modules)
         try:

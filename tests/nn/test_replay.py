@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,3 +62,74 @@ def test_lazy_modules_materialise_in_the_stack() -> None:
     x = torch.randn(8, 8, requires_grad=True)
     stack(x).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def renorm(m: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """Reads its statistics in training, as batch renormalisation does."""
+    assert m.running_mean is not None
+    out = (x - m.running_mean) * x.std()
+    nn.BatchNorm1d.forward(m, x)
+    return out
+
+
+class Renorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return renorm(self, x)
+
+
+@pytest.mark.parametrize("execution", ["reversible", "checkpoint"])
+def test_a_batch_norm_that_reads_its_statistics_in_training_meets_them_again(execution: str) -> None:
+    blocks = [nn.Sequential(Renorm(4, momentum=0.5), nn.Linear(4, 4)).double() for _ in range(3)]
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(revlib.CoupledSequential(*copy.deepcopy(blocks))(x).square().sum(), x)[0]
+    stack = revlib.ReversibleSequential(*blocks, treatments=[execution] * 3)  # type: ignore[list-item]
+    grad = torch.autograd.grad(stack(x).square().sum(), x)[0]
+    assert torch.allclose(grad, expected, rtol=1e-12)
+
+
+def test_a_patched_batch_norm_meets_its_statistics_again() -> None:
+    stack = revlib.ReversibleSequential(*[nn.BatchNorm1d(4).double() for _ in range(3)])
+    for m in stack:
+        m.forward = partial(renorm, m)  # type: ignore[method-assign]
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(revlib.CoupledSequential(*copy.deepcopy(list(stack)))(x).square().sum(), x)[0]
+    assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-12)
+
+
+def test_a_module_that_calls_batch_norm_on_buffers_of_its_own_updates_them_once() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(x, self.mean, self.var, training=self.training)  # type: ignore[arg-type]
+
+    stack = revlib.ReversibleSequential(Own(), Own()).eval()
+    x = torch.randn(8, 8, requires_grad=True)
+    stack(x).sum().backward()
+    stack.train()
+    plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
+    for _ in range(2):
+        stack(x).sum().backward()
+        plain(x)
+    for buffer, expected in zip(stack.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+
+
+def test_statistics_lent_for_the_second_run_are_shared_by_blocks_but_not_within_one() -> None:
+    seen = []
+
+    class Watched(nn.BatchNorm1d):
+        def __getattr__(self, name: str) -> Any:
+            if name == "running_mean" and torch.is_grad_enabled():
+                seen.append(super().__getattr__(name).data_ptr())
+            return super().__getattr__(name)
+
+    stack = revlib.ReversibleSequential(*[nn.Sequential(Watched(4), Watched(4)) for _ in range(5)])
+    y = stack(torch.randn(8, 8, requires_grad=True)).sum()
+    seen.clear()
+    y.backward()
+    assert len(set(seen)) == 2
+    assert all(torch.isfinite(b).all() for b in stack.buffers())
