@@ -25,8 +25,8 @@ class Sentinel:
 
     @staticmethod
     def take(a: Tensor, b: Tensor) -> Tensor:
-        size, steps = _places(a.shape)
-        return torch.cat([_every(a, size, steps), _every(b, size, steps)])
+        views = [t.as_strided(*_places(t.shape, t.stride()), t.storage_offset()) for t in (a, b)]
+        return torch.cat(views)
 
     def error(self, taken: Tensor) -> Tensor:
         norm = self.sample.norm().clamp_min(torch.finfo(self.sample.dtype).tiny)
@@ -35,24 +35,18 @@ class Sentinel:
     @staticmethod
     def bytes(stream: Tensor) -> int:
         """What it takes at most, for streams like this one: its sample, another, and their difference."""
-        return 6 * math.prod(_places(stream.shape)[0]) * stream.element_size() + 64
-
-
-def _every(stream: Tensor, size: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
-    """A view of every n-th element along each dimension, in however memory is laid out."""
-    strides = [step * stride for step, stride in zip(steps, stream.stride(), strict=True)]
-    return stream.as_strided(size, strides, stream.storage_offset())
+        return 6 * math.prod(_places(stream.shape, stream.stride())[0]) * stream.element_size() + 64
 
 
 @lru_cache(maxsize=256)
-def _places(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How many elements to take along each dimension, and how far they are apart: a grid, as even as it goes."""
+def _places(shape: torch.Size, strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Size and strides of the view to take: every n-th element along each dimension, as evenly as it goes."""
     left = max(8, min(SAMPLE, shape.numel() // 512))
     size = list(shape)
     for done, dim in enumerate(sorted(range(len(shape)), key=shape.__getitem__)):  # longer ones get what is left
         size[dim] = min(size[dim], max(1, int(left ** (1 / (len(shape) - done)) + 1e-9)))
         left //= max(1, size[dim])
-    return tuple(size), tuple(n // max(1, k) for n, k in zip(shape, size, strict=True))
+    return size, [n // max(1, k) * stride for n, k, stride in zip(shape, size, strides, strict=True)]
 
 
 def expected_drift(coupling: Coupling, depth: int, dtype: torch.dtype) -> float:
