@@ -36,13 +36,27 @@ class Branch:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if callable(self.spec):
             return self.spec(self.block, x, *args, **kwargs)
-        given = {**dict(zip(_parameters(type(self.block).forward)[0][2:], args, strict=False)), **kwargs}
+        given = self._by_name(args, kwargs)
         for name in self.spec:
             part = getattr(self.block, name)
             names, others = _parameters(_function(part))
             out = part(x, **{key: value for key, value in given.items() if others or key in names[1:]})
             x = out if isinstance(out, Tensor) else rest_of(out)[0]
         return x
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the branch gets of a block's arguments."""
+        if callable(self.spec):
+            return args, kwargs
+        taken = [_parameters(_function(getattr(self.block, name))) for name in self.spec]
+        return {
+            key: value
+            for key, value in self._by_name(args, kwargs).items()
+            if any(others or key in names[1:] for names, others in taken)
+        }
+
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(_parameters(type(self.block).forward)[0][2:], args, strict=False)), **kwargs}
 
 
 def check_branches(blocks: Mapping[str, nn.Module], branches: Any, residual: bool) -> None:

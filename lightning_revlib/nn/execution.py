@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
@@ -80,6 +81,7 @@ class Execution:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
         self.all_undone = (
             stack.budget is None
+            and stack.chunks == (1,)
             and all(t == "reversible" for t in stack.treatments)
             and all(c.invertible(stack.training) for c in stack.couplings)
         )
@@ -109,7 +111,7 @@ class Execution:
         """One that is undone stays open for the next; other steps first close what is."""
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is not None:
-                return self.recording.step(step, a, b)
+                return self._record(step, a, b)
             if self.views:  # of the stream that the block does not see one will do, if the coupling only reads it
                 a, b = a if type(step.coupling) is Additive else dense(a), dense(b)
             if a.is_inference():  # it would not count its changes
@@ -119,7 +121,7 @@ class Execution:
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
             self.views, self.undoes = False, True
-            return self.recording.step(step, a, b)
+            return self._record(step, a, b)
         if self.views and not self.lent:
             a, b = dense_streams(a, b)
         self.views = False
@@ -127,6 +129,12 @@ class Execution:
         contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
         return step.run(a, b, self.compiler, partial(_checkpoint, step, contexts) if again else None)
+
+    def _record(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+        assert self.recording is not None
+        if isinstance(step, ChunkedStep):
+            return step.record(self.recording, a, b)
+        return self.recording.step(step, a, b)
 
     def _begin_plan(self, step: Step, a: Tensor, b: Tensor) -> None:
         """Take the treatments from the memory plan, or measure for it, running all steps reversibly meanwhile."""

@@ -17,6 +17,7 @@ from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Buffers, RandomState, parts
 
 if TYPE_CHECKING:
+    from lightning_revlib.nn.chunks import Chunk
     from lightning_revlib.nn.step import Step
     from lightning_revlib.nn.tape import Tape
 
@@ -33,6 +34,7 @@ class Frame:
 
     # Class attributes are what most frames have: they are not set in each.
     above: Frame | None = None
+    chunk: Chunk | None = None  # set if the step is done chunk by chunk, and this is one
     random: RandomState | None = None  # set if the step draws
     buffers: Buffers | None = None  # set if it changes any
     again: Any = None  # the second run's context

@@ -87,7 +87,8 @@ def _description(step: Step) -> tuple[Any, ...]:
     parameters = [(p.shape, p.dtype, p.requires_grad) for p in step.module.parameters()]
     arguments = [getattr(x, "shape", repr(x)) for x in tree_leaves((step.args, step.kwargs))]
     branch = step.key.partition(".")[2]
-    return branch, repr(step.module), repr(settings), tuple(parameters), repr(step.coupling), repr(arguments)
+    chunks = getattr(step, "count", 1)
+    return branch, chunks, repr(step.module), repr(settings), tuple(parameters), repr(step.coupling), repr(arguments)
 
 
 def measure(

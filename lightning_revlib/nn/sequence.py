@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.branches import Branch, BranchSpec, check_branches
+from lightning_revlib.nn.chunks import ChunkedStep, check_chunks, read_chunks
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec, Invertible
 from lightning_revlib.nn.execution import Execution, Reversible, dense, dense_streams
@@ -66,6 +67,10 @@ class CoupledSequential(nn.Sequential):
             streams must stay below 2^(24 - grid_bits). For additive, midpoint, leapfrog and bdia.
         ordinary: so many of the first blocks are called as they are, before the streams begin, such as
             the block that changes the shape at the start of a residual network's stage.
+        chunks: do each block on so many chunks of its input, one after the other, so that backward holds what one
+            chunk has saved: for blocks whose output for a chunk depends on that chunk only. A list is
+            cycled over the steps, such as [1, 4] for attention and feed-forward in turn.
+        chunk_dim: the dimension that is cut: 0 for samples, 1 for the tokens of a feed-forward layer.
         store_last: so many of the last blocks keep their activations, which saves their second run.
         treatments: instead, for each block "reversible", "checkpoint" (keep the block's input, run it
             again), "selective" (keep its matrix products and convolutions, too, and run the rest
@@ -89,7 +94,7 @@ class CoupledSequential(nn.Sequential):
 
     OPTIONS = (
         "given", "split_dim", "couplings", "stream_dtype", "residual", "branches", "grid_bits", "ordinary",
-        "treatments", "budget", "context_fn", "on_drift", "drift_tolerance",
+        "chunks", "chunk_dim", "treatments", "budget", "context_fn", "on_drift", "drift_tolerance",
     )  # fmt: skip
     _step: type[Step] = Step
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
@@ -106,6 +111,8 @@ class CoupledSequential(nn.Sequential):
         branches: Sequence[BranchSpec] | None = None,
         grid_bits: int | None = None,
         ordinary: int = 0,
+        chunks: int | Sequence[int] = 1,
+        chunk_dim: int = 0,
         store_last: int = 0,
         treatments: Sequence[Treatment] | None = None,
         memory_budget: MemoryBudget | None = None,
@@ -139,6 +146,8 @@ class CoupledSequential(nn.Sequential):
                 f"memory_budget={memory_budget!r} chooses the treatments; leave out store_last and treatments"
             )
         self.budget = None if memory_budget is None else Budget(memory_budget)
+        self.chunks, self.chunk_dim = read_chunks(chunks, chunk_dim), chunk_dim
+        self._check_chunks()
         self._set_grid()
 
     def forward(  # type: ignore[override]
@@ -174,7 +183,7 @@ class CoupledSequential(nn.Sequential):
         for step in reversed(self._steps(y.dtype, args, kwargs, layerwise)):
             a_out, b_out = a, b
             b = step.coupling.recover(a_out, b_out)
-            a = step.coupling.inverse(a_out, b_out, b, step.branch(b)[0])
+            a = step.coupling.inverse(a_out, b_out, b, step.output(b))
         return self._join(a, b).to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -237,6 +246,7 @@ class CoupledSequential(nn.Sequential):
             )
         steps: list[Step] = []
         call: Call = (args, kwargs)
+        simple = not self.branches and self.chunks == (1,)
         blocks = 0
         for index, (name, module) in enumerate(self._modules.items()):
             if index < self.ordinary:
@@ -245,28 +255,31 @@ class CoupledSequential(nn.Sequential):
                 call = _call_of(index, args, kwargs, layerwise)
             if hasattr(type(module), "inverse") and _is_invertible(module):
                 steps.append(Step(self, name, module, Invertible(module), dtype, call, self.treatments[index]))
-            elif not self.branches:  # as `_steps_of` would, without a call and a list for each block of each forward
+            elif simple:  # as `_steps_of` would, without a call and a list for each block of each forward
                 coupling = self.couplings[blocks % len(self.couplings)]
                 steps.append(self._step(self, name, module, coupling, dtype, call, self.treatments[index]))
                 blocks += 1
             else:
                 steps += self._steps_of(index, blocks, name, module, dtype, call)
-                blocks += len(self.branches)
+                blocks += len(self.branches) or 1
         return steps
 
     def _steps_of(
         self, index: int, first: int, name: str, module: nn.Module, dtype: torch.dtype, call: Call
     ) -> list[Step]:
         """The step of a block, or one for each of its branches; `first` is its number, which gives it its coupling."""
-        if not self.branches:
-            coupling = self.couplings[first % len(self.couplings)]
-            return [self._step(self, name, module, coupling, dtype, call, self.treatments[index])]
         steps = []
-        for number, spec in enumerate(self.branches, first):
-            branch, coupling = Branch(module, spec), self.couplings[number % len(self.couplings)]
-            key = f"{name}.{branch.name}"
-            steps.append(self._step(self, key, module, coupling, dtype, call, self.treatments[index]))
-            steps[-1].call = branch
+        for number, spec in enumerate(self.branches or [None], first):
+            branch = None if spec is None else Branch(module, spec)
+            coupling, chunks = self.couplings[number % len(self.couplings)], self.chunks[number % len(self.chunks)]
+            key = name if branch is None else f"{name}.{branch.name}"
+            kind = self._step if chunks == 1 else ChunkedStep
+            step = kind(self, key, module, coupling, dtype, call, self.treatments[index])
+            if isinstance(step, ChunkedStep):
+                step.count, step.dim = chunks, self.chunk_dim
+            if branch is not None:
+                step.call = branch
+            steps.append(step)
         return steps
 
     def _begin(
@@ -276,6 +289,16 @@ class CoupledSequential(nn.Sequential):
             first, named = _call_of(index, args, kwargs, layerwise)
             x = self[index](x, *first, **named)
         return x
+
+    def _check_chunks(self) -> None:
+        blocks = [(key, m) for key, m in list(self._modules.items())[self.ordinary :] if not _is_invertible(m)]
+        steps = [(key, m, spec) for key, m in blocks for spec in self.branches or [None]]
+        for number, (key, m, spec) in enumerate(steps):
+            if (chunks := self.chunks[number % len(self.chunks)]) > 1 and m is not None:
+                for name in [""] if spec is None or callable(spec) else spec:
+                    part = getattr(m, name) if name else m
+                    if isinstance(part, nn.Module):
+                        check_chunks(f"{key}.{name}" if name else key, part, chunks)
 
     def _set_grid(self) -> None:
         if self.grid_bits is None:

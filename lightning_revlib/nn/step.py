@@ -70,6 +70,10 @@ class Step:
             f = f - x
         return f, extra
 
+    def output(self, b: Tensor) -> Any:
+        """The block's branch for stream b, uncompiled."""
+        return self.branch(b)[0]
+
     def tensors(self) -> list[Tensor]:
         """Those among the call's arguments."""
         return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]

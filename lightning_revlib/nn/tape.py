@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
+from lightning_revlib.nn.chunks import Chunk, Undoing, join
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import NBYTES, Frame, catch, release
 from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
@@ -66,6 +67,7 @@ class Tape:
         self.unusual = False  # the environment has changed, or it is not known which steps draw
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
+        self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
@@ -85,7 +87,7 @@ class Tape:
     def start(self, tensors: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             self.streams = self.read(tensors)
-        self.position = self.depth
+        self.position, self.undoing = self.depth, None
         self.settings_changed = self.settings.changed()
         self.unusual = self.surprise is not None or self.environment.changed()
 
@@ -112,6 +114,8 @@ class Tape:
     def _rewind(self, frame: Frame) -> None:
         if self.surprise:
             self._find_draws(*self.surprise)
+        if self.position == frame.index and frame.chunk is not None:
+            self.start(self._output())
         if self.position == frame.index:  # all was caught and given away: autograd asks a second time
             assert self.streams is not None
             (a, b), self.streams = self.streams, None
@@ -123,8 +127,16 @@ class Tape:
     def _undo(self, frame: Frame) -> None:
         out, self.streams = self.streams, None  # after an error the next call starts afresh
         assert out is not None
-        b = frame.coupling.recover(*out)
-        a = frame.replay(b, out)
+        if frame.chunk is None:
+            b = frame.coupling.recover(*out)
+            a = frame.replay(b, out)
+        else:
+            self.undoing = self.undoing or Undoing(out)
+            a, b = self.undoing.undo(frame)
+            if frame.chunk.number:  # the others are still to come
+                a, b = out
+            else:
+                self.undoing = None
         self.streams, self.position = (a, b), frame.index
         if frame.above is not None and not self.keep:
             frame.above.caught = frame.above.norms = None  # what is left was saved for an output that nobody uses
@@ -153,8 +165,16 @@ class Tape:
         self.surprise = None
         restore = start.lend(streams[0])
         try:
+            done: list[Streams] = []  # the chunks of a step
             while frame is not None:
-                streams = frame.repeat(*streams)
+                chunk = frame.chunk
+                if chunk is None:
+                    streams = frame.repeat(*streams)
+                else:
+                    done.append(frame.repeat(chunk.of(streams[0]), chunk.of(streams[1])))
+                    if frame.above is None or frame.above.step is not frame.step:
+                        streams = join(done, 0, chunk.dim), join(done, 1, chunk.dim)
+                        done = []
                 frame = frame.above
         finally:
             restore()
@@ -176,12 +196,14 @@ class Recording:
         tape.environment = Environment(a.device.type)
         self.modules, self.buffers = modules, any(map(BUFFERS, modules))
 
-    def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+    def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
         tape, frames = self.tape, self.frames
         frame = Frame(tape, len(frames), step, a, b)
         if frames:
             frames[-1].above = frame
         frames.append(frame)
+        if chunk is not None:
+            frame.chunk = chunk
         saved, count = frame.running, b._version
         if self.buffers and any(map(BUFFERS, modules := parts(step.module))):
             frame.buffers = Buffers(modules)

@@ -103,6 +103,11 @@ def one_block(case: Case) -> list[Tensor | None]:
 
 
 @condition
+def chunks(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)], chunks=[1, 3]))
+
+
+@condition
 def bare_linear(case: Case) -> list[Tensor | None]:
     return case.train(case.stack(*[nn.Linear(WIDTH, case.out_width) for _ in range(4)]))
 
