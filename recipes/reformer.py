@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn import CoupledSequential, get_coupling
 from lightning_revlib.recipes.attention import Attention, FullAttention, LocalAttention, LSHAttention
@@ -55,17 +54,10 @@ class AttentionBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each token by itself, so that the tokens can be worked off in chunks.
+    """Two layers for each token by itself, so that a stack can do the tokens chunk by chunk."""
 
-    With more than one, backward runs each chunk a second time, and only one of them is in memory,
-    hidden layer and all.
-    """
-
-    def __init__(
-        self, width: int, hidden: int, out: int, *, activation: str, shift: bool, dropout: float, chunks: int
-    ) -> None:
+    def __init__(self, width: int, hidden: int, out: int, *, activation: str, shift: bool, dropout: float) -> None:
         super().__init__()
-        self.chunks = chunks
         self.norm = Norm(width, shift)
         self.body = nn.Sequential(
             nn.Linear(width, hidden),
@@ -75,14 +67,8 @@ class FeedForward(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.norm(x)
-        if self.chunks == 1:
-            return self.body(x)
-        parts = x.chunk(self.chunks, 1)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self.body, part, use_reentrant=False) for part in parts], 1)
-        return torch.cat([self.body(part) for part in parts], 1)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.norm(x))
 
 
 class AxialPositions(nn.Module):
@@ -122,7 +108,8 @@ class Reformer(nn.Module):
         depth: layers.
         heads, head_dim: of the attention; default dim / heads.
         ff: width of the feed-forward's hidden layer; default 4 dim.
-        ff_chunks: pieces that the sequence is cut into there; more than one save memory and cost time.
+        ff_chunks: pieces of the sequence that the feed-forward does one after the other, and in backward holds one
+            at a time; not with `shift`.
         activation: there, "relu" or "gelu".
         attention: the layers' kinds, "lsh", "local" or "full", cycled.
         lsh: options of `LSHAttention`, such as {"hashes": 4, "chunk": 64}.
@@ -170,7 +157,7 @@ class Reformer(nn.Module):
         super().__init__()
         width = dim if _check_split_dim(split_dim, dim) is None else dim // 2
         out = _branch(coupling, width)
-        _check(depth, activation, attention, ff_chunks)
+        _check(depth, activation, attention, ff_chunks, shift)
         self.vocab, self.length = vocab, length
         self.embedding = nn.Embedding(vocab, dim)
         self.positions = AxialPositions(*_grid(length, dim, axial, axial_dims))
@@ -182,9 +169,11 @@ class Reformer(nn.Module):
             hidden = 4 * dim if ff is None else ff
             steps += [
                 AttentionBlock(width, attend, shift=shift, dropout=dropout),
-                FeedForward(width, hidden, out, activation=activation, shift=shift, dropout=dropout, chunks=ff_chunks),
+                FeedForward(width, hidden, out, activation=activation, shift=shift, dropout=dropout),
             ]
-        self.stack = CoupledSequential(*steps, split_dim=split_dim, coupling=coupling, grid_bits=grid_bits)
+        self.stack = CoupledSequential(
+            *steps, split_dim=split_dim, coupling=coupling, grid_bits=grid_bits, chunks=[1, ff_chunks], chunk_dim=1
+        )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
@@ -201,7 +190,8 @@ class Reformer(nn.Module):
         x = F.pad(self.embedding(tokens[:, :-1]), (0, 0, 1, 0))  # shifted: the first is told from nothing
         x = self.dropout(x + self.positions(tokens.shape[1]))
         shifted = None if mask is None else F.pad(mask[:, :-1], (1, 0), value=True)
-        return self.head(self.norm(self.stack(x, mask=shifted)))
+        calls: Sequence[Any] = [((), {"mask": shifted}), ((), {})]  # attention, feed-forward
+        return self.head(self.norm(self.stack(x, layerwise=calls * (len(self.stack) // 2))))
 
     @contextmanager
     def hashing(self, hashes: int) -> Iterator[None]:
@@ -311,11 +301,13 @@ def _branch(coupling: str | Mapping[str, Any], width: int) -> int:
     return shape[2]
 
 
-def _check(depth: int, activation: str, attention: Sequence[str], ff_chunks: int) -> None:
+def _check(depth: int, activation: str, attention: Sequence[str], ff_chunks: int, shift: bool) -> None:
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth={depth!r}: a Reformer has no stages; pass the number of its layers, 1 or more")
     if ff_chunks < 1:
         raise ValueError(f"ff_chunks={ff_chunks}: pass 1 or more")
+    if ff_chunks > 1 and shift:
+        raise ValueError(f"ff_chunks={ff_chunks} with shift=True: tokens need their neighbours then; leave out one")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
     if isinstance(attention, str) or not attention or set(attention) - set(KINDS):

@@ -38,9 +38,10 @@ def gradients(net, tokens):
 
 @pytest.mark.parametrize("coupling", CALM)
 @pytest.mark.parametrize("split_dim", [None, 2])
-def test_gradients_are_those_of_autograd(split_dim, coupling):
+@pytest.mark.parametrize("more", [{"shift": True}, {"ff_chunks": 3}])
+def test_gradients_are_those_of_autograd(split_dim, coupling, more):
     options = {"split_dim": split_dim, "coupling": coupled(coupling), "dropout": 0.1, "attention_dropout": 0.1}
-    net, tokens = Reformer(**SMALL, **options, shift=True, ff_chunks=3).double(), torch.randint(11, (2, 96))
+    net, tokens = Reformer(**SMALL, **options, **more).double(), torch.randint(11, (2, 96))
     expected = gradients(net, tokens)
     assert swap(net) == ["stack"]
     assert isinstance(net.stack, ReversibleSequential)
@@ -102,8 +103,9 @@ def test_memory_does_not_grow_with_depth():
     assert held[0] == held[1]
 
 
-def test_flops_are_four_thirds():
-    net, tokens, flops = Reformer(**{**SMALL, "vocab": 2}), torch.randint(2, (2, 96)), []
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_flops_are_four_thirds(chunks):
+    net, tokens, flops = Reformer(**{**SMALL, "vocab": 2}, ff_chunks=chunks), torch.randint(2, (2, 96)), []
     for reversible in (False, True):
         if reversible:
             swap(net)
@@ -214,6 +216,7 @@ def test_hyperparameters_are_plain_and_hold_no_optimizer():
         ({"axial": [9, 10]}, r"axial=\[9, 10\] has 90 positions, and length=96"),
         ({"axial": [8, 12], "axial_dims": [8, 9]}, r"axial_dims=\[8, 9\]: .* sum up to dim=16"),
         ({"ff_chunks": 0}, "ff_chunks=0"),
+        ({"ff_chunks": 2, "shift": True}, "ff_chunks=2 with shift=True"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said(options, message):
