@@ -190,7 +190,7 @@ class Reformer(nn.Module):
         x = F.pad(self.embedding(tokens[:, :-1]), (0, 0, 1, 0))  # shifted: the first is told from nothing
         x = self.dropout(x + self.positions(tokens.shape[1]))
         shifted = None if mask is None else F.pad(mask[:, :-1], (1, 0), value=True)
-        calls: Sequence[Any] = [((), {"mask": shifted}), ((), {})]  # attention, feed-forward
+        calls: list[Any] = [((), {"mask": shifted}), ((), {})]  # attention, feed-forward
         return self.head(self.norm(self.stack(x, layerwise=calls * (len(self.stack) // 2))))
 
     @contextmanager

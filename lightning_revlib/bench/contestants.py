@@ -136,16 +136,6 @@ def ours(stack: CoupledSequential, draws: bool) -> nn.Module:
     return ReversibleSequential(*stack, **stack.given)
 
 
-def chunked(count: int) -> Any:
-    def build(stack: CoupledSequential, draws: bool) -> nn.Module:
-        try:
-            return ReversibleSequential(*stack, **{**stack.given, "chunks": count})
-        except ValueError as e:
-            raise Inexpressible("its batch norm takes statistics over the whole batch") from e
-
-    return build
-
-
 class FastMemCNN(peers.MemCNN):
     passes, preserve = 1, False
 
@@ -197,6 +187,5 @@ CONTESTANTS = [
     Contestant("momentumnet", momentumnet, "momentumnet", True),
     Contestant("reformer-pytorch", peer(peers.ReformerPytorch, peers.ReformerPytorch), "reformer_pytorch", True),
     Contestant("lightning_revlib", ours, "lightning_revlib", True),
-    Contestant("lightning_revlib, 4 chunks", chunked(4), "lightning_revlib"),
     Contestant("lightning_revlib, half of plain's bytes", ours, "lightning_revlib", budget=0.5),
 ]
