@@ -62,7 +62,7 @@ class Checkpointed(CoupledSequential):
     segment, every, preserve = 1, 1, True
     policy: Callable[[], Any] = staticmethod(noop_context_fn)
 
-    def _halves(self, x: Tensor) -> Streams:
+    def _halves(self, x: Tensor, copy: bool = True) -> Streams:
         assert self.split_dim is not None
         a, b = x.chunk(2, self.split_dim)  # no copies: they would be held
         return a, b

@@ -61,7 +61,7 @@ class Reversible:
     def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Tensor], a: Tensor, b: Tensor) -> None:
         """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
         rebuilt[sentinel] = sentinel.take(a, b)
-        self._rebuilt = rebuilt
+        self.__dict__["_rebuilt"] = rebuilt  # nn.Module's own way is ten times as long, here and below
         if self.on_drift == "ignore" or (drift := self.drift) is None or drift <= self.drift_tolerance:
             return
         message = (
@@ -166,7 +166,7 @@ class Execution:
         try:
             a, b = execution._step(step, treatment, a, b)
             if last and self.stack.split_dim is not None:
-                return (execution.close_joined(self.stack._join, self.stack._halves, a, b),)
+                return (execution.close_joined(a, b),)
             a, b = execution.close(a, b)
             return (self.stack._join(a, b),) if last else (a, b)
         finally:
@@ -175,28 +175,26 @@ class Execution:
     def end_plan(self, y: Tensor) -> None:
         """Behind the last step: make the plan, if its figures were measured."""
         if not self.undoes:
-            self.stack._rebuilt = None  # backward will rebuild nothing
+            self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 
     def close(self, a: Tensor, b: Tensor) -> Streams:
         """Pass what comes out of the steps that are open through the anchor."""
-        if tape := self._close():
-            a, b = tape.fix(a, b)
-        return a, b
+        return (a, b) if self.recording is None else self._close().fix(a, b)  # type: ignore[return-value]
 
-    def close_joined(self, join: Callable[[Tensor, Tensor], Tensor], split: Callable[[Tensor], Streams], a: Tensor,
-                     b: Tensor) -> Tensor:  # fmt: skip
+    def close_joined(self, a: Tensor, b: Tensor) -> Tensor:
         """The same for a stack whose output is both streams: it is all that is held."""
-        tape = self._close()
-        if tape is None:
-            return join(a, b)
-        tape.read = lambda tensors: split(tensors[0])
-        return tape.fix(join(a, b))[0]
+        recording, y = self.recording, self.stack._join(a, b)
+        if recording is None:
+            return y
+        tape, halves = self._close(), self.stack._halves
+        copy = type(recording.frames[-1].coupling) is not Additive  # else its inverse only reads the second stream
+        tape.read = lambda tensors: halves(tensors[0], copy)
+        return tape.fix(y)[0]
 
-    def _close(self) -> Tape | None:
-        if self.recording is None:
-            return None
+    def _close(self) -> Tape:
+        assert self.recording is not None
         self.recording.close()
         tape, self.recording = self.recording.tape, None
         self.drew |= tape.drew

@@ -115,7 +115,7 @@ class Layerwise(Reversible):
         else:
             if run.execution is not None:
                 run.a, run.b = run.execution.close(run.a, run.b)
-                self._draws = run.execution.drew
+                self.__dict__["_draws"] = run.execution.drew
             out = self._join(run.a, run.b).to(step.dtype)  # type: ignore[misc]
             if run.execution is not None:
                 run.execution.end_plan(out)

@@ -61,7 +61,7 @@ class RandomState:
     __slots__ = ("cpu", "device_type", "devices", "states")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.cpu = torch.get_rng_state().view(torch.int64)  # words compare faster than bytes
+        self.cpu = torch.default_generator.get_state()
         self.device_type = tensor.device.type
         self.devices: Sequence[int] = ()
         self.states: Sequence[Tensor] = ()
@@ -72,7 +72,7 @@ class RandomState:
         return torch.equal(self.cpu, other.cpu) and all(map(torch.equal, self.states, other.states))
 
     def set(self) -> None:
-        torch.set_rng_state(self.cpu.view(torch.uint8))
+        torch.set_rng_state(self.cpu)
         if self.devices:
             set_device_states(self.devices, self.states, device_type=self.device_type)
 

@@ -23,7 +23,7 @@ from lightning_revlib.nn.branches import Branch, BranchSpec, check_branches
 from lightning_revlib.nn.chunks import ChunkedStep, check_chunks, read_chunks
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec, Invertible
-from lightning_revlib.nn.execution import Execution, Reversible, dense, dense_streams
+from lightning_revlib.nn.execution import Execution, Reversible, dense
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.options import (
     CouplingFunction,
@@ -35,6 +35,8 @@ from lightning_revlib.nn.options import (
 )
 from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.step import Call, Step
+
+EXTRA = operator.attrgetter("extra")
 
 
 class CoupledSequential(nn.Sequential):
@@ -225,10 +227,11 @@ class CoupledSequential(nn.Sequential):
             )
         return self._halves(x) if copy else x.chunk(2, dim)  # type: ignore[return-value]
 
-    def _halves(self, x: Tensor) -> Streams:
+    def _halves(self, x: Tensor, copy: bool = True) -> Streams:
+        """Both dense, or the first, and the second a view."""
         assert self.split_dim is not None
         a, b = x.chunk(2, self.split_dim)
-        return dense_streams(a, b)
+        return dense(a), dense(b) if copy else b
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         if self.split_dim is None:
@@ -352,10 +355,11 @@ class ReversibleSequential(Reversible, CoupledSequential):
         steps = self._steps(x.dtype, args, kwargs, layerwise)
         try:
             return self._run(x, steps, compiler)
+        except BaseException:
+            _forget(steps)
+            raise
         finally:
             set_eval_frame(compiler)
-            for step in steps:
-                step.extra = None  # it refers to the graph, which refers to the step
 
     def _run(self, x: Tensor, steps: list[Step], compiler: Any) -> Any:
         views = self.grid_bits is None and self.split_dim is not None
@@ -367,9 +371,9 @@ class ReversibleSequential(Reversible, CoupledSequential):
         if self.split_dim is None:
             y = self._join(*execution.close(a, b))
         else:
-            y = execution.close_joined(self._join, self._halves, a, b)
+            y = execution.close_joined(a, b)
         execution.end_plan(y)
-        self._draws = execution.drew
+        self.__dict__["_draws"] = execution.drew
         return _with_extras(y.to(x.dtype), steps)
 
 
@@ -385,5 +389,13 @@ def _is_invertible(module: nn.Module | None) -> bool:
 
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:
-    extras = [step.extra for step in steps]
-    return y if all(map(operator.is_, extras, repeat(None))) else (y, extras)
+    extras = list(map(EXTRA, steps))
+    if all(map(operator.is_, extras, repeat(None))):
+        return y
+    _forget(steps)
+    return y, extras
+
+
+def _forget(steps: list[Step]) -> None:
+    for step in steps:
+        step.extra = None  # it refers to the graph, which refers to the step
