@@ -65,7 +65,7 @@ class Frame:
             undo.append(norms.watch())
         try:
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
-            again = b.detach()
+            again = b.detach() if b.requires_grad else b
             if again.stride() != self.stride:
                 again = again.new_empty_strided(b.shape, self.stride).copy_(b)
             again.requires_grad_(self.b_needs_grad)
