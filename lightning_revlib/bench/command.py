@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_revlib.bench import sweep, tables
+from lightning_revlib.bench import largest, sweep, tables
 from lightning_revlib.bench.cell import Row, cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.machine import describe
@@ -40,6 +40,8 @@ def bench(cfg: DictConfig) -> None:
         raise ValueError(f"seconds={seconds!r}: pass 0 or more; 0 counts and takes no times")
     head = {"command": _command(cfg), **describe(contestants, device, cfg.seed)}
     print("\n".join(f"{key}: {value}" for key, value in head.items()), flush=True)
+    if cfg.largest:
+        return _largest(cfg, device, head)
     if cfg.sweep:
         curves = []
         for workload, size in chosen:
@@ -54,6 +56,18 @@ def bench(cfg: DictConfig) -> None:
         times[tables.cells(found)[0][0]] = taken
         print(f"{time.perf_counter() - begin:5.0f} s  {tables.cells(found)[0][0]}", flush=True)
     _write(Path(cfg.paths.output_dir), rows, times, head, chosen, device)
+
+
+def _largest(cfg: DictConfig, device: torch.device, head: Mapping[str, str]) -> None:
+    limit = largest.read_limit(cfg.largest, device)
+    depth, width, length = (16, 1024, 4096) if device.type == "cuda" else (4, 64, 512)
+    depth, width = (_whole(key, (_listed(cfg[key]) or [own])[0]) for key, own in (("depths", depth), ("widths", width)))
+    found = list(largest.search(Size(depth, width, 1), length, limit, device))
+    text = largest.show(found, Size(depth, width, 1), length, limit)
+    folder = Path(cfg.paths.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "largest.md").write_text(tables.markdown("Benchmark", head, [text]))
+    print(f"\n{text}\n\n{os.path.relpath(folder / 'largest.md')}")
 
 
 def sweep_recipe(cfg: DictConfig) -> None:

@@ -86,7 +86,8 @@ def error(reference: Sequence[Tensor | None], found: Sequence[Tensor | None]) ->
     return largest if math.isfinite(largest) else math.inf
 
 
-def counts(module: nn.Module, x: Tensor) -> Counts:
+def counted(module: nn.Module, x: Tensor) -> tuple[int, int, int]:
+    """Bytes held, peak, and those of the output; leaves gradients behind."""
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     x.grad = None
@@ -95,8 +96,11 @@ def counts(module: nn.Module, x: Tensor) -> Counts:
         held, gradient = meter.live, torch.ones_like(y)
         meter.reset_peak()
         y.backward(gradient)
-        peak, output = meter.peak, y.nbytes
-    del y, gradient
+        return held, meter.peak, y.nbytes
+
+
+def counts(module: nn.Module, x: Tensor) -> Counts:
+    held, peak, output = counted(module, x)
     allocated = None
     if x.is_cuda:
         x.grad = None

@@ -1,0 +1,46 @@
+"""`revlib bench largest=...`, by counting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_revlib.bench import largest
+from lightning_revlib.bench.largest import most, read_limit
+from lightning_revlib.cli import main
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 7, 100, 12_345])
+def test_the_largest_number_is_found_to_a_sixteenth(right: int) -> None:
+    asked: list[int] = []
+
+    def fits(n: int) -> bool:
+        asked.append(n)
+        return n <= right
+
+    found = most(fits)
+    assert found <= right <= found + max(1, found // 16) and len(asked) < 25
+
+
+def test_reversible_stacks_fit_more(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(largest, "SHOWN", [c for c in largest.SHOWN if "checkpoint" not in c.name])
+    assert main(["bench", "largest=2MiB", "device=cpu", "widths=32", "depths=2", "hydra.run.dir=out"]) == 0
+    text = (tmp_path / "out" / "largest.md").read_text()
+    assert "The largest in 2.0 MiB, width 32" in capsys.readouterr().out
+    rows = {r.split("|")[1].strip(): [int(n.replace(",", "")) for n in r.split("|")[2:4]] for r in _lines(text)}
+    plain, ours = rows["plain"], rows["lightning_revlib"]
+    assert ours[0] > 3 * plain[0] and ours[1] > plain[1] > 0
+    assert rows["lightning_revlib, feed-forward in 4 chunks"][1] >= ours[1]
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if (line.startswith("| ") and "lightning" in line) or "| plain" in line]
+
+
+def test_limits() -> None:
+    cpu = torch.device("cpu")
+    assert read_limit("2GiB", cpu) == 2 << 30 and read_limit(True, cpu) == 32 << 20
+    for value in ("auto", 0.5, -3, "much"):
+        with pytest.raises(ValueError, match=r"largest=.*pass bytes, such as 2GiB, or true"):
+            read_limit(value, cpu)
