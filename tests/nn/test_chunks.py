@@ -208,3 +208,36 @@ def test_swap_takes_them() -> None:
     assert model[1].chunks == (3,)
     for a, b in zip(train(model, x), expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_fewer_samples_than_chunks(batch: int) -> None:
+    blocks = [mlp().double() for _ in range(3)]
+    x = torch.randn(batch, 16, dtype=torch.float64)
+    assert same(train(revlib.ReversibleSequential(*blocks, chunks=4), x), train(revlib.CoupledSequential(*blocks), x))
+
+
+def test_residual_blocks_and_a_list_of_layers() -> None:
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).double() for _ in range(3)]
+    x = torch.randn(6, 5, 8, dtype=torch.float64)
+    expected = train(revlib.CoupledSequential(*layers, split_dim=None, residual=True), x)
+    assert same(train(revlib.ReversibleSequential(*layers, split_dim=None, residual=True, chunks=3), x), expected)
+
+    class Loop(nn.Module):
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            self.layers = revlib.ReversibleModuleList(copy.deepcopy(layers), residual=True, **options)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    assert same(train(Loop(chunks=3), x), train(Loop(store_last=3), x))
+
+
+def test_a_slice_and_a_copy_keep_them() -> None:
+    stack = revlib.ReversibleSequential(*[mlp() for _ in range(4)], chunks=[1, 2])
+    assert stack[1:].chunks == copy.deepcopy(stack).chunks == (1, 2)
+    x = torch.randn(4, 16)
+    assert torch.allclose(copy.deepcopy(stack)(x), stack(x), atol=1e-6)
