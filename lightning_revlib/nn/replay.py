@@ -200,10 +200,13 @@ class Buffers:
         self.written: list[tuple[dict[str, Any], str]] = []
         self.changing: list[tuple[Any, ...]] = []
         for m in modules:
-            for name, buffer in m._buffers.items() if m._buffers else ():
+            if not m._buffers:
+                continue
+            writes = m.training and type(m).forward in WRITES_STATISTICS and "forward" not in m.__dict__
+            for name, buffer in m._buffers.items():
                 if buffer is None or isinstance(buffer, UninitializedBuffer):
                     continue
-                if m.training and type(m).forward in WRITES_STATISTICS and "forward" not in m.__dict__:
+                if writes and name in STATISTICS:
                     self.written.append((m._buffers, name))
                 else:
                     before, kind = buffer.detach().clone(), ((m.training, name), type(m))
@@ -235,6 +238,7 @@ class Buffers:
 
 
 WRITES_STATISTICS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _SILENT: MutableMapping[type, dict[tuple[bool, str], bool]] = WeakKeyDictionary()
 

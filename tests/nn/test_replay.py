@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lightning_revlib as revlib
 
@@ -116,6 +117,15 @@ def test_a_module_that_calls_batch_norm_on_buffers_of_its_own_updates_them_once(
         plain(x)
     for buffer, expected in zip(stack.buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, expected)
+
+
+def test_other_buffers_of_a_batch_norm_are_its_own_in_the_second_run() -> None:
+    stack = revlib.ReversibleSequential(*[nn.BatchNorm1d(4).double() for _ in range(4)])
+    for m in stack:
+        prune.random_unstructured(m, "weight", amount=2)  # its mask is a buffer
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(revlib.CoupledSequential(*stack)(x).square().sum(), x)[0]
+    assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-12)
 
 
 def test_statistics_lent_for_the_second_run_are_shared_by_blocks_but_not_within_one() -> None:
