@@ -8,7 +8,8 @@ layers, for any block and dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves
 
-from lightning_revlib.nn.branches import Branch
+from lightning_revlib.nn.branches import Branch, BranchSpec
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.step import Step
 
@@ -117,12 +118,21 @@ def read_chunks(chunks: int | Sequence[int], dim: int) -> tuple[int, ...]:
     return counts
 
 
-def check_chunks(key: str, block: nn.Module, chunks: int) -> None:
-    """Raise where a block's result for the whole is not that for its chunks, as far as can be told."""
-    for name, m in block.named_modules():
-        if isinstance(m, _BatchNorm) or (isinstance(m, _NormBase) and m.track_running_stats):
-            path = f"{key}.{name}" if name else key
+def check_chunks(counts: Sequence[int], blocks: Mapping[str, nn.Module], branches: Sequence[BranchSpec]) -> None:
+    """Raise where a step's result for the whole is not that for its chunks, as far as can be told."""
+    specs: Sequence[BranchSpec | None] = branches or [None]
+    steps = [(key, block, spec) for key, block in blocks.items() for spec in specs]
+    for (key, block, spec), count in zip(steps, cycle(counts)):
+        named = {name: getattr(block, name) for name in ([] if spec is None or callable(spec) else spec)}
+        parts = [part for part in named.values() if isinstance(part, nn.Module)] if named else [block]
+        norms = [m for part in parts for m in part.modules() if isinstance(m, _BatchNorm) or _averages(m)]
+        if count > 1 and norms:
+            path = next(".".join(filter(None, [key, name])) for name, m in block.named_modules() if m is norms[0])
             raise ValueError(
-                f"chunks={chunks}: {path} ({type(m).__name__}) takes its statistics over the whole batch, not of"
+                f"chunks={count}: {path} ({type(norms[0]).__name__}) takes its statistics over the whole batch, not of"
                 " chunks; give this block chunks=1 in a list of them, or another norm"
             )
+
+
+def _averages(m: nn.Module) -> bool:
+    return isinstance(m, _NormBase) and bool(m.track_running_stats)

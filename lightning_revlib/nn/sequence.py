@@ -136,10 +136,10 @@ class CoupledSequential(nn.Sequential):
             raise ValueError(f"ordinary={ordinary!r}: of {len(self)} blocks, 0 to {len(self) - 1} can be ordinary ones")
         self.ordinary = ordinary
         self.branches = tuple(branches or ())
+        children = list(self._modules.items())[ordinary:]
+        coupled = {key: m for key, m in children if m is not None and not _is_invertible(m)}
         if branches is not None:
-            children = list(self._modules.items())[ordinary:]
-            named = {key: m for key, m in children if m is not None and not _is_invertible(m)}
-            check_branches(named, branches, residual)
+            check_branches(coupled, branches, residual)
         self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
         self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
         self.treatments = read_treatments(treatments, store_last, len(self))
@@ -149,7 +149,7 @@ class CoupledSequential(nn.Sequential):
             )
         self.budget = None if memory_budget is None else Budget(memory_budget)
         self.chunks, self.chunk_dim = read_chunks(chunks, chunk_dim), chunk_dim
-        self._check_chunks()
+        check_chunks(self.chunks, coupled, self.branches)
         self._set_grid()
 
     def forward(  # type: ignore[override]
@@ -292,16 +292,6 @@ class CoupledSequential(nn.Sequential):
             first, named = _call_of(index, args, kwargs, layerwise)
             x = self[index](x, *first, **named)
         return x
-
-    def _check_chunks(self) -> None:
-        blocks = [(key, m) for key, m in list(self._modules.items())[self.ordinary :] if not _is_invertible(m)]
-        steps = [(key, m, spec) for key, m in blocks for spec in self.branches or [None]]
-        for number, (key, m, spec) in enumerate(steps):
-            if (chunks := self.chunks[number % len(self.chunks)]) > 1 and m is not None:
-                for name in [""] if spec is None or callable(spec) else spec:
-                    part = getattr(m, name) if name else m
-                    if isinstance(part, nn.Module):
-                        check_chunks(f"{key}.{name}" if name else key, part, chunks)
 
     def _set_grid(self) -> None:
         if self.grid_bits is None:
