@@ -248,9 +248,11 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
 
     To compare values makes the host wait for the device, so that it is done once for each class.
     """
+    if buffer.is_meta:
+        return False
     known = _SILENT.setdefault(kind, {})
     if key not in known:
-        known[key] = not (buffer.is_meta or torch.equal(before, buffer))
+        known[key] = not torch.equal(before, buffer)
     return known[key]
 
 

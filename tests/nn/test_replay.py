@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.replay import Buffers
 
 
 def test_batch_norm_counts_one_update_a_step() -> None:
@@ -117,6 +118,26 @@ def test_a_module_that_calls_batch_norm_on_buffers_of_its_own_updates_them_once(
         plain(x)
     for buffer, expected in zip(stack.buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, expected)
+
+
+def test_buffers_without_values_teach_nothing_about_their_module() -> None:
+    class Own(nn.Module):
+        def __init__(self, device: str) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4, device=device))
+            self.register_buffer("var", torch.ones(4, device=device))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(x, self.mean, self.var, training=True)  # type: ignore[arg-type]
+
+    changing = []
+    for device in ("meta", "cpu"):
+        module = Own(device)
+        buffers = Buffers([module])
+        module(torch.randn(8, 4, device=device))
+        buffers.close()
+        changing.append(len(buffers.changing))
+    assert changing == [0, 2]
 
 
 def test_other_buffers_of_a_batch_norm_are_its_own_in_the_second_run() -> None:
