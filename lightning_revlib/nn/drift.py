@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_revlib.nn.coupling import Coupling
+from lightning_revlib.nn.coupling import Coupling, Streams
 
 SAMPLE = 256  # elements a stream, at most; never more than one in 512
 
@@ -17,25 +17,28 @@ class Sentinel:
     """A small sample of both streams at a stack's entrance, to be compared with their reconstruction.
 
     `error(taken)` gives |taken - sample| / |sample| in the 2-norm for what `take` took from the reconstruction, as a
-    tensor on the streams' device.
+    tensor on the streams' device. What is taken is joined there only, as most drifts are never asked for.
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.sample = self.take(a, b)
 
     @staticmethod
-    def take(a: Tensor, b: Tensor) -> Tensor:
-        views = [t.as_strided(*_places(t.shape, t.stride()), t.storage_offset()) for t in (a, b)]
-        return torch.cat(views)
+    def take(a: Tensor, b: Tensor) -> Streams:
+        return _take(a), _take(b)
 
-    def error(self, taken: Tensor) -> Tensor:
-        norm = self.sample.norm().clamp_min(torch.finfo(self.sample.dtype).tiny)
-        return (taken - self.sample).norm() / norm
+    def error(self, taken: Streams) -> Tensor:
+        sample, rebuilt = torch.stack(self.sample), torch.stack(taken)
+        return (rebuilt - sample).norm() / sample.norm().clamp_min(torch.finfo(sample.dtype).tiny)
 
     @staticmethod
     def bytes(stream: Tensor) -> int:
         """What it takes at most, for streams like this one: its sample, another, and their difference."""
         return 6 * math.prod(_places(stream.shape, stream.stride())[0]) * stream.element_size() + 64
+
+
+def _take(stream: Tensor) -> Tensor:
+    return torch.as_strided_copy(stream, *_places(stream.shape, stream.stride()), stream.storage_offset())
 
 
 @lru_cache(maxsize=256)

@@ -36,7 +36,7 @@ class Reversible:
     drift_tolerance: float
     context_fn: Callable[[], tuple[Any, Any]] | None
     budget: Budget | None
-    _rebuilt: Mapping[Sentinel, Tensor] | None = None  # what the last backward rebuilt of each sample
+    _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
 
     @property
@@ -58,7 +58,7 @@ class Reversible:
         """The memory plan that `memory_budget` has led to; None before the first forward, or without a budget."""
         return None if self.budget is None else self.budget.plan
 
-    def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Tensor], a: Tensor, b: Tensor) -> None:
+    def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
         """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
         rebuilt[sentinel] = sentinel.take(a, b)
         self.__dict__["_rebuilt"] = rebuilt  # nn.Module's own way is ten times as long, here and below
@@ -91,7 +91,7 @@ class Execution:
         self.planned: Sequence[Treatment] | None = None  # else each step says its own
         self.recording: Recording | None = None
         self.undoes = False  # whether there has been a recording
-        self.rebuilt: dict[Sentinel, Tensor] = {}
+        self.rebuilt: dict[Sentinel, Streams] = {}
         self.drew = False
         self.measuring: Measuring | None = None  # if a memory plan needs figures first
 
