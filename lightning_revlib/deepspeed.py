@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
+from typing_extensions import override
 
 from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.swap import Targets
-from lightning_revlib.swapping import Swapping, check_arguments
+from lightning_revlib.swapping import Swapping, check_arguments, refuse_overlap
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
@@ -67,3 +71,10 @@ class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             **kwargs,
         )
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if self.zero_stage_3:
+            assert self.lightning_module is not None
+            refuse_overlap(self.lightning_module, "ZeRO-3")

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.swap import Targets, stacks
-from lightning_revlib.swapping import Swapping, swap_module
+from lightning_revlib.swapping import Swapping, refuse_overlap, swap_module
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -124,6 +124,7 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
 
 def shard(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
     """Shard each block of each stack by itself, inner stacks first, and the rest of the module at its root."""
+    refuse_overlap(module, "FSDP")
     for stack in reversed(stacks(module).values()):
         for block in stack:
             if not isinstance(block, FSDPModule) and any(True for _ in block.parameters()):

@@ -128,6 +128,16 @@ def swap_module(
     return paths
 
 
+def refuse_overlap(module: nn.Module, name: str) -> None:
+    """Raise where a stack undoes steps on a stream of their own, for which parameters are not gathered."""
+    for path, stack in stacks(module).items():
+        if stack.overlap:
+            raise ValueError(
+                f"{path}: overlap=True runs a block on a stream of its own, {name} gathers its parameters in others;"
+                " leave it out, or take strategy='reversible', which keeps them in place"
+            )
+
+
 def make_budget(memory_budget: MemoryBudget | None) -> Budget | None:
     return None if memory_budget is None else Budget(memory_budget, announce=rank_zero_info)
 

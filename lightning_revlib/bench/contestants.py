@@ -27,6 +27,7 @@ from lightning_revlib.nn import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Momentum
 from lightning_revlib.nn.options import MemoryBudget
+from lightning_revlib.nn.overlap import has_streams
 from lightning_revlib.nn.step import Step
 
 
@@ -136,6 +137,12 @@ def ours(stack: CoupledSequential, draws: bool) -> nn.Module:
     return ReversibleSequential(*stack, **stack.given)
 
 
+def overlapping(stack: CoupledSequential, draws: bool) -> nn.Module:
+    if not has_streams(next(stack.parameters()).device):
+        raise Inexpressible("the device has no streams")
+    return ReversibleSequential(*stack, **{**stack.given, "overlap": True})
+
+
 class FastMemCNN(peers.MemCNN):
     passes, preserve = 1, False
 
@@ -187,5 +194,6 @@ CONTESTANTS = [
     Contestant("momentumnet", momentumnet, "momentumnet", True),
     Contestant("reformer-pytorch", peer(peers.ReformerPytorch, peers.ReformerPytorch), "reformer_pytorch", True),
     Contestant("lightning_revlib", ours, "lightning_revlib", True),
+    Contestant("lightning_revlib, overlap", overlapping, "lightning_revlib", True),
     Contestant("lightning_revlib, half of plain's bytes", ours, "lightning_revlib", budget=0.5),
 ]

@@ -21,6 +21,7 @@ from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.options import OnDrift, Treatment
+from lightning_revlib.nn.overlap import Ahead, has_streams
 from lightning_revlib.nn.plan import Budget, Plan, Signature
 from lightning_revlib.nn.replay import Repeatable, parts
 from lightning_revlib.nn.selective import keep_heavy
@@ -36,6 +37,7 @@ class Reversible:
     drift_tolerance: float
     context_fn: Callable[[], tuple[Any, Any]] | None
     budget: Budget | None
+    overlap: bool
     _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
 
@@ -117,6 +119,8 @@ class Execution:
             if a.is_inference():  # it would not count its changes
                 a, b = a.clone(), b.clone()
             tape = Tape(_pair, _ignore, self.compiler, self.stack.context_fn)
+            if self.stack.overlap and has_streams(a.device):
+                tape.ahead = Ahead(a.device)
             self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)

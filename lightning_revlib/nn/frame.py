@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -34,6 +35,7 @@ class Frame:
 
     # Class attributes are what most frames have: they are not set in each.
     above: Frame | None = None
+    below: weakref.ref[Frame] | None = None  # set if steps are undone ahead
     chunk: Chunk | None = None  # set if the step is done chunk by chunk, and this is one
     random: RandomState | None = None  # set if the step draws
     buffers: Buffers | None = None  # set if it changes any

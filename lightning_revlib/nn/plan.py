@@ -238,8 +238,14 @@ def _limit(value: MemoryBudget, plain: int) -> int:
 def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
     """Give stacks, by path, one budget for all of them together, in place of one that they shared before.
 
-    Stacks with a budget or treatments of their own keep them.
+    Stacks with a budget or treatments of their own keep them. Raises ValueError for one that overlaps.
     """
+    overlapping = [path for path, stack in stacks.items() if stack.overlap]
+    if budget is not None and overlapping:
+        raise ValueError(
+            f"{overlapping[0]}: overlap=True holds what two blocks save, memory_budget={budget.value!r} counts one:"
+            " pass one of them"
+        )
     sharing = {
         path: stack
         for path, stack in stacks.items()

@@ -40,6 +40,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 from lightning_revlib.nn.chunks import Chunk, Undoing, join
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import NBYTES, Frame, catch, release
+from lightning_revlib.nn.overlap import Ahead
 from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Tape:
         self.scratch: dict[Any, Tensor] = {}  # buffers that a block may write into: see `Buffers`
         self.output: list[tuple[Tensor, int]] = []  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
+        self.ahead: Ahead | None = None  # if steps are undone before autograd asks for them
         self.environment: Environment  # this and the next by `Recording`
         self.settings: Settings
         # Backward of an accelerator runs in a thread of its own, beside that of the CPU's.
@@ -88,6 +90,8 @@ class Tape:
         with torch.no_grad():
             self.streams = self.read(tensors)
         self.position, self.undoing = self.depth, None
+        if self.ahead is not None:
+            self.ahead.start()
         self.settings_changed = self.settings.changed()
         self.unusual = self.surprise is not None or self.environment.changed()
 
@@ -97,10 +101,10 @@ class Tape:
         if self.lock is not None:
             self.lock.acquire()
         try:
-            if self.streams is None or self.position < frame.index:
+            if (self.streams is None or self.position <= frame.index) and self._before(frame) is None:
                 self.start(self._output())
             self.keep = torch.is_grad_enabled()  # create_graph
-            if self.position == frame.index + 1 and not (self.keep or self.unusual):
+            if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
                 self._undo(frame)
             else:
                 with torch.no_grad(), self.environment.again():
@@ -114,17 +118,22 @@ class Tape:
     def _rewind(self, frame: Frame) -> None:
         if self.surprise:
             self._find_draws(*self.surprise)
-        if self.position == frame.index and frame.chunk is not None:
-            self.start(self._output())
-        if self.position == frame.index:  # all was caught and given away: autograd asks a second time
-            assert self.streams is not None
-            (a, b), self.streams = self.streams, None
-            frame.replay(b, (a, b), a)
-            self.streams = a, b
-        for each in reversed(self._between(frame)):
-            self._undo(each)
+        if self.ahead is None or not self.ahead.take(frame):
+            if (before := self._before(frame)) is not None:  # all was caught and given away: it is asked a second time
+                frame.replay(before[1], before, before[0])
+            for each in reversed(self._between(frame)):
+                self._undo(each)
+        if self.ahead is not None and self.position == frame.index and not self.keep:
+            self.ahead.begin(self, frame)
 
-    def _undo(self, frame: Frame) -> None:
+    def _before(self, frame: Frame) -> Streams | None:
+        """The streams before the frame's step, if they are there."""
+        if self.position == frame.index and frame.chunk is None:
+            return self.streams
+        return self.ahead.before(frame) if self.ahead is not None else None
+
+    def _undo(self, frame: Frame, *, ahead: bool = False) -> None:
+        """Undo the step at whose end the tape is; `ahead` of the backward of the step above it."""
         out, self.streams = self.streams, None  # after an error the next call starts afresh
         assert out is not None
         if frame.chunk is None:
@@ -138,7 +147,7 @@ class Tape:
             else:
                 self.undoing = None
         self.streams, self.position = (a, b), frame.index
-        if frame.above is not None and not self.keep:
+        if frame.above is not None and not (self.keep or ahead):
             frame.above.caught = frame.above.norms = None  # what is left was saved for an output that nobody uses
         if not frame.index:
             self.arrived(a, b)
@@ -201,6 +210,8 @@ class Recording:
         frame = Frame(tape, len(frames), step, a, b)
         if frames:
             frames[-1].above = frame
+            if tape.ahead is not None:
+                frame.below = weakref.ref(frames[-1])
         frames.append(frame)
         if chunk is not None:
             frame.chunk = chunk

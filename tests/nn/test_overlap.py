@@ -1,0 +1,103 @@
+"""Steps undone ahead on a stream of their own: the conditions of the matrix once more, on a device that finds races."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_revlib as revlib
+from lightning_revlib.fsdp import shard
+from lightning_revlib.nn import execution, overlap
+from lightning_revlib.swapping import make_budget, swap_module
+from tests.nn.conditions import CONDITIONS, Case
+from tests.nn.streams import Device
+from tests.nn.test_matrix import COUPLINGS, errors
+
+
+class Overlapping(revlib.ReversibleSequential):
+    def __init__(self, *blocks: nn.Module, **options: Any) -> None:
+        super().__init__(*blocks, **{"overlap": "memory_budget" not in options, **options})
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    device = Device()
+    monkeypatch.setattr(execution, "has_streams", lambda _: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr(overlap, "side_stream", lambda _: device.side)
+    yield device
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("coupling", ["additive", "mixed", "bdia, exact"])
+def test_is_right_and_without_races(coupling: str, name: str, device: Device) -> None:
+    results = []
+    for cls in (revlib.CoupledSequential, Overlapping):
+        torch.manual_seed(3)
+        case = Case(cls, COUPLINGS[coupling], torch.float64, autocast=False)
+        if cls is Overlapping:
+            with device:
+                found = CONDITIONS[name](case)
+        else:
+            found = CONDITIONS[name](case)
+        results.append([*found, torch.rand(1)])
+    assert max(errors(*results)) < 1e-12
+    assert not device.races, device.races[:3]
+
+
+def test_a_step_that_nobody_asks_for(device: Device) -> None:
+    blocks = [nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)) for _ in range(4)]
+    stack = Overlapping(*blocks)
+    with device:
+        torch.autograd.grad(stack(torch.randn(3, 8)).sum(), list(stack[2].parameters()))
+        assert device.work["side"]
+        torch.ones(3) + 1  # may get the memory that the side stream reads and writes
+    assert not device.races, device.races[:3]
+
+
+@pytest.mark.parametrize("missing", ["side", "main"])
+def test_races_are_found(missing: str, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getattr(device, missing), "wait_stream", lambda other: None)
+    stack = Overlapping(*[nn.Linear(4, 4) for _ in range(4)])
+    with device:
+        stack(torch.randn(3, 8)).sum().backward()
+    assert device.races
+
+
+def test_holds_what_two_blocks_save(device: Device) -> None:
+    peaks = []
+    for overlapping in (False, True):
+        stack = revlib.ReversibleSequential(
+            *[nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(8)], overlap=overlapping
+        )
+        x = torch.randn(128, 128)
+        with device, revlib.MemoryMeter() as meter:
+            for p in stack.parameters():
+                p.register_post_accumulate_grad_hook(meter.forget_gradient)
+            y = stack(x)
+            meter.reset_peak()
+            y.sum().backward()
+        peaks.append(meter.peak / y.nbytes)
+    assert peaks[0] < peaks[1] < peaks[0] + 6
+
+
+def test_does_nothing_where_there_are_no_streams() -> None:
+    stack = revlib.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(4)], overlap=True)
+    stack(torch.randn(3, 8)).sum().backward()
+    assert stack.drift is not None
+
+
+def test_errors_of_overlap() -> None:
+    with pytest.raises(TypeError, match="overlap='yes': pass True or False"):
+        revlib.ReversibleSequential(nn.Linear(4, 4), overlap="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"overlap=True holds what two blocks save, memory_budget=0\.5"):
+        revlib.ReversibleSequential(nn.Linear(4, 4), overlap=True, memory_budget=0.5)
+    overlapping = nn.Sequential(revlib.ReversibleSequential(nn.Linear(4, 4), overlap=True))
+    with pytest.raises(ValueError, match="0: overlap=True holds what two blocks save, memory_budget='1MiB'"):
+        swap_module(overlapping, None, make_budget("1MiB"))
+    with pytest.raises(ValueError, match="0: overlap=True runs a block on a stream of its own, FSDP"):
+        shard(overlapping, mesh=None)  # type: ignore[arg-type]
