@@ -81,12 +81,14 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 16])
-def test_overlap(depth: int) -> None:
+@pytest.mark.parametrize("way", ["overlap", "offload"])
+def test_streams(way: str, depth: int) -> None:
     """Wide blocks, whose kernels take long enough for a race to show, and memory that is used again at once."""
     parts = nn.BatchNorm1d(1024), nn.Linear(1024, 4096), nn.GELU(), nn.Dropout(0.1), nn.Linear(4096, 1024)
     blocks = [nn.Sequential(*copy.deepcopy(parts)) for _ in range(depth)]
     plain = revlib.CoupledSequential(*blocks).cuda()
-    ours = revlib.ReversibleSequential(*[copy.deepcopy(block) for block in blocks], overlap=True).cuda()
+    options: dict[str, Any] = {"overlap": True} if way == "overlap" else {"treatments": ["offload"] * depth}
+    ours = revlib.ReversibleSequential(*[copy.deepcopy(block) for block in blocks], **options).cuda()
     for seed in range(5):
         x = torch.randn(2048, 2048, device="cuda")
         grads = []

@@ -137,10 +137,18 @@ def ours(stack: CoupledSequential, draws: bool) -> nn.Module:
     return ReversibleSequential(*stack, **stack.given)
 
 
-def overlapping(stack: CoupledSequential, draws: bool) -> nn.Module:
+def beside(stack: CoupledSequential, **options: Any) -> nn.Module:
     if not has_streams(next(stack.parameters()).device):
         raise Inexpressible("the device has no streams")
-    return ReversibleSequential(*stack, **{**stack.given, "overlap": True})
+    return ReversibleSequential(*stack, **{**stack.given, **options})
+
+
+def overlapping(stack: CoupledSequential, draws: bool) -> nn.Module:
+    return beside(stack, overlap=True)
+
+
+def offloading(stack: CoupledSequential, draws: bool) -> nn.Module:
+    return beside(stack, treatments=["offload"] * len(stack))
 
 
 class FastMemCNN(peers.MemCNN):
@@ -195,5 +203,6 @@ CONTESTANTS = [
     Contestant("reformer-pytorch", peer(peers.ReformerPytorch, peers.ReformerPytorch), "reformer_pytorch", True),
     Contestant("lightning_revlib", ours, "lightning_revlib", True),
     Contestant("lightning_revlib, overlap", overlapping, "lightning_revlib", True),
+    Contestant("lightning_revlib, offload", offloading, "lightning_revlib"),
     Contestant("lightning_revlib, half of plain's bytes", ours, "lightning_revlib", budget=0.5),
 ]

@@ -20,6 +20,7 @@ from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
+from lightning_revlib.nn.offload import Convoy
 from lightning_revlib.nn.options import OnDrift, Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
 from lightning_revlib.nn.plan import Budget, Plan, Signature
@@ -37,6 +38,7 @@ class Reversible:
     drift_tolerance: float
     context_fn: Callable[[], tuple[Any, Any]] | None
     budget: Budget | None
+    offload: bool
     overlap: bool
     _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
@@ -95,6 +97,7 @@ class Execution:
         self.undoes = False  # whether there has been a recording
         self.rebuilt: dict[Sentinel, Streams] = {}
         self.drew = False
+        self.convoy: Convoy | None = None  # if steps are offloaded
         self.measuring: Measuring | None = None  # if a memory plan needs figures first
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
@@ -130,6 +133,9 @@ class Execution:
             a, b = dense_streams(a, b)
         self.views = False
         a, b = self.close(a, b)
+        if treatment == "offload" and has_streams(a.device):
+            self.convoy = self.convoy or Convoy(a.device)
+            return self.convoy.run(step, a, b, self.compiler)
         contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
         return step.run(a, b, self.compiler, partial(_checkpoint, step, contexts) if again else None)
@@ -169,6 +175,8 @@ class Execution:
         execution.views, execution.lent = self.views, self.lent
         try:
             a, b = execution._step(step, treatment, a, b)
+            if execution.convoy is not None:
+                execution.convoy.end()
             if last and self.stack.split_dim is not None:
                 return (execution.close_joined(a, b),)
             a, b = execution.close(a, b)
@@ -176,8 +184,10 @@ class Execution:
         finally:
             step.extra = None
 
-    def end_plan(self, y: Tensor) -> None:
-        """Behind the last step: make the plan, if its figures were measured."""
+    def end(self, y: Tensor) -> None:
+        """Behind the last step, with the stack's output: make the plan, if its figures were measured."""
+        if self.convoy is not None:
+            self.convoy.end()
         if not self.undoes:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
         if self.measuring is not None:

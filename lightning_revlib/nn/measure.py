@@ -15,12 +15,15 @@ from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.options import Treatment
+from lightning_revlib.nn.overlap import has_streams
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.untouched import untouched
 
 # Work is FLOPs, and as many as processors do in the time that it takes to write a byte, to start an operation, and to
 # start one that Python looks at first, as it does in selective checkpointing.
 FLOPS_A_BYTE, FLOPS_AN_OPERATION, FLOPS_A_SELECTION = 10, 100_000, 500_000
+# As many as a GPU does in half precision in the time that a byte takes to the host or back; with it, not after it.
+FLOPS_A_CARRIED_BYTE = 8_000
 
 
 class Figures(NamedTuple):
@@ -60,20 +63,24 @@ class Measuring:
                     partial(self.alone, step, treatment, last), step.module, a, b, last=last,
                     start=FLOPS_A_SELECTION if treatment == "selective" else FLOPS_AN_OPERATION,
                 )
-                for treatment in self._possible(step)
+                for treatment in self._possible(step, a.device)
             }  # fmt: skip
-            undone = self._known[kind].get("reversible")
+            figures = self._known[kind]
+            if "offload" in figures:
+                figures["offload"] = carried(figures["offload"], figures["store"])
+            undone = figures.get("reversible")
             if undone and (not last or self.stack.split_dim is not None):
                 # What the anchor holds are the next step's streams, or the output.
-                self._known[kind]["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
+                figures["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
         self.steps.append(Measured(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind]))
 
-    def _possible(self, step: Step) -> list[Treatment]:
+    def _possible(self, step: Step, device: torch.device) -> list[Treatment]:
         block = not isinstance(step.coupling, Invertible)
         can: dict[Treatment, bool] = {
             "reversible": step.coupling.invertible(self.stack.training),
             "checkpoint": block,
             "selective": block and self.stack.context_fn is None,
+            "offload": block and self.stack.offload and has_streams(device),
             "store": True,
         }
         return [treatment for treatment in can if can[treatment]]
@@ -111,7 +118,7 @@ def measure(
     hooks = [p.register_hook(_shrunk) for p in parameters]
     try:
         seed = torch.zeros((), device=a.device, requires_grad=True)
-        with untouched(module), torch.enable_grad(), _Meter() as meter:
+        with untouched(module), torch.enable_grad(), _Meter(a.device.type) as meter:
             outputs = run(*_Entry.apply(seed, a.detach(), b.detach(), (a.requires_grad, b.requires_grad)))
             given: list[Tensor] = []
             end = _Exit.apply(given if last else None, *outputs)
@@ -127,10 +134,28 @@ def measure(
             hook.remove()
 
 
+def carried(offload: Figures, store: Figures) -> Figures:
+    """Of a step whose neighbours are offloaded, too: what these are on their way with, and the time it takes."""
+    moved = store.held - offload.held
+    return Figures(
+        offload.held,
+        offload.forward + moved,
+        offload.backward + moved,
+        max(store.work, 2 * moved * FLOPS_A_CARRIED_BYTE),
+    )
+
+
 class _Meter(MemoryMeter):
-    """Counts FLOPs, as `FlopCounterMode` does but without its hooks on modules, bytes written and operations."""
+    """Counts FLOPs, as `FlopCounterMode` does but without its hooks on modules, bytes written and operations.
+
+    Of one kind of device: on another, the host's, bytes do not count.
+    """
 
     flops = written = operations = 0
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -140,6 +165,8 @@ class _Meter(MemoryMeter):
         return out
 
     def _count(self, storage: torch.UntypedStorage, key: int) -> None:
+        if storage.device.type != self.kind:
+            return
         super()._count(storage, key)
         self.written += storage.nbytes()
 

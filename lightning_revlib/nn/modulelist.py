@@ -118,7 +118,7 @@ class Layerwise(Reversible):
                 self.__dict__["_draws"] = run.execution.drew
             out = self._join(run.a, run.b).to(step.dtype)  # type: ignore[misc]
             if run.execution is not None:
-                run.execution.end_plan(out)
+                run.execution.end(out)
         extra, step.extra = step.extra, None  # it refers to the graph, which refers to the step
         return out if extra is None else with_first(extra, out)
 

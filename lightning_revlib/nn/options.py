@@ -12,7 +12,7 @@ from lightning_revlib.nn.coupling import Coupling
 from lightning_revlib.nn.couplings import CouplingSpec, Pair, get_coupling
 
 CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Treatment: TypeAlias = Literal["reversible", "checkpoint", "selective", "store"]
+Treatment: TypeAlias = Literal["reversible", "checkpoint", "selective", "offload", "store"]
 MemoryBudget: TypeAlias = int | float | str
 OnDrift: TypeAlias = Literal["ignore", "warn", "raise"]
 UNITS = {"b": 1} | {

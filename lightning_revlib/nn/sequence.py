@@ -76,11 +76,13 @@ class CoupledSequential(nn.Sequential):
         store_last: so many of the last blocks keep their activations, which saves their second run.
         treatments: instead, for each block "reversible", "checkpoint" (keep the block's input, run it
             again), "selective" (keep its matrix products and convolutions, too, and run the rest
-            again) or "store".
+            again), "offload" (on CUDA, keep all in the host's memory) or "store".
         memory_budget: instead, the bytes that the stack's activations may take, at most and with its
             output and that one's gradient: an int, a text such as "2GiB", a fraction of what ordinary
             autograd takes, or "auto", what is free on the CUDA device. The first forward measures,
             and later ones follow the `plan` with the least work.
+        offload: let the plan of a memory budget choose "offload", too, where copies are no longer than the
+            device's work.
         overlap: on CUDA, undo the block before on a stream of its own while a block's backward runs: faster where
             kernels are small, and backward holds what two blocks save. Not with FSDP or ZeRO-3.
         context_fn: as in `torch.utils.checkpoint`: makes two contexts for each run again of a block,
@@ -88,7 +90,7 @@ class CoupledSequential(nn.Sequential):
         on_drift: what to do when backward's reconstruction of the input is off by more than
             `drift_tolerance`, relative: "ignore", "warn" or "raise".
 
-    The last seven say how a reversible stack is executed; this class keeps them for the swap.
+    The last eight say how a reversible stack is executed; this class keeps them for the swap.
 
     Raises:
         ValueError: for an empty stack, an unknown coupling, a pair that is incomplete, a coupling that
@@ -98,7 +100,8 @@ class CoupledSequential(nn.Sequential):
 
     OPTIONS = (
         "given", "split_dim", "couplings", "stream_dtype", "residual", "branches", "grid_bits", "ordinary",
-        "chunks", "chunk_dim", "treatments", "budget", "overlap", "context_fn", "on_drift", "drift_tolerance",
+        "chunks", "chunk_dim", "treatments", "budget", "offload", "overlap", "context_fn", "on_drift",
+        "drift_tolerance",
     )  # fmt: skip
     _step: type[Step] = Step
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
@@ -120,6 +123,7 @@ class CoupledSequential(nn.Sequential):
         store_last: int = 0,
         treatments: Sequence[Treatment] | None = None,
         memory_budget: MemoryBudget | None = None,
+        offload: bool = False,
         overlap: bool = False,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
         on_drift: OnDrift = "ignore",
@@ -144,13 +148,14 @@ class CoupledSequential(nn.Sequential):
         if branches is not None:
             check_branches(coupled, branches, residual)
         self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
-        if not isinstance(overlap, bool):
-            raise TypeError(f"overlap={overlap!r}: pass True or False")
+        for name, value in (("offload", offload), ("overlap", overlap)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}: pass True or False")
         if overlap and memory_budget is not None:
             raise ValueError(
                 f"overlap=True holds what two blocks save, memory_budget={memory_budget!r} counts one: pass one of them"
             )
-        self.overlap = overlap
+        self.offload, self.overlap = offload, overlap
         self.context_fn, self.on_drift, self.drift_tolerance = context_fn, on_drift, drift_tolerance
         self.treatments = read_treatments(treatments, store_last, len(self))
         if memory_budget is not None and (store_last or treatments):
@@ -372,7 +377,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
             y = self._join(*execution.close(a, b))
         else:
             y = execution.close_joined(a, b)
-        execution.end_plan(y)
+        execution.end(y)
         self.__dict__["_draws"] = execution.drew
         return _with_extras(y.to(x.dtype), steps)
 

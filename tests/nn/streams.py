@@ -26,7 +26,13 @@ class Stream:
         self.freed: dict[Stream, int] = {}  # work of others that may use memory of this one's pool
 
     def wait_stream(self, other: Stream) -> None:
-        for stream, count in other.seen.items():
+        self.wait_event(other.seen)
+
+    def record_event(self) -> dict[Stream, int]:
+        return dict(self.seen)
+
+    def wait_event(self, event: dict[Stream, int]) -> None:
+        for stream, count in event.items():
             self.seen[stream] = max(count, self.seen.get(stream, 0))
 
     def has_seen(self, uses: dict[Stream, int]) -> bool:
