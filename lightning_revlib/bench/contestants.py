@@ -29,6 +29,7 @@ from lightning_revlib.nn.couplings import Additive, Momentum
 from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.overlap import has_streams
 from lightning_revlib.nn.step import Step
+from lightning_revlib.nn.steps import build_steps
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Checkpointed(CoupledSequential):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         a, b = self._split(x)
-        steps = iter(self._steps(x.dtype, args, kwargs, None))
+        steps = iter(build_steps(self, x.dtype, args, kwargs, None))
         for index, run in enumerate(iter(lambda: list(islice(steps, self.segment)), [])):
             if index % self.every:
                 a, b = _run(run, a, b)

@@ -27,6 +27,7 @@ from lightning_revlib.nn.layer import Layer, Run, cached, describe, same_memory,
 from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.sequence import CoupledSequential
 from lightning_revlib.nn.step import Step, rest_of, with_first
+from lightning_revlib.nn.steps import steps_of
 
 
 class _LayerStep(Step):
@@ -91,7 +92,7 @@ class Layerwise(Reversible):
             if run.execution is not None:
                 args, kwargs = without_cache((args, kwargs), self.path)
             key, first = list(self._modules)[run.index], (run.index - self.ordinary) * (len(self.branches) or 1)
-            steps = self._steps_of(run.index, first, key, layer.module, x.dtype, (args, kwargs))  # type: ignore[misc]
+            steps = steps_of(self, run.index, first, key, layer.module, x.dtype, (args, kwargs))
             if not self.branches:
                 steps[0].call = layer.original()
             out = self._advance(run, steps, compiler)
@@ -166,7 +167,7 @@ class Layerwise(Reversible):
         key = next(key for key, m in self._modules.items() if m is layer)
         return f"{self.path}.{key} ({type(layer).__name__})"
 
-    _split, _join, _steps_of = CoupledSequential._split, CoupledSequential._join, CoupledSequential._steps_of
+    _split, _join = CoupledSequential._split, CoupledSequential._join
 
 
 class ReversibleModuleList(Layerwise, nn.ModuleList):

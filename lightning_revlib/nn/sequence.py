@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.branches import Branch, BranchSpec, check_branches
-from lightning_revlib.nn.chunks import ChunkedStep, check_chunks, read_chunks
+from lightning_revlib.nn.branches import BranchSpec, check_branches
+from lightning_revlib.nn.chunks import check_chunks, read_chunks
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.couplings import CouplingSpec, Invertible
+from lightning_revlib.nn.couplings import CouplingSpec
 from lightning_revlib.nn.execution import Execution, Reversible, dense
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.options import (
@@ -35,6 +35,7 @@ from lightning_revlib.nn.options import (
 )
 from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.step import Call, Step
+from lightning_revlib.nn.steps import build_steps, call_of, is_invertible
 
 EXTRA = operator.attrgetter("extra")
 
@@ -144,7 +145,7 @@ class CoupledSequential(nn.Sequential):
         self.ordinary = ordinary
         self.branches = tuple(branches or ())
         children = list(self._modules.items())[ordinary:]
-        coupled = {key: m for key, m in children if m is not None and not _is_invertible(m)}
+        coupled = {key: m for key, m in children if m is not None and not is_invertible(m)}
         if branches is not None:
             check_branches(coupled, branches, residual)
         self.couplings = read_couplings(coupling, coupling_forward, coupling_inverse)
@@ -179,7 +180,7 @@ class CoupledSequential(nn.Sequential):
         """
         x = self._begin(x, args, kwargs, layerwise)
         a, b = self._split(x)
-        steps = self._steps(x.dtype, args, kwargs, layerwise)
+        steps = build_steps(self, x.dtype, args, kwargs, layerwise)
         for step in steps:
             a, b = step.run(a, b)
         return _with_extras(self._join(a, b).to(x.dtype), steps)
@@ -197,7 +198,7 @@ class CoupledSequential(nn.Sequential):
         if self.split_dim is None:
             raise ValueError("inverse with split_dim=None: one output does not determine two streams; set a split_dim")
         a, b = self._split(y, "output")
-        for step in reversed(self._steps(y.dtype, args, kwargs, layerwise)):
+        for step in reversed(build_steps(self, y.dtype, args, kwargs, layerwise)):
             a_out, b_out = a, b
             b = step.coupling.recover(a_out, b_out)
             a = step.coupling.inverse(a_out, b_out, b, step.output(b))
@@ -255,56 +256,11 @@ class CoupledSequential(nn.Sequential):
             ].finish(a, b)
         return torch.cat((a, b), self.split_dim)
 
-    def _steps(
-        self, dtype: torch.dtype, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Call] | None
-    ) -> list[Step]:
-        if layerwise is not None and len(layerwise) != len(self):
-            raise ValueError(
-                f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {len(self)} blocks"
-            )
-        steps: list[Step] = []
-        call: Call = (args, kwargs)
-        simple = not self.branches and self.chunks == (1,)
-        blocks = 0
-        for index, (name, module) in enumerate(self._modules.items()):
-            if index < self.ordinary:
-                continue
-            if layerwise is not None:
-                call = _call_of(index, args, kwargs, layerwise)
-            if hasattr(type(module), "inverse") and _is_invertible(module):
-                steps.append(Step(self, name, module, Invertible(module), dtype, call, self.treatments[index]))
-            elif simple:  # as `_steps_of` would, without a call and a list for each block of each forward
-                coupling = self.couplings[blocks % len(self.couplings)]
-                steps.append(self._step(self, name, module, coupling, dtype, call, self.treatments[index]))
-                blocks += 1
-            else:
-                steps += self._steps_of(index, blocks, name, module, dtype, call)
-                blocks += len(self.branches) or 1
-        return steps
-
-    def _steps_of(
-        self, index: int, first: int, name: str, module: nn.Module, dtype: torch.dtype, call: Call
-    ) -> list[Step]:
-        """The step of a block, or one for each of its branches; `first` is its number, which gives it its coupling."""
-        steps = []
-        for number, spec in enumerate(self.branches or [None], first):
-            branch = None if spec is None else Branch(module, spec)
-            coupling, chunks = self.couplings[number % len(self.couplings)], self.chunks[number % len(self.chunks)]
-            key = name if branch is None else f"{name}.{branch.name}"
-            kind = self._step if chunks == 1 else ChunkedStep
-            step = kind(self, key, module, coupling, dtype, call, self.treatments[index])
-            if isinstance(step, ChunkedStep):
-                step.count, step.dim = chunks, self.chunk_dim
-            if branch is not None:
-                step.call = branch
-            steps.append(step)
-        return steps
-
     def _begin(
         self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Call] | None
     ) -> Tensor:
         for index in range(self.ordinary):
-            first, named = _call_of(index, args, kwargs, layerwise)
+            first, named = call_of(index, args, kwargs, layerwise)
             x = self[index](x, *first, **named)
         return x
 
@@ -320,7 +276,7 @@ class CoupledSequential(nn.Sequential):
             )
         self.couplings = tuple(c.on_grid(self.grid_bits) for c in self.couplings)
         for name, module in self._modules.items():
-            if _is_invertible(module) and not getattr(module, "exact", False):
+            if is_invertible(module) and not getattr(module, "exact", False):
                 raise ValueError(
                     f"grid_bits={self.grid_bits}: invertible step {name} ({type(module).__name__}) is not exact; steps"
                     " that only move numbers, and say so by an attribute `exact`, are"
@@ -357,7 +313,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
             )
         x = self._begin(x, args, kwargs, layerwise)
         compiler = set_eval_frame(None)  # the engine is not compiled; its blocks are
-        steps = self._steps(x.dtype, args, kwargs, layerwise)
+        steps = build_steps(self, x.dtype, args, kwargs, layerwise)
         try:
             return self._run(x, steps, compiler)
         except BaseException:
@@ -380,17 +336,6 @@ class ReversibleSequential(Reversible, CoupledSequential):
         execution.end(y)
         self.__dict__["_draws"] = execution.drew
         return _with_extras(y.to(x.dtype), steps)
-
-
-def _call_of(index: int, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Call] | None) -> Call:
-    """The arguments of one block: the common ones and, after and above them, its own."""
-    if layerwise is None:
-        return args, kwargs
-    return (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
-
-
-def _is_invertible(module: nn.Module | None) -> bool:
-    return hasattr(type(module), "inverse") and not isinstance(module, CoupledSequential)
 
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:

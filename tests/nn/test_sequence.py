@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.steps import build_steps
 
 BOTH = pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
 
@@ -157,7 +158,7 @@ def test_couplings_cycle_over_blocks_and_pass_over_invertible_steps() -> None:
     stack = revlib.CoupledSequential(
         nn.Identity(), revlib.SpaceToDepth(1), nn.Identity(), nn.Identity(), coupling=["additive", "midpoint"]
     )
-    names = [type(step.coupling).__name__ for step in stack._steps(torch.float32, (), {}, None)]
+    names = [type(step.coupling).__name__ for step in build_steps(stack, torch.float32, (), {}, None)]
     assert names == ["Additive", "Invertible", "Midpoint", "Additive"]
 
 
