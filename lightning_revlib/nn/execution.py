@@ -20,7 +20,7 @@ from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
-from lightning_revlib.nn.offload import Convoy
+from lightning_revlib.nn.offload import Convoy, Parcel
 from lightning_revlib.nn.options import OnDrift, Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
 from lightning_revlib.nn.plan import Budget, Plan, Signature
@@ -98,6 +98,7 @@ class Execution:
         self.rebuilt: dict[Sentinel, Streams] = {}
         self.drew = False
         self.convoy: Convoy | None = None  # if steps are offloaded
+        self.parcel: Parcel | None = None  # of the last step, if it was
         self.measuring: Measuring | None = None  # if a memory plan needs figures first
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
@@ -114,6 +115,8 @@ class Execution:
 
     def _step(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor) -> Streams:
         """One that is undone stays open for the next; other steps first close what is."""
+        if treatment != "offload":
+            self._end_offload()
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is not None:
                 return self._record(step, a, b)
@@ -135,7 +138,8 @@ class Execution:
         a, b = self.close(a, b)
         if treatment == "offload" and has_streams(a.device):
             self.convoy = self.convoy or Convoy(a.device)
-            return self.convoy.run(step, a, b, self.compiler)
+            self.parcel = Parcel(self.convoy, step.module, self.parcel)
+            return self.parcel.run(step, a, b, self.compiler)
         contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
         return step.run(a, b, self.compiler, partial(_checkpoint, step, contexts) if again else None)
@@ -175,8 +179,7 @@ class Execution:
         execution.views, execution.lent = self.views, self.lent
         try:
             a, b = execution._step(step, treatment, a, b)
-            if execution.convoy is not None:
-                execution.convoy.end()
+            execution._end_offload()
             if last and self.stack.split_dim is not None:
                 return (execution.close_joined(a, b),)
             a, b = execution.close(a, b)
@@ -186,12 +189,16 @@ class Execution:
 
     def end(self, y: Tensor) -> None:
         """Behind the last step, with the stack's output: make the plan, if its figures were measured."""
-        if self.convoy is not None:
-            self.convoy.end()
+        self._end_offload()
         if not self.undoes:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
+
+    def _end_offload(self) -> None:
+        if self.parcel is not None:
+            self.parcel.end()
+            self.parcel = None
 
     def close(self, a: Tensor, b: Tensor) -> Streams:
         """Pass what comes out of the steps that are open through the anchor."""

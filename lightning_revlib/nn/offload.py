@@ -29,35 +29,17 @@ SMALLEST = 64 * 1024  # bytes; copies of less take longer to begin than to make
 
 
 class Convoy:
-    """The parcels of one forward of a stack, one behind the other."""
+    """What the parcels of one forward of a stack share: the way, and who is on it in backward."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.module = device, torch.get_device_module(device)
         self.side = copy_stream(device)
-        self.last: Parcel | None = None  # until the forward ends
         self.here: weakref.ref[Parcel] | None = None  # the one whose tensors backward uses
         self.ahead: weakref.ref[Parcel] | None = None  # the one that is on its way, for the step before
 
     @property
     def main(self) -> Any:
         return self.module.current_stream(self.device)
-
-    def run(self, step: Step, a: Tensor, b: Tensor, compiler: Any) -> Streams:
-        """Run the step by ordinary autograd, with what it saves in a parcel."""
-        parcel = Parcel(self, step.module, self.last)
-        with saved_tensors_hooks(parcel.pack, parcel.unpack):
-            a, b = step.run(a, b, compiler)
-        parcel.close(step.name)
-        self.last = parcel
-        return a, b
-
-    def end(self) -> None:
-        """The forward ends: whatever comes behind may change or free what is being copied."""
-        if self.last is not None:
-            self.main.wait_stream(self.side)
-            for parcel in filter(None, (self.last, self.last.before)):
-                parcel.sources.clear()
-            self.last = None
 
     def fetch(self, parcel: Parcel) -> None:
         """Bring a parcel's tensors to the device, if they are not on their way, and send for the step's before."""
@@ -83,7 +65,7 @@ class Convoy:
 
 
 class Parcel:
-    """What autograd saves in one step."""
+    """What autograd saves in one step; `before` is the parcel of the step before, if that is offloaded, too."""
 
     def __init__(self, convoy: Convoy, module: nn.Module, before: Parcel | None) -> None:
         self.convoy, self.module, self.before = convoy, module, before
@@ -96,6 +78,19 @@ class Parcel:
         self.sources: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by storage and version, while they are copied
         self.sent: Any = None  # when they all are
 
+    def run(self, step: Step, a: Tensor, b: Tensor, compiler: Any) -> Streams:
+        """Run the step by ordinary autograd."""
+        with saved_tensors_hooks(self.pack, self.unpack):
+            a, b = step.run(a, b, compiler)
+        self._close(step.name)
+        return a, b
+
+    def end(self) -> None:
+        """The last of steps in a row: what follows may change and free what is being copied."""
+        self.convoy.main.wait_stream(self.convoy.side)
+        for parcel in filter(None, (self, self.before)):
+            parcel.sources.clear()
+
     def pack(self, t: Tensor) -> Any:
         storage = t.untyped_storage()
         if type(t) is not Tensor or t.device != self.convoy.device or storage.nbytes() < SMALLEST:
@@ -107,7 +102,7 @@ class Parcel:
             return t
         key = storage._cdata, t._version
         if key not in self.sources:
-            self.sources[key] = len(self.hosts), t
+            self.sources[key] = len(self.hosts), t.detach()  # t refers to the graph, which refers to this
             self._send(storage)
         number = self.sources[key][0]
         self.uses[number] += 1
@@ -123,7 +118,7 @@ class Parcel:
         self.hosts.append(host)
         self.uses.append(0)
 
-    def close(self, name: str) -> None:
+    def _close(self, name: str) -> None:
         if changed := [t.shape for (_, count), (_, t) in self.sources.items() if t._version != count]:
             raise RuntimeError(
                 f"{name}: a tensor of shape {list(changed[0])} needed for its gradient has been modified by an inplace"

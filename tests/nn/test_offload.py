@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,3 +129,28 @@ def test_without_streams_blocks_are_stored() -> None:
         assert torch.allclose(*torch.autograd.grad(each(x).square().sum(), x), *expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(TypeError, match="offload=1: pass True or False"):
         revlib.ReversibleSequential(*blocks, offload=1)  # type: ignore[arg-type]
+
+
+def test_beside_other_treatments(device: Device) -> None:
+    blocks, x = [mlp(4) for _ in range(7)], torch.randn(3, 8, requires_grad=True)
+    mixed = ["offload", "offload", "reversible", "offload", "store", "checkpoint", "offload"]
+    expected = torch.autograd.grad(revlib.CoupledSequential(*blocks)(x).square().sum(), x)
+    with device:
+        found = torch.autograd.grad(revlib.ReversibleSequential(*blocks, treatments=mixed)(x).square().sum(), x)
+    assert torch.allclose(*found, *expected, rtol=1e-5, atol=1e-6)
+    assert not device.races, device.races[:3]
+
+
+def test_an_error_on_the_way_leaves_nothing(device: Device) -> None:
+    seen = []
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.sigmoid()
+            seen.append(weakref.ref(h.untyped_storage()))
+            assert len(seen) < 3
+            return h.sin()
+
+    with pytest.raises(AssertionError):
+        Offloading(Fails(), Fails(), Fails())(torch.randn(3, 8, requires_grad=True))
+    assert [ref() for ref in seen] == [None] * 3
