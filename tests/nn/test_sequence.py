@@ -104,7 +104,11 @@ def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dt
         ({"store_last": 5}, ValueError, "store_last=5: the stack has 4 blocks"),
         ({"store_last": 1, "treatments": ["store"] * 4}, ValueError, "say the same"),
         ({"treatments": ["store"] * 3}, ValueError, "for each of 4 blocks"),
-        ({"treatments": ["hold"] * 4}, ValueError, "pass one of 'reversible', 'checkpoint', 'selective', 'offload', 'store'"),
+        (
+            {"treatments": ["hold"] * 4},
+            ValueError,
+            "one of 'reversible', 'checkpoint', 'selective', 'offload', 'store'",
+        ),
         ({"grid_bits": 24}, ValueError, "grid_bits=24: .* from 0 to 23"),
         ({"grid_bits": 12, "coupling": "affine"}, ValueError, "affine cannot be exact"),
         ({"grid_bits": 12, "coupling": "momentum"}, ValueError, "momentum cannot be exact"),
