@@ -107,7 +107,7 @@ def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dt
         (
             {"treatments": ["hold"] * 4},
             ValueError,
-            "one of 'reversible', 'checkpoint', 'selective', 'offload', 'store'",
+            "'checkpoint', 'selective', 'offload', 'store'",
         ),
         ({"grid_bits": 24}, ValueError, "grid_bits=24: .* from 0 to 23"),
         ({"grid_bits": 12, "coupling": "affine"}, ValueError, "affine cannot be exact"),
