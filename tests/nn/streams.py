@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.nn.selective import written
+from tests.nn.conditions import CONDITIONS, Case
+from tests.nn.test_matrix import errors
 
 
 class Stream:
@@ -103,3 +107,15 @@ class Device(TorchDispatchMode):
         for stream, count in {**storage.reads, **storage.writes}.items():
             if stream is not storage.owner:
                 storage.owner.freed[stream] = max(count, storage.owner.freed.get(stream, 0))
+
+
+def compare_on(device: Device, cls: type[nn.Module], coupling: dict[str, Any], condition: str) -> None:
+    """A condition of the matrix: the stack of this class gives what ordinary autograd gives, and has no races."""
+    results = []
+    for each in (CoupledSequential, cls):
+        torch.manual_seed(3)
+        with device if each is cls else nullcontext():
+            found = CONDITIONS[condition](Case(each, coupling, torch.float64, autocast=False))
+        results.append([*found, torch.rand(1)])
+    assert max(errors(*results)) < 1e-12
+    assert not device.races, device.races[:3]

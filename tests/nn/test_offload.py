@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn import execution, measure, offload
-from tests.nn.conditions import CONDITIONS, Case
-from tests.nn.streams import Device
-from tests.nn.test_matrix import COUPLINGS, errors
+from lightning_revlib.nn import measure, offload
+from tests.nn.conditions import CONDITIONS
+from tests.nn.streams import Device, compare_on
+from tests.nn.test_matrix import COUPLINGS
 from tests.nn.test_plan import Attention, peak
 
 
@@ -28,32 +28,10 @@ class Offloading(revlib.ReversibleSequential):
         super().__init__(*blocks, **options)
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    device = Device()
-    for user in (execution, measure):
-        monkeypatch.setattr(user, "has_streams", lambda _: True)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    monkeypatch.setattr(offload, "copy_stream", lambda _: device.side)
-    monkeypatch.setattr(offload, "SMALLEST", 0)
-    yield device
-
-
 @pytest.mark.parametrize("name", CONDITIONS)
 @pytest.mark.parametrize("coupling", ["additive", "mixed", "bdia, exact"])
 def test_is_right_and_without_races(coupling: str, name: str, device: Device) -> None:
-    results = []
-    for cls in (revlib.CoupledSequential, Offloading):
-        torch.manual_seed(3)
-        case = Case(cls, COUPLINGS[coupling], torch.float64, autocast=False)
-        if cls is Offloading:
-            with device:
-                found = CONDITIONS[name](case)
-        else:
-            found = CONDITIONS[name](case)
-        results.append([*found, torch.rand(1)])
-    assert max(errors(*results)) < 1e-12
-    assert not device.races, device.races[:3]
+    compare_on(device, Offloading, COUPLINGS[coupling], name)
 
 
 def mlp(width: int) -> nn.Module:

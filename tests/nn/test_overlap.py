@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,11 +10,10 @@ from torch import nn
 
 import lightning_revlib as revlib
 from lightning_revlib.fsdp import shard
-from lightning_revlib.nn import execution, overlap
 from lightning_revlib.swapping import make_budget, swap_module
-from tests.nn.conditions import CONDITIONS, Case
-from tests.nn.streams import Device
-from tests.nn.test_matrix import COUPLINGS, errors
+from tests.nn.conditions import CONDITIONS
+from tests.nn.streams import Device, compare_on
+from tests.nn.test_matrix import COUPLINGS
 
 
 class Overlapping(revlib.ReversibleSequential):
@@ -23,30 +21,10 @@ class Overlapping(revlib.ReversibleSequential):
         super().__init__(*blocks, **{"overlap": "memory_budget" not in options, **options})
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    device = Device()
-    monkeypatch.setattr(execution, "has_streams", lambda _: True)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    monkeypatch.setattr(overlap, "side_stream", lambda _: device.side)
-    yield device
-
-
 @pytest.mark.parametrize("name", CONDITIONS)
 @pytest.mark.parametrize("coupling", ["additive", "mixed", "bdia, exact"])
 def test_is_right_and_without_races(coupling: str, name: str, device: Device) -> None:
-    results = []
-    for cls in (revlib.CoupledSequential, Overlapping):
-        torch.manual_seed(3)
-        case = Case(cls, COUPLINGS[coupling], torch.float64, autocast=False)
-        if cls is Overlapping:
-            with device:
-                found = CONDITIONS[name](case)
-        else:
-            found = CONDITIONS[name](case)
-        results.append([*found, torch.rand(1)])
-    assert max(errors(*results)) < 1e-12
-    assert not device.races, device.races[:3]
+    compare_on(device, Overlapping, COUPLINGS[coupling], name)
 
 
 def test_a_step_that_nobody_asks_for(device: Device) -> None:
