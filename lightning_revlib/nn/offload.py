@@ -17,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, get_device_module, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Streams
@@ -32,7 +32,7 @@ class Convoy:
     """What the parcels of one forward of a stack share: the way, and who is on it in backward."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, torch.get_device_module(device)
+        self.device, self.module = device, get_device_module(device)
         self.side = copy_stream(device)
         self.here: weakref.ref[Parcel] | None = None  # the one whose tensors backward uses
         self.ahead: weakref.ref[Parcel] | None = None  # the one that is on its way, for the step before
@@ -91,6 +91,7 @@ class Parcel:
         for parcel in filter(None, (self, self.before)):
             parcel.sources.clear()
 
+    @torch.compiler.disable
     def pack(self, t: Tensor) -> Any:
         storage = t.untyped_storage()
         if type(t) is not Tensor or t.device != self.convoy.device or storage.nbytes() < SMALLEST:
@@ -130,6 +131,7 @@ class Parcel:
             self.convoy.main.wait_event(self.before.sent)
             self.before.sources.clear()
 
+    @torch.compiler.disable
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
@@ -155,4 +157,4 @@ def host_memory(like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def copy_stream(device: torch.device) -> Any:
-    return torch.get_device_module(device).Stream(device=device)
+    return get_device_module(device).Stream(device=device)

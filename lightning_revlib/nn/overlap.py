@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_device_module
 
 from lightning_revlib.nn.coupling import Streams
 
@@ -32,7 +32,7 @@ class Ahead:
     """The step of a tape that is undone before autograd asks for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, torch.get_device_module(device)
+        self.device, self.module = device, get_device_module(device)
         self.side = side_stream(device)
         self.main: Any = None  # if it has not yet waited for side
         self.index = -1  # of the step; no frame, which would refer to this
@@ -94,4 +94,4 @@ def has_streams(device: torch.device) -> bool:
 @lru_cache(maxsize=64)
 def side_stream(device: torch.device) -> Any:
     """One for each device, so that memory of its pool serves one backward after the other."""
-    return torch.get_device_module(device).Stream(device=device)
+    return get_device_module(device).Stream(device=device)

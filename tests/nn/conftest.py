@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lightning_revlib.nn import execution, measure, offload, overlap
 from tests.nn.streams import Device
@@ -13,7 +12,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     for user in (execution, measure):
         monkeypatch.setattr(user, "has_streams", lambda _: True)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    for user in (overlap, offload):
+        monkeypatch.setattr(user, "get_device_module", lambda _: device)
     monkeypatch.setattr(overlap, "side_stream", lambda _: device.side)
     monkeypatch.setattr(offload, "copy_stream", lambda _: device.side)
     monkeypatch.setattr(offload, "SMALLEST", 0)

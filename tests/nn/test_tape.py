@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import lightning_revlib as revlib
 from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.replay import Settings
 from lightning_revlib.nn.tape import Tape
+from tests.nn.streams import Device
 
 
 def mlp(width: int) -> nn.Module:
@@ -350,14 +352,15 @@ def test_each_frame_is_rewound_once_whatever_has_changed(monkeypatch: pytest.Mon
     assert calls == {"replay": 20, "lend": 20 if change == "eval" else 0}
 
 
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"treatments": ["offload"] * 3}], ids=str)
 @pytest.mark.parametrize("what", ["model", "stack", "block"])
-def test_compile_gives_the_same_gradients_and_compiles_once(what: str) -> None:
+def test_compile_gives_the_same_gradients_and_compiles_once(what: str, options: dict[str, Any], device: Device) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     body = [nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 4)) for _ in range(3)]
     x, results = torch.randn(5, 8), []
     for cls, compiled in ((revlib.CoupledSequential, False), (revlib.ReversibleSequential, True)):
-        model = nn.Sequential(nn.Linear(8, 8), cls(*copy.deepcopy(body)), nn.Tanh())
+        model = nn.Sequential(nn.Linear(8, 8), cls(*copy.deepcopy(body), **options), nn.Tanh())
         model[0].load_state_dict(results[0][1]) if results else None
         start, run = copy.deepcopy(model[0].state_dict()), model
         if compiled and what == "model":
