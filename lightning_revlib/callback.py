@@ -15,7 +15,14 @@ from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.options import MemoryBudget
 from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.swap import Targets, stacks
-from lightning_revlib.swapping import explain_memory, make_budget, read_targets, swap_module
+from lightning_revlib.swapping import (
+    explain_memory,
+    make_budget,
+    memory_figures,
+    read_targets,
+    swap_module,
+    take_memory_figures,
+)
 
 
 class ReversibleCallback(Callback):
@@ -50,6 +57,19 @@ class ReversibleCallback(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # in a fit it would undo what callbacks have changed of stacks
             self._start(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if figures := memory_figures(pl_module):
+            checkpoint["memory_figures"] = figures
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        take_memory_figures(pl_module, checkpoint.get("memory_figures", {}), self._budget(trainer))
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -39,7 +39,8 @@ class Swapping(Strategy):
         memory_budget: the bytes that activations in stacks may take at most, on each device: an int, a
             text such as "2GiB", a fraction of what ordinary autograd takes, or "auto", what is free on
             the CUDA device. Without, as few as possible. Stacks that choose treatments themselves keep
-            them. The first step measures; the plan is printed, and saved in checkpoints.
+            them. The first step measures; the plan is printed, and saved in checkpoints, with what a run
+            that resumes needs to follow it at once.
         restore: undo the swap when the run ends, however it ends.
         **kwargs: of Lightning's strategy.
 
@@ -86,12 +87,19 @@ class Swapping(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.budget is not None and self.budget.plan is not None:
             checkpoint["memory_plan"] = asdict(self.budget.plan)
+        if self.lightning_module is not None and (figures := memory_figures(self.lightning_module)):
+            checkpoint["memory_figures"] = figures
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, but of every strategy's kind, and executing nothing unless `weights_only=False` allows it."""
-        safe = weights_only is not False
+        checkpoint = self._load(checkpoint_path, weights_only is not False)
+        if self.lightning_module is not None:
+            take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}), self.budget)
+        return checkpoint
+
+    def _load(self, checkpoint_path: Any, safe: bool) -> dict[str, Any]:
         if not is_sharded(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only=safe)
         if not isinstance(self, ModelParallelStrategy):
@@ -140,6 +148,23 @@ def refuse_overlap(module: nn.Module, name: str) -> None:
 
 def make_budget(memory_budget: MemoryBudget | None) -> Budget | None:
     return None if memory_budget is None else Budget(memory_budget, announce=rank_zero_info)
+
+
+def memory_figures(module: nn.Module) -> dict[str, Any]:
+    """What the memory plans of its stacks follow from, by path, as plain data."""
+    figures: dict[str, Any] = {}
+    for stack in stacks(module).values():
+        if stack.budget is not None:
+            figures.update(stack.budget.state_dict())
+    return figures
+
+
+def take_memory_figures(module: nn.Module, figures: Mapping[str, Any], shared: Budget | None) -> None:
+    """Let a run that resumes follow the plans of before from its first step, without measuring again."""
+    own = {path: stack.budget for path, stack in stacks(module).items()}
+    for path, saved in figures.items():
+        if (budget := own.get(path) or shared) is not None:
+            budget.load_state_dict({path: saved})
 
 
 def read_targets(targets: Any) -> Targets | None:

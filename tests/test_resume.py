@@ -32,6 +32,8 @@ def fit(tmp_path: Path, save: Any = None, ckpt: Any = None, **options: Any) -> l
     net = Net()
     callbacks = [revlib.ExactResume(), *([ModelCheckpoint(tmp_path, save_top_k=-1, **save)] if save else [])]
     strategy, loader = options.pop("strategy", "reversible"), DataLoader(Noisy(), batch_size=8, shuffle=True)
+    if budget := options.pop("memory_budget", None):
+        strategy = revlib.ReversibleStrategy(memory_budget=budget)
     run = trainer(tmp_path, strategy=strategy, callbacks=callbacks, enable_checkpointing=bool(save), **options)
     run.fit(net, loader, data(), ckpt_path=ckpt, weights_only=True)
     return [p.detach() for p in net.parameters()]
@@ -43,6 +45,7 @@ def fit(tmp_path: Path, save: Any = None, ckpt: Any = None, **options: Any) -> l
         ({"val_check_interval": 3}, {"every_n_train_steps": 1}),
         ({"accumulate_grad_batches": 2}, {"every_n_train_steps": 1}),
         ({}, {"every_n_epochs": 1}),
+        ({"memory_budget": 0.7}, {"every_n_train_steps": 1}),
         ({"strategy": "auto"}, {"every_n_epochs": 1, "save_on_train_epoch_end": True}),
     ],
     ids=str,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_revlib as revlib
 from lightning_revlib.names import NAMES
+from lightning_revlib.nn import measure
 
 
 class Net(L.LightningModule):
@@ -191,25 +192,33 @@ def test_the_name_is_registered_whatever_is_imported_first(order: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def budgeted(by: str) -> dict[str, Any]:
+    """A budget for all stacks by the strategy, by the callback under another strategy, or for one stack."""
+    if by == "callback":
+        return {"strategy": "auto", "callbacks": [revlib.ReversibleCallback(memory_budget=0.8)]}
+    options = {"memory_budget": 0.8} if by == "strategy" else {"targets": {"net": {"memory_budget": 0.8}}}
+    return {"strategy": revlib.ReversibleStrategy(**options)}
+
+
 @pytest.mark.parametrize("by", ["strategy", "callback", "stack"])
-def test_a_memory_budget_changes_bytes_only(tmp_path: Path, by: str) -> None:
-    options: dict[str, Any] = {
-        "strategy": {"strategy": revlib.ReversibleStrategy(memory_budget=0.8)},
-        "callback": {"strategy": "auto", "callbacks": [revlib.ReversibleCallback(memory_budget=0.8)]},
-        "stack": {"strategy": revlib.ReversibleStrategy({"net": {"memory_budget": 0.8}})},
-    }[by]
+def test_a_memory_budget_changes_bytes_only(tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = fit(tmp_path, "reversible", precision="64-true")
     L.seed_everything(5, verbose=False)
     net = Net()
-    run = trainer(tmp_path, precision="64-true", **options)
+    run = trainer(tmp_path, precision="64-true", **budgeted(by))
     run.fit(net, data(), data())
     for expected, loss in zip(plain.losses, net.losses, strict=True):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     plan = net.net.plan
     assert plan.peak <= plan.limit < plan.plain and set(plan.treatments["net"]) != {"reversible"}
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
     assert by != "strategy" or checkpoint["memory_plan"]["treatments"] == {"net": plan.treatments["net"]}
+
+    monkeypatch.setattr(measure, "measure", lambda *args, **kwargs: pytest.fail("measured again"))
+    again = Net()
+    trainer(tmp_path, precision="64-true", max_epochs=9, **budgeted(by)).fit(again, data(), data(), ckpt_path=path)
+    assert again.net.plan == plan
 
 
 def test_a_budget_too_small_and_a_wrong_one_are_errors(tmp_path: Path) -> None:

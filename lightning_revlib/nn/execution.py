@@ -168,7 +168,7 @@ class Execution:
                 *[p.requires_grad for p in self.stack.parameters()],
             ),
         )
-        treatments = self.stack.budget.treatments(self.stack.path, self.signature)
+        treatments = self.stack.budget.treatments(self.stack.path, self.signature, self.stack)
         if treatments is None:
             self.measuring = Measuring(self.stack, self._alone)
         self.planned = treatments or ["reversible"] * self.count

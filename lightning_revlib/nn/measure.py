@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,14 +89,27 @@ class Measuring:
 
 def _description(step: Step) -> tuple[Any, ...]:
     """What two steps agree in that take the same bytes and work, as far as can be told."""
-    modules = list(step.module.modules())
-    plain = (bool, int, float, str, tuple, type(None))
-    settings = [sorted((k, repr(v)) for k, v in vars(m).items() if isinstance(v, plain)) for m in modules]
-    parameters = [(p.shape, p.dtype, p.requires_grad) for p in step.module.parameters()]
     arguments = [getattr(x, "shape", repr(x)) for x in tree_leaves((step.args, step.kwargs))]
     branch = step.key.partition(".")[2]
     chunks = getattr(step, "count", 1)
-    return branch, chunks, repr(step.module), repr(settings), tuple(parameters), repr(step.coupling), repr(arguments)
+    return branch, chunks, *_of_module(step.module), repr(step.coupling), repr(arguments)
+
+
+def _of_module(module: nn.Module, but: str = "") -> tuple[Any, ...]:
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = [
+        sorted((k, repr(v)) for k, v in vars(m).items() if isinstance(v, plain) and k != but) for m in module.modules()
+    ]
+    parameters = [(p.shape, p.dtype, p.requires_grad) for p in module.parameters()]
+    return repr(module), repr(settings), tuple(parameters)
+
+
+def digest(stack: Any) -> str:
+    """Of all that figures depend on besides their signature: they hold for another stack with the same one."""
+    options = [stack.couplings, stack.branches, stack.chunks, stack.chunk_dim, stack.stream_dtype, stack.residual]
+    more = [stack.grid_bits, stack.split_dim, stack.ordinary, stack.offload, stack.context_fn]
+    text = repr([torch.__version__, options, more, *[_of_module(m, but="training") for m in stack]])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def measure(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_revlib.nn.measure import Measured
+from lightning_revlib.nn.measure import Figures, Measured, digest
 from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.nn.options import MemoryBudget, Treatment, read_budget
 
@@ -84,12 +84,21 @@ class Budget:
     _known: dict[str, dict[Signature, tuple[list[Measured], int]]] = field(default_factory=dict)
     _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
+    _loaded: dict[str, tuple[str, dict[Signature, tuple[list[Measured], int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         read_budget(self.value)
 
-    def treatments(self, path: str, signature: Signature) -> tuple[Treatment, ...] | None:
+    def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[Treatment, ...] | None:
         """The plan's for this stack; None if it has to be measured first."""
+        if path not in self._digests:
+            self._digests[path] = digest(stack)
+            of, figures = self._loaded.pop(path, ("", {}))
+            if of == self._digests[path]:
+                self._known[path] = figures
+            else:
+                self._last.pop(path, None)
         known = self._known.get(path, {})
         covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
         if covering is None:
@@ -108,11 +117,42 @@ class Budget:
                 del self._known[path][signature]  # the next forward is to fail as well
                 raise
 
+    def state_dict(self) -> dict[str, Any]:
+        """The figures of all stacks that have run, as plain data, from which the same plans follow."""
+        return {
+            path: {
+                "digest": self._digests[path],
+                "last": list(known).index(self._last[path]),
+                "figures": [
+                    (
+                        tuple(s),
+                        [(m.streams, m.sentinel, {t: tuple(f) for t, f in m.figures.items()}) for m in steps],
+                        output,
+                    )
+                    for s, (steps, output) in known.items()
+                ],
+            }
+            for path, known in self._known.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take figures from `state_dict`, each for a stack that is still the same when it runs first."""
+        for path, saved in state.items():
+            figures = {
+                Signature(*s): ([Measured(a, b, {t: Figures(*f) for t, f in by.items()}) for a, b, by in steps], output)
+                for s, steps, output in saved["figures"]
+            }
+            self._loaded[path] = saved["digest"], figures
+            self._known.pop(path, None)
+            self._digests.pop(path, None)
+            self._last[path] = list(figures)[saved["last"]]
+
     def _follow(self) -> Plan:
         """The plan for the stacks that have run, as they have run last."""
         combination = tuple(self._last.items())
         if combination not in self._plans:
-            plan = make_plan({path: self._known[path][signature] for path, signature in combination}, self.value)
+            known = {**{path: figures for path, (_, figures) in self._loaded.items()}, **self._known}
+            plan = make_plan({path: known[path][signature] for path, signature in combination}, self.value)
             self._plans[combination] = plan
             self.announce(str(plan))
         self.plan = self._plans[combination]

@@ -184,7 +184,8 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
         hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(list(known)[1:])}"
         raise TypeError(f"target {path!r}: there is no option {unknown[0]!r}; {hint}")
     if options is not None or original in PLAIN:
-        merged = _merge(module.__dict__.get("given", {}), options or {})
+        given, budget = module.__dict__.get("given", {}), module.__dict__.get("budget")
+        merged = _merge(given, options or {})
         try:
             if isinstance(module, Layerwise):
                 module.set_options(merged)
@@ -193,6 +194,8 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
                 module.__dict__.update(options_of(template))
         except (TypeError, ValueError) as error:
             raise type(error)(f"target {path!r}: {error}") from None
+        if budget is not None and module.__dict__["given"] == given:  # swapped once more: what it knows still holds
+            module.__dict__["budget"] = budget
 
 
 def _merge(given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

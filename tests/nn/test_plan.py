@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 from typing import Any
@@ -181,6 +182,33 @@ def test_plan_is_deterministic_printed_and_survives_pickling(caplog: pytest.LogC
             plans.append(stack.plan)
     assert plans[0] == plans[1] and "memory plan:" in caplog.text and "of 97.7 KiB" in str(plans[0])
     assert pickle.loads(pickle.dumps(stack)).plan == stack.plan
+
+
+def test_figures_go_through_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_revlib.nn import measure as module
+
+    def net() -> nn.Module:
+        stacks = [revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)]
+        share_budget({str(k): stack for k, stack in enumerate(stacks)}, Budget(0.6, announce=list))
+        return nn.Sequential(*stacks)
+
+    model, file = net(), io.BytesIO()
+    for rows in (32, 64):
+        model(torch.randn(rows, 32))
+    torch.save(model[0].budget.state_dict(), file)  # type: ignore[union-attr, operator]
+    count: list[int] = []
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
+    for change, measured in (("none", 0), ("a module", 12), ("the input", 28)):
+        again = net()
+        file.seek(0)
+        again[0].budget.load_state_dict(torch.load(file, weights_only=True))  # type: ignore[union-attr, operator]
+        if change == "a module":
+            again[1][0][0].eps = 1e-3  # type: ignore[index, union-attr]
+        count.clear()
+        again(torch.randn(128 if change == "the input" else 50, 32))
+        assert len(count) == measured, change
+        assert change != "none" or again[0].plan == model[0].plan
 
 
 def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
