@@ -133,6 +133,7 @@ class Budget:
                 ],
             }
             for path, known in self._known.items()
+            if self._last[path] in known  # and was not too large for the budget
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

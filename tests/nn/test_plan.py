@@ -211,6 +211,13 @@ def test_figures_go_through_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Non
         assert change != "none" or again[0].plan == model[0].plan
 
 
+def test_figures_that_fit_no_budget_are_not_saved() -> None:
+    stack = revlib.ReversibleSequential(*[mlp(16) for _ in range(4)], memory_budget=100)
+    with pytest.raises(ValueError, match="memory_budget=100"):
+        stack(torch.randn(8, 32))
+    assert stack.budget is not None and stack.budget.state_dict() == {}
+
+
 def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_revlib.nn import measure as module
 
