@@ -69,7 +69,7 @@ class ReversibleCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        take_memory_figures(pl_module, checkpoint.get("memory_figures", {}), self._budget(trainer))
+        take_memory_figures(pl_module, checkpoint.get("memory_figures", {}))
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -96,7 +96,7 @@ class Swapping(Strategy):
         """As Lightning's, but of every strategy's kind, and executing nothing unless `weights_only=False` allows it."""
         checkpoint = self._load(checkpoint_path, weights_only is not False)
         if self.lightning_module is not None:
-            take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}), self.budget)
+            take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}))
         return checkpoint
 
     def _load(self, checkpoint_path: Any, safe: bool) -> dict[str, Any]:
@@ -159,12 +159,11 @@ def memory_figures(module: nn.Module) -> dict[str, Any]:
     return figures
 
 
-def take_memory_figures(module: nn.Module, figures: Mapping[str, Any], shared: Budget | None) -> None:
-    """Let a run that resumes follow the plans of before from its first step, without measuring again."""
-    own = {path: stack.budget for path, stack in stacks(module).items()}
-    for path, saved in figures.items():
-        if (budget := own.get(path) or shared) is not None:
-            budget.load_state_dict({path: saved})
+def take_memory_figures(module: nn.Module, figures: Mapping[str, Any]) -> None:
+    """Let a run that resumes follow the plans of before from its first step; those of stacks without a budget go."""
+    for path, stack in stacks(module).items():
+        if stack.budget is not None and path in figures:
+            stack.budget.load_state_dict({path: figures[path]})
 
 
 def read_targets(targets: Any) -> Targets | None:

@@ -247,3 +247,13 @@ def test_a_later_run_has_its_own_budget(tmp_path: Path) -> None:
     assert net.net.plan.limit == int(0.9 * net.net.plan.plain)
     trainer(tmp_path, max_epochs=1, strategy="reversible").fit(net, data())
     assert net.net.plan is None
+
+
+def test_figures_of_stacks_that_a_budget_no_longer_plans_are_passed_over(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1, **budgeted("strategy"))
+    run.fit(Net(), data(), data())
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    strategy = revlib.ReversibleStrategy({"net": {"store_last": 1}}, memory_budget=0.8)
+    again = Net()
+    trainer(tmp_path, max_epochs=2, strategy=strategy).fit(again, data(), data(), ckpt_path=path)
+    assert again.net.plan is None and strategy.budget.state_dict() == {} and not strategy.budget._last
