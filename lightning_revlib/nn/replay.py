@@ -8,11 +8,10 @@ Buffers       values of the buffers that it changes    one a step, if it has buf
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,10 +22,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-# By `map`, attributes of many tensors or modules are read without interpreting a line for each.
-TRAINING, PARAMETERS = operator.attrgetter("training"), operator.attrgetter("_parameters")
-REQUIRES_GRAD, VERSION = operator.attrgetter("requires_grad"), operator.attrgetter("_version")
-VALUES = operator.methodcaller("values")
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -90,10 +85,11 @@ def version(tensor: Tensor) -> int:
 
 def parts(*modules: nn.Module) -> list[nn.Module]:
     """The modules and all that is in them; `module.modules()`, but fast and with what is shared twice."""
-    found = [*modules]
-    for m in found:  # grows on the way
-        if m._modules:
-            found += [child for child in m._modules.values() if child is not None]
+    found: list[nn.Module] = []
+    level: Sequence[nn.Module] = modules
+    while level:
+        found += level
+        level = [child for m in level if m._modules for child in m._modules.values() if child is not None]
     return found
 
 
@@ -105,34 +101,34 @@ class Settings:
     just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("arguments", "by_module", "modules", "owners", "parameters", "registered", "requires_grad",
-                 "training", "versions")  # fmt: skip
+    __slots__ = ("by_module", "modules", "parameters", "registered", "requires_grad", "tensors", "training",
+                 "versions")  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
-        self.modules, self.arguments = modules, arguments
+        self.modules = modules
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.owners = list(filter(PARAMETERS, modules))  # of parameters
-        self.registered = list(map(dict, map(PARAMETERS, self.owners)))
-        self.parameters = _flat(self.registered)
-        self.training = list(map(TRAINING, modules))
-        self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
-        self.versions = _versions([*self.parameters, *self.arguments])
+        self.registered = [(m, dict(parameters)) for m in modules if (parameters := m._parameters)]
+        self.parameters = [p for _, parameters in self.registered for p in parameters.values() if p is not None]
+        self.training = [m.training for m in modules]
+        self.requires_grad = [p.requires_grad for p in self.parameters]
+        self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
+        self.versions = _versions(self.tensors)
 
     def changed(self) -> bool:
-        if (versions := _versions([*self.parameters, *self.arguments])) != self.versions:
+        if (versions := _versions(self.tensors)) != self.versions:
             at = [x == y for x, y in zip(versions, self.versions, strict=True)].index(False)
             if at < len(self.parameters):
                 m, name, _ = list(self._named())[at]
                 what = f"parameter {name!r} of {m}"
             else:
-                what = f"an argument of shape {list(self.arguments[at - len(self.parameters)].shape)}"
+                what = f"an argument of shape {list(self.tensors[at].shape)}"
             raise RuntimeError(
                 f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
                 " run again; modify it, or step the optimizer, after backward"
             )
         return (
-            list(map(TRAINING, self.modules)) != self.training
-            or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
+            [m.training for m in self.modules] != self.training
+            or [p.requires_grad for p in self.parameters] != self.requires_grad
             or not self._same_parameters()
         )
 
@@ -158,20 +154,12 @@ class Settings:
 
     def _same_parameters(self) -> bool:
         try:
-            return list(map(PARAMETERS, self.owners)) == self.registered  # the same tensor, or equal numbers
+            return all([m._parameters == parameters for m, parameters in self.registered])  # the same, or equal numbers
         except (RuntimeError, TypeError):  # tensors of several elements, compared
             return False
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        named = zip(self.owners, self.registered, strict=True)
-        return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
-
-
-def _flat(registered: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
-    parameters = list(chain.from_iterable(map(VALUES, registered)))
-    if any(map(operator.is_, parameters, repeat(None))):
-        return [p for p in parameters if p is not None]
-    return parameters
+        return ((m, name, p) for m, registered in self.registered for name, p in registered.items() if p is not None)
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
@@ -179,7 +167,7 @@ PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for other
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return list(map(VERSION, tensors))
+        return [t._version for t in tensors]
     except RuntimeError:  # an inference tensor among them
         return [version(t) for t in tensors]
 
