@@ -127,6 +127,8 @@ class Execution:
             tape = Tape(_pair, _ignore, self.compiler, self.stack.context_fn)
             if self.stack.overlap and has_streams(a.device):
                 tape.ahead = Ahead(a.device)
+            elif self.stack.budget is None and self.stack.context_fn is None and not _is_distributed():
+                tape.at_once = Tape.AT_ONCE
             self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
@@ -227,6 +229,11 @@ def _checkpoint(step: Step, contexts: Any, b: Tensor, compiler: Any) -> Any:
 
 
 def _ignore(a: Tensor, b: Tensor) -> None: ...
+
+
+def _is_distributed() -> bool:
+    """Then a block's parameters may be sharded, and there only while its backward runs."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _pair(tensors: Sequence[Tensor]) -> Streams:

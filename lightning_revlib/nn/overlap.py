@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, get_device_module
 
-from lightning_revlib.nn.coupling import Streams
-
 if TYPE_CHECKING:
     from lightning_revlib.nn.frame import Frame
     from lightning_revlib.nn.norms import Norms
@@ -38,22 +36,20 @@ class Ahead:
         self.index = -1  # of the step; no frame, which would refer to this
         self.caught: list[Tensor | None] | None = None
         self.norms: Norms | None = None
-        self.passed: tuple[int, Streams] | None = None  # the step after it, and the streams before that
 
     def start(self) -> None:
         """Another backward begins."""
         self.wait()
-        self.caught = self.norms = self.passed = None
+        self.caught = self.norms = None
 
     def begin(self, tape: Tape, frame: Frame) -> None:
         """Undo the step below the frame's, if autograd can ask for it."""
-        self.passed = None
         below = None if frame.below is None else frame.below()
         main = self.module.current_stream(self.device)
         if below is None or not below.saved or below.chunk or frame.chunk or below.again or main == self.side:
             return  # what the second run's context has kept may be freed before side has read it
         assert tape.streams is not None
-        self.main, self.passed = main, (frame.index, tape.streams)
+        self.main, tape.passed = main, {frame.index: tape.streams}
         self.side.wait_stream(main)
         with self.module.stream(self.side):
             tape._undo(below, ahead=True)
@@ -66,15 +62,10 @@ class Ahead:
         found = self.caught is not None and self.index == frame.index
         if found:
             frame.caught, frame.norms = self.caught, self.norms
-            if frame.above is not None and not frame.tape.keep:
-                frame.above.caught = frame.above.norms = None  # as when a step is undone
+            frame.tape.leave(frame)
         if self.index >= frame.index:
             self.caught = self.norms = None
         return found
-
-    def before(self, frame: Frame) -> Streams | None:
-        """The streams before the step whose backward is running, if the frame is its."""
-        return self.passed[1] if self.passed is not None and self.passed[0] == frame.index else None
 
     def wait(self) -> None:
         """From here on main may use, and free, what side has used."""

@@ -53,6 +53,8 @@ VERSION, BUFFERS = attrgetter("_version"), attrgetter("_buffers")
 class Tape:
     """The streams at the place to which backward has rewound the frames of one forward."""
 
+    AT_ONCE = 64 * 1024  # bytes
+
     def __init__(
         self,
         read: Callable[[tuple[Tensor, ...]], Streams],
@@ -68,6 +70,8 @@ class Tape:
         self.unusual = False  # the environment has changed, or it is not known which steps draw
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
+        self.passed: dict[int, Streams] = {}  # those before others that backward has come to
+        self.at_once = 0  # how many bytes small steps that are undone in one go may hold
         self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
@@ -89,7 +93,7 @@ class Tape:
     def start(self, tensors: tuple[Tensor, ...]) -> None:
         with torch.no_grad():
             self.streams = self.read(tensors)
-        self.position, self.undoing = self.depth, None
+        self.position, self.undoing, self.passed = self.depth, None, {}
         if self.ahead is not None:
             self.ahead.start()
         self.settings_changed = self.settings.changed()
@@ -106,6 +110,8 @@ class Tape:
             self.keep = torch.is_grad_enabled()  # create_graph
             if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
                 self._undo(frame)
+                if self.at_once:
+                    self._undo_small(frame)
             else:
                 with torch.no_grad(), self.environment.again():
                     self._rewind(frame)
@@ -128,9 +134,7 @@ class Tape:
 
     def _before(self, frame: Frame) -> Streams | None:
         """The streams before the frame's step, if they are there."""
-        if self.position == frame.index and frame.chunk is None:
-            return self.streams
-        return self.ahead.before(frame) if self.ahead is not None else None
+        return self.streams if self.position == frame.index and frame.chunk is None else self.passed.get(frame.index)
 
     def _undo(self, frame: Frame, *, ahead: bool = False) -> None:
         """Undo the step at whose end the tape is; `ahead` of the backward of the step above it."""
@@ -142,15 +146,41 @@ class Tape:
         else:
             self.undoing = self.undoing or Undoing(out)
             a, b = self.undoing.undo(frame)
+        self.streams, self.position = (a, b), frame.index
+        if not ahead:
+            self.leave(frame)
+        if frame.chunk is not None:
+            self.passed = {frame.index: (frame.chunk.of(a), frame.chunk.of(b))}
             if frame.chunk.number:  # the others are still to come
-                a, b = out
+                self.streams = out
             else:
                 self.undoing = None
-        self.streams, self.position = (a, b), frame.index
-        if frame.above is not None and not (self.keep or ahead):
-            frame.above.caught = frame.above.norms = None  # what is left was saved for an output that nobody uses
         if not frame.index:
             self.arrived(a, b)
+
+    def _undo_small(self, frame: Frame) -> None:
+        """Undo the steps below the frame's, too, while what they hold is next to nothing.
+
+        It is for processors, which work faster when they do not change from forward to backward all the time.
+        """
+        left = self.at_once - sum(frame.saved)
+        while left > 0 and frame.below is not None and (below := frame.below()) is not None:
+            assert self.streams is not None
+            left -= sum(below.saved) + self.streams[0].nbytes
+            if left < 0 or frame.chunk is not None or below.chunk is not None:
+                return
+            self.passed[frame.index] = self.streams
+            self._undo(below, ahead=True)
+            frame = below
+
+    def leave(self, frame: Frame) -> None:
+        """Backward comes to the frame: what is left above it was saved for outputs that nobody uses."""
+        above = None if self.keep else frame.above
+        for _ in range(len(self.passed) + 1):
+            if above is not None:
+                above.caught = above.norms = None
+                above = above.above
+        self.passed = {}
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
@@ -210,7 +240,7 @@ class Recording:
         frame = Frame(tape, len(frames), step, a, b)
         if frames:
             frames[-1].above = frame
-            if tape.ahead is not None:
+            if tape.at_once or tape.ahead is not None:
                 frame.below = weakref.ref(frames[-1])
         frames.append(frame)
         if chunk is not None:

@@ -328,6 +328,11 @@ def saved_tensors_asked_twice(case: Case) -> list[Tensor | None]:
     return case.train(case.stack(*[case.block(UsesTwice(), nn.Tanh()) for _ in range(3)]))
 
 
+@condition
+def saved_tensors_of_chunks_asked_twice(case: Case) -> list[Tensor | None]:
+    return case.train(case.stack(*[case.block(UsesTwice(), nn.Tanh()) for _ in range(3)], chunks=[2, 1]))
+
+
 class Force(nn.Module):
     """The gradient of a potential, by autograd inside the block."""
 

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 
 from lightning_revlib.nn import execution, measure, offload, overlap
+from lightning_revlib.nn.tape import Tape
 from tests.nn.streams import Device
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are undone one by one, as large ones are, though those of tests are small."""
+    if request.module.__name__ != "tests.nn.test_at_once":
+        monkeypatch.setattr(Tape, "AT_ONCE", 0)
 
 
 @pytest.fixture

@@ -52,6 +52,10 @@ def errors(reference: Sequence[Tensor | None], tensors: Sequence[Tensor | None])
 @pytest.mark.parametrize("name", CONDITIONS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_equals_ordinary_autograd(coupling: str, name: str, dtype: str) -> None:
+    compare(coupling, name, dtype)
+
+
+def compare(coupling: str, name: str, dtype: str) -> None:
     results = []
     for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
         torch.manual_seed(3)
