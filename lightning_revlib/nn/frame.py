@@ -62,7 +62,7 @@ class Frame:
         unpack = caught.__getitem__
         undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
         norms = None
-        if b.nbytes >= Norms.SMALLEST and not (tape.keep or tape.settings_changed or tape.compiler):
+        if tape.has_norms and not (tape.keep or tape.settings_changed or tape.compiler):
             norms = Norms(step.module)
             undo.append(norms.watch())
         try:

@@ -29,11 +29,14 @@ class _Place:
         self.pointer, self.version, self.nbytes, self.dtype = t.data_ptr(), t._version, t.nbytes, t.dtype
         self.storage, self.dense = weakref.ref(t.untyped_storage()), t.is_contiguous()
 
-    def holds(self, t: Tensor) -> bool:
-        """Whether the tensor is the same, but for its shape."""
+    def find(self, saved: Sequence[Tensor | None], pointers: Sequence[int]) -> dict[int, Tensor]:
+        """Those of the saved tensors, with these pointers, that are the same, but for their shape, by their numbers."""
+        found = {number: saved[number] for number, pointer in enumerate(pointers) if pointer == self.pointer}
+        return {number: t for number, t in found.items() if t is not None and self._holds(t)}
+
+    def _holds(self, t: Tensor) -> bool:
         return (
-            self.pointer == t.data_ptr()
-            and self.nbytes == t.nbytes
+            self.nbytes == t.nbytes
             and self.version == t._version
             and self.dtype is t.dtype
             and self.storage() is t.untyped_storage()
@@ -51,6 +54,11 @@ class Norms:
         self.modules = [m for m in _parts(block) if type(m) in FUNCTIONS and "forward" not in m.__dict__]
         self._runs: list[tuple[_Output, _Place, _Place]] = []
         self._forgotten: dict[int, tuple[_Output, torch.Size]] = {}
+
+    @classmethod
+    def matter(cls, modules: Sequence[nn.Module], stream: Tensor) -> bool:
+        """Whether there are any whose outputs may be large, for streams like this one."""
+        return stream.nbytes >= cls.SMALLEST and not FUNCTIONS.keys().isdisjoint(map(type, modules))
 
     def watch(self) -> Callable[[], None]:
         """Note what the norms compute; what is returned ends that."""
@@ -81,15 +89,15 @@ class Norms:
 
     def forget(self, saved: list[Tensor | None]) -> None:
         """Put None in the place of norms' outputs among the saved tensors, where their inputs are there, too."""
+        pointers = [t.data_ptr() for t in saved] if self._runs else []  # type: ignore[union-attr]
         for output, x, y in self._runs:
-            source = next((t for t in saved if t is not None and x.holds(t)), None)
+            source = next(iter(x.find(saved, pointers).values()), None)
             if source is None or not output.can_be_computed():
                 continue
-            for number, t in enumerate(saved):
-                if t is not None and y.holds(t):
-                    saved[number], self._forgotten[number] = None, (output, t.shape)
-                    output.x = source.view(output.shape)
-                    output.uses += 1
+            for number, t in y.find(saved, pointers).items():
+                saved[number], self._forgotten[number] = None, (output, t.shape)
+                output.x = source.view(output.shape)
+                output.uses += 1
         self._runs = []
 
     def again(self, number: int) -> Tensor | None:
@@ -125,8 +133,10 @@ class _Output:
     def _compute(self) -> Tensor:
         if self._versions() != self.versions:
             raise RuntimeError(f"a parameter of {self.module} has been modified in place while backward needs it")
-        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
-            return FUNCTIONS[type(self.module)](self.module, self.x, *self.parameters)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self.x.device.type):
+            with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+                return self._compute()
+        return FUNCTIONS[type(self.module)](self.module, self.x, *self.parameters)
 
     def _versions(self) -> list[int]:
         return [0 if p is None else p._version for p in self.parameters]
@@ -134,7 +144,8 @@ class _Output:
 
 def _parts(block: nn.Module) -> Iterator[nn.Module]:
     """The modules in a block whose tensors the block's graph saves, if they are not compiled."""
-    if block._compiled_call_impl is None and not hasattr(block, "_orig_mod") and not hasattr(block, "treatments"):
+    compiled = block._compiled_call_impl is not None or "_orig_mod" in block._modules
+    if not compiled and "treatments" not in block.__dict__:  # `hasattr` of a module takes ten times as long
         yield block
         for m in block._modules.values():
             if m is not None:

@@ -40,6 +40,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 from lightning_revlib.nn.chunks import Chunk, Undoing, join
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import NBYTES, Frame, catch, release
+from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.overlap import Ahead
 from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
 
@@ -75,6 +76,7 @@ class Tape:
         self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
+        self.has_norms = False  # with large outputs
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.scratch: dict[Any, Tensor] = {}  # buffers that a block may write into: see `Buffers`
         self.output: list[tuple[Tensor, int]] = []  # what the anchor saves, until its backward
@@ -234,6 +236,7 @@ class Recording:
         self.frames: list[Frame] = []
         tape.environment = Environment(a.device.type)
         self.modules, self.buffers = modules, any(map(BUFFERS, modules))
+        tape.has_norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
         tape, frames = self.tape, self.frames
