@@ -73,7 +73,8 @@ class Norms:
     def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         y = type(module).forward(module, *args, **kwargs)
         if len(args) == 1 and not kwargs and self._is_usual(args[0], y):
-            parameters = [getattr(module, name, None) for name in ("weight", "bias")]
+            own = module._parameters  # `getattr` of a module is slow
+            parameters = [own[name] if name in own else getattr(module, name, None) for name in ("weight", "bias")]
             if all(p is None or (type(p) in (Tensor, nn.Parameter) and not p.is_inference()) for p in parameters):
                 self._runs.append((_Output(module, args[0], parameters), _Place(args[0]), _Place(y)))
         return y
