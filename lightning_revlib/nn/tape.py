@@ -15,7 +15,9 @@
 5. A caught tensor is given away when it is asked for: memory falls as the block's backward proceeds.
    What a norm has put out is not even caught, if it is large, but computed again when it is asked for: `Norms`.
    Under `create_graph` all are kept, as the second graph keeps them anyway.
-6. A backward that does not come through the anchor, such as that of a loss which a block has
+6. Steps that save next to nothing are undone several at once: a processor that changes from one block's forward to its
+   backward all the time finds neither in its caches.
+7. A backward that does not come through the anchor, such as that of a loss which a block has
    returned besides its branch, finds no streams, and fetches what the anchor has saved by itself.
 
 Under `torch.compile` the engine stays eager and each block compiles by itself: its second run is
@@ -54,7 +56,7 @@ VERSION, BUFFERS = attrgetter("_version"), attrgetter("_buffers")
 class Tape:
     """The streams at the place to which backward has rewound the frames of one forward."""
 
-    AT_ONCE = 64 * 1024  # bytes
+    AT_ONCE = 64 * 1024  # bytes that steps undone in one go may hold
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Tape:
         self.streams: Streams | None = None
         self.position = self.depth = 0  # the streams are those before the frame of this index
         self.passed: dict[int, Streams] = {}  # those before others that backward has come to
-        self.at_once = 0  # how many bytes small steps that are undone in one go may hold
+        self.at_once = 0  # that number, or 0: one by one
         self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
@@ -161,10 +163,7 @@ class Tape:
             self.arrived(a, b)
 
     def _undo_small(self, frame: Frame) -> None:
-        """Undo the steps below the frame's, too, while what they hold is next to nothing.
-
-        It is for processors, which work faster when they do not change from forward to backward all the time.
-        """
+        """Undo the steps below the frame's, too, while what all of them hold is next to nothing."""
         left = self.at_once - sum(frame.saved)
         while left > 0 and frame.below is not None and (below := frame.below()) is not None:
             assert self.streams is not None
