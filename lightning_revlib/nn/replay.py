@@ -101,14 +101,17 @@ class Settings:
     just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("by_module", "modules", "parameters", "registered", "requires_grad", "tensors", "training",
-                 "versions")  # fmt: skip
+    __slots__ = ("by_module", "modules", "names", "owners", "parameters", "registered", "requires_grad", "tensors",
+                 "training", "versions")  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules = modules
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.registered = [(m, dict(parameters)) for m in modules if (parameters := m._parameters)]
-        self.parameters = [p for _, parameters in self.registered for p in parameters.values() if p is not None]
+        # For all parameters, and in the same order: a few long lists are cheaper than many short ones.
+        self.owners = [m for m in modules if m._parameters for _ in m._parameters.keys()]
+        self.names = [name for m in modules if m._parameters for name in m._parameters.keys()]
+        self.registered = _registered(modules)
+        self.parameters = [p for p in self.registered if p is not None]
         self.training = [m.training for m in modules]
         self.requires_grad = [p.requires_grad for p in self.parameters]
         self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
@@ -154,12 +157,17 @@ class Settings:
 
     def _same_parameters(self) -> bool:
         try:
-            return all([m._parameters == parameters for m, parameters in self.registered])  # the same, or equal numbers
+            return _registered(self.modules) == self.registered  # the same tensors, or equal numbers
         except (RuntimeError, TypeError):  # tensors of several elements, compared
             return False
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        return ((m, name, p) for m, registered in self.registered for name, p in registered.items() if p is not None)
+        named = zip(self.owners, self.names, self.registered, strict=True)
+        return ((m, name, p) for m, name, p in named if p is not None)
+
+
+def _registered(modules: list[nn.Module]) -> list[Tensor | None]:
+    return [p for m in modules if m._parameters for p in m._parameters.values()]
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
