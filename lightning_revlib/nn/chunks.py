@@ -23,7 +23,7 @@ from lightning_revlib.nn.step import Step
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.frame import Frame
-    from lightning_revlib.nn.tape import Recording
+    from lightning_revlib.nn.recording import Recording
 
 
 class Chunk:

@@ -32,25 +32,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.chunks import Chunk, Undoing, join
+from lightning_revlib.nn.chunks import Undoing, join
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.frame import NBYTES, Frame, catch, release
-from lightning_revlib.nn.norms import Norms
+from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.overlap import Ahead
-from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
-
-if TYPE_CHECKING:
-    from lightning_revlib.nn.step import Step
-
-# By `map`, attributes of many tensors or modules are read without interpreting a line for each.
-VERSION, BUFFERS = attrgetter("_version"), attrgetter("_buffers")
+from lightning_revlib.nn.replay import Environment, RandomState, Settings
 
 
 class Tape:
@@ -84,7 +76,7 @@ class Tape:
         self.output: list[tuple[Tensor, int]] = []  # what the anchor saves, until its backward
         self.anchor: weakref.ref[Any] | None = None
         self.ahead: Ahead | None = None  # if steps are undone before autograd asks for them
-        self.environment: Environment  # this and the next by `Recording`
+        self.environment: Environment  # this and the next by a `Recording`
         self.settings: Settings
         # Backward of an accelerator runs in a thread of its own, beside that of the CPU's.
         self.lock = threading.RLock() if torch.accelerator.current_accelerator() else None
@@ -218,70 +210,6 @@ class Tape:
                 frame = frame.above
         finally:
             restore()
-
-
-class Recording:
-    """One forward onto a tape, step by step, for a stack whose steps may be called by others.
-
-    If steps are expected to draw random numbers, the generators are looked at after each; else at the end only: if they
-    have drawn unexpectedly, the entrance is kept this once, for backward to find out where. The frames live here until
-    `close`, as the tape must not refer to them.
-    """
-
-    def __init__(self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool, modules: list[nn.Module]) -> None:
-        self.tape, self.expect_draws = tape, expect_draws
-        self.start = self.random = RandomState(a)
-        self.entrance = a.detach(), b.detach()
-        self.frames: list[Frame] = []
-        tape.environment = Environment(a.device.type)
-        self.modules, self.buffers = modules, any(map(BUFFERS, modules))
-        tape.has_norms = Norms.matter(modules, a)
-
-    def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
-        tape, frames = self.tape, self.frames
-        frame = Frame(tape, len(frames), step, a, b)
-        if frames:
-            frames[-1].above = frame
-            if tape.at_once or tape.ahead is not None:
-                frame.below = weakref.ref(frames[-1])
-        frames.append(frame)
-        if chunk is not None:
-            frame.chunk = chunk
-        saved, count = frame.running, b._version
-        if self.buffers and any(map(BUFFERS, modules := parts(step.module))):
-            frame.buffers = Buffers(modules)
-        try:
-            catch(frame._pack, frame._unpack)
-            try:
-                if tape.context_fn is None:
-                    f, step.extra = step.branch(b, tape.compiler)
-                else:
-                    first, frame.again = tape.context_fn()
-                    f, step.extra = frame._branch(b, first)
-                step.check(b, f, count)
-                frame.saved_by_block = len(saved)
-                frame.coupling = step.coupling.at(a, b, step.stack.training)
-                a, b = step.couple(frame.coupling, a, b, f)
-            finally:
-                release()
-            frame.saved = list(map(NBYTES, saved))
-            if list(map(VERSION, saved)) != frame.versions:
-                frame.changed = next(t.shape for t, v in zip(saved, frame.versions, strict=True) if t._version != v)
-        finally:
-            frame.running, frame.versions = [], []
-        if frame.buffers:
-            frame.buffers.close()
-        if self.expect_draws and not (now := RandomState(a)).same(self.random):
-            frame.random, self.random, tape.drew = self.random, now, True
-        return a, b
-
-    def close(self) -> None:
-        self.tape.depth = len(self.frames)
-        steps = [frame.step for frame in self.frames]
-        unique = {id(t): t for step in steps if step.args or step.kwargs for t in step.tensors()}
-        self.tape.settings = Settings(self.modules, list(unique.values()))
-        if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
-            self.tape.drew, self.tape.surprise = True, (self.frames[0], self.start, self.entrance)
 
 
 class Anchor(torch.autograd.Function):
