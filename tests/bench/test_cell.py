@@ -11,7 +11,7 @@ from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpoi
 from lightning_revlib.bench.workloads import WORKLOADS, Size
 from lightning_revlib.nn import CoupledSequential
 
-TINY = {"irevnet": Size(4, 8, 2), "reformer": Size(4, 16, 1)}
+TINY = {"mlp": Size(4, 32, 64), "irevnet": Size(4, 8, 2), "reformer": Size(4, 16, 1)}
 CPU = torch.device("cpu")
 # MemCNN does not draw the same numbers again; selective checkpointing keeps products that LSH then changes in place
 WRONG = {"reformer": {"MemCNN", "checkpoint, selective"}}
