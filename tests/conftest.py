@@ -4,6 +4,16 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests in nn/ make their tensors, such as cuda")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device_of_tensors(request: pytest.FixtureRequest) -> None:
+    if (device := request.config.getoption("--device")) != "cpu":
+        torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Tensors here are tiny: on a busy machine a second thread costs more than it brings."""

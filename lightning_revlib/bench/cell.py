@@ -130,8 +130,12 @@ def examine(
 def execute(
     contestant: Contestant, model: nn.Module, draws: bool, dtype: torch.dtype | None = None, plan: Plan | None = None
 ) -> nn.Module:
-    """A copy of the model in which the contestant runs all stacks, by its budget, or by a plan that there is."""
-    model = copy.deepcopy(model).to(dtype=dtype)
+    """A copy of the model in which the contestant runs all stacks, by its budget, or by a plan that there is.
+
+    Unless it is of another dtype, the parameters are the model's own, so that any number of copies fit.
+    """
+    shared = {id(p): p for p in model.parameters()} if dtype is None else {}
+    model = copy.deepcopy(model, shared).to(dtype=dtype)
     stacks: dict[str, Any] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, CoupledSequential):

@@ -20,6 +20,7 @@ from lightning_revlib.recipes import growth
 
 T = TypeVar("T")
 SECONDS = {"quick": 1.5, "full": 10.0, "sweep": 30.0}  # of timing, for each cell
+SMALL = {"depths": 4, "widths": 64, "lengths": 512}  # for `largest` on CPU
 SWEPT = ["transformer", "conv"]  # unless others are named
 
 
@@ -60,10 +61,14 @@ def bench(cfg: DictConfig) -> None:
 
 def _largest(cfg: DictConfig, device: torch.device, head: Mapping[str, str]) -> None:
     limit = largest.read_limit(cfg.largest, device)
-    depth, width, length = (16, 1024, 4096) if device.type == "cuda" else (4, 64, 512)
-    depth, width = (_whole(key, (_listed(cfg[key]) or [own])[0]) for key, own in (("depths", depth), ("widths", width)))
-    found = list(largest.search(Size(depth, width, 1), length, limit, device))
-    text = largest.show(found, Size(depth, width, 1), length, limit)
+    asked = {key: [_whole(key, each) for each in _listed(cfg[key])][:1] for key in ("depths", "widths", "lengths")}
+    own = {"depths": 16, "widths": 1024, "lengths": 16384} if device.type == "cuda" else SMALL
+    if not (asked["depths"] or asked["lengths"]):  # of the two, what is named, or both
+        asked |= {"depths": [own["depths"]], "lengths": [own["lengths"]]}
+    width = (asked["widths"] or [own["widths"]])[0]
+    depth, length = (next(iter(asked[key]), None) for key in ("depths", "lengths"))
+    found = list(largest.search(width, depth, length, limit, device))
+    text = largest.show(found, width, depth, length, limit)
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "largest.md").write_text(tables.markdown("Benchmark", head, [text]))

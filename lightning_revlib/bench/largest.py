@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from lightning_revlib.nn import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.nn.options import read_budget
 
-MOST = 1 << 20  # blocks or tokens
+MOST = 1 << 20  # pairs of blocks, or pieces of a sequence
+TOO_MANY = 1 << 62  # bytes
+MARGIN = 0.05  # of what is free on the device, for what kernels take beside tensors
 
 
 def in_chunks(stack: CoupledSequential, draws: bool) -> nn.Module:
@@ -40,61 +43,83 @@ SHOWN = [
 
 class Largest(NamedTuple):
     contestant: str
-    depth: int  # the most blocks of the given length
-    length: int  # the longest sequence at the given depth
+    depth: int | None  # the most blocks of the given length, if one is given
+    length: int | None  # the longest sequence at the given depth, likewise
 
 
-def search(size: Size, length: int, limit: int, device: torch.device) -> Iterator[Largest]:
-    """For each contestant; depth and length are right to a sixteenth, 0 if nothing fits."""
+def search(width: int, depth: int | None, length: int | None, limit: int, device: torch.device) -> Iterator[Largest]:
+    """For each contestant; right to a sixteenth, 0 if nothing fits."""
     for contestant in SHOWN:
 
-        def fits(depth: int, tokens: int, contestant: Contestant = contestant) -> bool:
-            return _fits(contestant, size._replace(depth=depth), tokens, limit, device)
+        def bytes_of(blocks: int, tokens: int, contestant: Contestant = contestant) -> int:
+            return step_bytes(contestant, Size(blocks, width, 1), tokens, limit, device)
 
         yield Largest(
             contestant.name,
-            2 * most(lambda pairs: fits(2 * pairs, length)),
-            32 * most(lambda pieces: fits(size.depth, 32 * pieces)),
+            length and 2 * most(partial(_pairs, bytes_of, length), limit),
+            depth and 32 * most(partial(_pieces, bytes_of, depth), limit),
         )
 
 
-def most(fits: Callable[[int], bool]) -> int:
-    """The largest number for which `fits`, to a sixteenth: doubled until it does not, then by bisection."""
-    low, high = 0, 1
-    while high <= MOST and fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _pairs(bytes_of: Callable[[int, int], int], length: int, count: int) -> int:
+    return bytes_of(2 * count, length)
 
 
-def _fits(contestant: Contestant, size: Size, length: int, limit: int, device: torch.device) -> bool:
+def _pieces(bytes_of: Callable[[int, int], int], depth: int, count: int) -> int:
+    return bytes_of(depth, 32 * count)
+
+
+def most(bytes_of: Callable[[int], int], limit: int) -> int:
+    """The largest number that takes no more bytes than the limit, to a sixteenth.
+
+    Steps along the line through the last two that fit, none to more than four times the last; once one does not fit,
+    back, twice as far each time, but no further than half way.
+    """
+    less = fewer = low = taken = 0  # two numbers that fit, and their bytes
+    high, aim, back = MOST, 1, 0
+    while True:
+        if (found := bytes_of(aim)) <= limit:
+            less, fewer, low, taken = low, taken, aim, found
+        else:
+            high, back = aim, max(1, 2 * back, aim // 16)
+        if high - low <= max(1, low // 16):
+            return low
+        if high < MOST:
+            aim = max((low + high) // 2, high - back)
+        else:
+            line = low + (limit - taken) * (low - less) // max(1, taken - fewer)
+            aim = min(MOST - 1, 4 * low, max(low + max(1, low // 16), line - line // 32))
+
+
+def step_bytes(contestant: Contestant, size: Size, length: int, limit: int, device: torch.device) -> int:
+    """What weights, gradients and a training step take: on CUDA as allocated, `TOO_MANY` if it runs out of them."""
     gc.collect()
-    weights = 0
+    cuda = device.type == "cuda"
     try:
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(device)[1], device)
         workload = replace(WORKLOADS["transformer"], sample=(length, 0))
-        module = execute(contestant, workload.stack(size).to(device), draws=False)
-        x = workload.input(size, device=device, requires_grad=True)
-        weights = sum(2 * p.nbytes for p in module.parameters())
-        if device.type == "cuda":
+        with device:
+            stack = workload.stack(size)
+        module, x = execute(contestant, stack, draws=False), workload.input(size, device=device, requires_grad=True)
+        if cuda:
             measure.step(module, x)
-            return True
-        return weights <= limit and weights + measure.counted(module, x)[1] + x.nbytes <= limit
+            return torch.cuda.max_memory_allocated(device)
+        weights = sum(2 * p.nbytes for p in module.parameters())
+        return weights + (measure.counted(module, x)[1] if weights <= limit else 0) + x.nbytes
     except torch.cuda.OutOfMemoryError:
-        return False
+        return TOO_MANY
     finally:
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def read_limit(value: Any, device: torch.device) -> int:
-    """Bytes; for True, what is free on the CUDA device, and 32 MiB on CPU. Raises ValueError."""
+    """Bytes; for True, what is free on the CUDA device, less a margin, and 32 MiB on CPU. Raises ValueError."""
     if value is True:
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 32 << 20
+        return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN)) if device.type == "cuda" else 32 << 20
     try:
         limit = read_budget(value)
     except (TypeError, ValueError):
@@ -104,7 +129,8 @@ def read_limit(value: Any, device: torch.device) -> int:
     return limit
 
 
-def show(found: list[Largest], size: Size, length: int, limit: int) -> str:
-    lines = [[one.contestant, f"{one.depth:,}", f"{one.length:,}"] for one in found]
-    columns = ["", f"blocks, of {length:,} tokens", f"tokens, in {size.depth} blocks"]
-    return f"## The largest in {format_bytes(limit)}, width {size.width}\n\n{table(columns, lines)}"
+def show(found: list[Largest], width: int, depth: int | None, length: int | None, limit: int) -> str:
+    columns = [] if length is None else [f"blocks, of {length:,} tokens"]
+    columns += [] if depth is None else [f"tokens, in {depth} blocks"]
+    lines = [[one.contestant, *[f"{n:,}" for n in one[1:] if n is not None]] for one in found]
+    return f"## The largest in {format_bytes(limit)}, width {width}\n\n{table(['', *columns], lines)}"

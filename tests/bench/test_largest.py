@@ -10,22 +10,26 @@ from lightning_revlib.bench.largest import most, read_limit
 from lightning_revlib.cli import main
 
 
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("weights", [0, 5000])
 @pytest.mark.parametrize("right", [0, 1, 2, 7, 100, 12_345])
-def test_the_largest_number_is_found_to_a_sixteenth(right: int) -> None:
+def test_the_largest_number_is_found_to_a_sixteenth(right: int, weights: int, ends: bool) -> None:
     asked: list[int] = []
 
-    def fits(n: int) -> bool:
+    def bytes_of(n: int) -> int:
         asked.append(n)
-        return n <= right
+        return 1 << 62 if ends and n > right else 1000 * (weights + n) + (n > 1000 and 200 * n)
 
-    found = most(fits)
-    assert found <= right <= found + max(1, found // 16) and len(asked) < 25
+    found = most(bytes_of, bytes_of(right))
+    assert found <= right <= found + max(1, found // 16) and len(asked) < 20
 
 
 def test_reversible_stacks_fit_more(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(largest, "SHOWN", [c for c in largest.SHOWN if "checkpoint" not in c.name])
-    assert main(["bench", "largest=2MiB", "device=cpu", "widths=32", "depths=2", "hydra.run.dir=out"]) == 0
+    assert (
+        main(["bench", "largest=2MiB", "device=cpu", "widths=32", "depths=2", "lengths=512", "hydra.run.dir=out"]) == 0
+    )
     text = (tmp_path / "out" / "largest.md").read_text()
     assert "The largest in 2.0 MiB, width 32" in capsys.readouterr().out
     rows = {r.split("|")[1].strip(): [int(n.replace(",", "")) for n in r.split("|")[2:4]] for r in _lines(text)}

@@ -29,6 +29,12 @@ def condition(run: Callable[[Case], list[Tensor | None]]) -> Callable[[Case], li
     return run
 
 
+def drawn(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
+
+
 @dataclass
 class Case:
     cls: type[nn.Module]
@@ -37,7 +43,7 @@ class Case:
     autocast: bool
 
     def forward_context(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+        return torch.autocast(torch.get_default_device().type, torch.bfloat16) if self.autocast else nullcontext()
 
     @property
     def exact(self) -> bool:
@@ -60,16 +66,14 @@ class Case:
         return self.stack(*[self.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth)])
 
     def input(self, requires_grad: bool = True, *, width: int = 2 * WIDTH) -> Tensor:
-        generator = torch.Generator().manual_seed(7)
-        return torch.randn(BATCH, width, generator=generator, dtype=self.dtype).requires_grad_(requires_grad)
+        return drawn(7, BATCH, width, dtype=self.dtype).requires_grad_(requires_grad)
 
     def call(self, stack: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with self.forward_context():
             return stack(x, *args, **kwargs)
 
     def loss(self, y: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(8)
-        return (y * torch.randn(y.shape, generator=generator, dtype=self.dtype)).sum() + y.square().mean()
+        return (y * drawn(8, *y.shape, dtype=self.dtype)).sum() + y.square().mean()
 
     def train(self, stack: nn.Module, x: Tensor | None = None, *args: Any, **kwargs: Any) -> list[Tensor | None]:
         """One forward and backward; output, gradients and buffers."""
@@ -128,7 +132,7 @@ def _last(case: Case) -> dict[str, Any]:
 
 
 def _tokens(case: Case, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(9), dtype=case.dtype)
+    return drawn(9, *shape, dtype=case.dtype)
 
 
 @condition
