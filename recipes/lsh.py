@@ -164,7 +164,8 @@ def _with_previous(x: Tensor, first: float | None = None) -> Tensor:
 def hash_tokens(x: Tensor, hashes: int, sizes: Sequence[int]) -> Tensor:
     """Bucket numbers (B, H, R, N) of x (B, N, H, d), with new rotations for each head and round."""
     b, n, h, d = x.shape
-    rotations = [torch.randn(h, d, hashes * size // 2, device=x.device, dtype=x.dtype) for size in sizes]
+    drawn = torch.promote_types(x.dtype, torch.float32)  # the same numbers in half precision
+    rotations = [torch.randn(h, d, hashes * size // 2, device=x.device, dtype=drawn).to(x.dtype) for size in sizes]
     step = max(1, PIECE.get(x.device.type, LARGE_PIECE) // (h * hashes * max(sizes)))
     pieces = []
     for part in x.flatten(0, 1).transpose(0, 1).split(step, 1):  # (H, tokens, d)

@@ -12,6 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device_of_tensors(request: pytest.FixtureRequest) -> None:
     if (device := request.config.getoption("--device")) != "cpu":
         torch.set_default_device(device)
+        torch.backends.cudnn.deterministic = True  # exact mode is compared to the last bit
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -133,6 +133,11 @@ class Layerwise(Reversible):
                 "torch.func transforms cannot run reversible layers, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes them ordinary ones, with the same parameters"
             )
+        if torch.is_grad_enabled() and layer.training and _checkpointed(layer):
+            raise ValueError(
+                f"{self._name(layer)}: gradient checkpointing is on, and would call the layers of a reversible list a"
+                " second time; they hold nothing already: model.gradient_checkpointing_disable()"
+            )
         run = Run(self.ordinary)
         run.a, run.b = self._split(x)  # type: ignore[misc]
         if torch.is_grad_enabled() and not torch.compiler.is_exporting() and not cached(call, self.path):
@@ -216,3 +221,8 @@ ORDER = (
     "the layers of a reversible list run once each, in their order. A model that skips or repeats layers cannot be"
     " swapped; lightning_revlib.restore(model) undoes the swap"
 )
+
+
+def _checkpointed(layer: nn.Module) -> bool:
+    """Whether transformers' layers, up to 5.22 or so, checkpoint their whole call; later ones do so inside of it."""
+    return bool(getattr(layer, "gradient_checkpointing", False)) and type(layer).__call__ is not nn.Module.__call__

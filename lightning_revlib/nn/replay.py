@@ -1,6 +1,6 @@
 """What a block's call depends on besides its input, and how to meet the same again in backward.
 
-Environment   autocast and the default dtype           one a forward
+Environment   autocast, default dtype and device       one a forward
 Settings      flags, parameters and arguments          one a forward
 RandomState   generators of the CPU and the device     one a step, if it draws
 Buffers       values of the buffers that it changes    one a step, if it has buffers
@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Environment:
-    """Autocast and default dtype at the time it was made; `with environment.again():` restores them."""
+    """Autocast and default dtype and device at the time it was made; `with environment.again():` restores them."""
 
     def __init__(self, device_type: str) -> None:
         self.types = ("cpu",) if device_type == "cpu" else ("cpu", device_type)
@@ -34,20 +36,30 @@ class Environment:
 
     def _now(self) -> tuple[Any, ...]:
         autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in self.types]
-        return torch.get_default_dtype(), torch.is_autocast_cache_enabled(), autocast
+        return torch.get_default_dtype(), _default_device(), torch.is_autocast_cache_enabled(), autocast
 
     def changed(self) -> bool:
         return self.then != self._now()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        default, cache, autocast = self.then
+        dtype, device, cache, autocast = self.then
         with ExitStack() as stack:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(default)
-            for t, enabled, dtype in autocast:
-                stack.enter_context(torch.autocast(t, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            torch.set_default_dtype(dtype)
+            if device != _default_device():
+                stack.enter_context(torch.device(device or "cpu"))
+            for t, enabled, half in autocast:
+                stack.enter_context(torch.autocast(t, dtype=half, enabled=enabled, cache_enabled=cache))
             yield
+
+
+def _default_device() -> torch.device | None:
+    """None if none is set; nor is any while `tensor.backward()` runs, and in the threads where backward does."""
+    if not torch._C._len_torch_function_stack():
+        return None
+    modes = _get_current_function_mode_stack()
+    return next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
 
 
 class RandomState:
@@ -276,6 +288,7 @@ class Repeatable:
     def __call__(self, *args: Any) -> Any:
         if self.buffers is None:
             self.buffers = Buffers(self.modules)
+            self.environment = Environment(args[0].device.type)
             with self.first:
                 out = self.function(*args)
             self.buffers.close()
@@ -283,7 +296,7 @@ class Repeatable:
             return out
         undo = [*self.settings.lend(self.modules), self.buffers.lend({})]
         try:
-            with self.again:
+            with self.environment.again() if self.environment.changed() else NOTHING, self.again:
                 return self.function(*args)
         finally:
             while undo:

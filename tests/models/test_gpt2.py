@@ -10,6 +10,7 @@ import lightning_revlib as revlib
 from tests.models.family import COUPLINGS, Family, check_gradients, check_memory, check_training
 
 transformers = pytest.importorskip("transformers")
+CHECKPOINTS_CALLS = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)  # until 5.22 or so
 
 
 def build(depth: int) -> Any:
@@ -77,6 +78,7 @@ def test_hidden_states_of_all_layers() -> None:
         sum(state.sum() for state in states).backward()  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(CHECKPOINTS_CALLS, reason="checkpoints round the layers, which is refused")
 def test_gradient_checkpointing_inside() -> None:
     model, expected = build(3).double(), build(3).double()
     expected.load_state_dict(model.state_dict())

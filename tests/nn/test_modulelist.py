@@ -495,3 +495,15 @@ def test_on_cuda(half: bool) -> None:
     revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         close(gradients(model, x), gradients(stored(model), x), 1e-2 if half else 1e-5)
+
+
+def test_checkpointing_round_the_layers_is_refused() -> None:
+    class Layer(nn.Linear):
+        gradient_checkpointing = True
+
+        def __call__(self, x: Tensor) -> Any:
+            return checkpoint(super().__call__, x, use_reentrant=False)
+
+    layers = revlib.ReversibleModuleList([Layer(8, 8) for _ in range(3)], coupling="midpoint")
+    with pytest.raises(ValueError, match=r"0 \(Layer\): gradient checkpointing is on.*gradient_checkpointing_disable"):
+        layers[0](torch.randn(4, 8))

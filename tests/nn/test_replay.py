@@ -120,6 +120,27 @@ def test_a_module_that_calls_batch_norm_on_buffers_of_its_own_updates_them_once(
         assert torch.equal(buffer, expected)
 
 
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
+def test_tensors_made_in_a_block_are_on_the_device_that_was_the_default_in_forward(treatment: Any) -> None:
+    devices = []
+
+    class Makes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            devices.append(torch.empty(1).device.type)
+            return x.sin()
+
+    stack = revlib.ReversibleSequential(*[Makes() for _ in range(3)], treatments=[treatment] * 3)
+    with torch.device("meta"):
+        y = stack(torch.randn(4, 8, device="cpu", requires_grad=True))
+    y.sum().backward()
+    assert devices == ["meta"] * 6
+    devices.clear()
+    y = stack(torch.randn(4, 8, requires_grad=True)).sum()
+    with torch.device("meta"):
+        y.backward(torch.ones((), device="cpu"))
+    assert devices == ["cpu"] * 6
+
+
 def test_buffers_without_values_teach_nothing_about_their_module() -> None:
     class Own(nn.Module):
         def __init__(self, device: str) -> None:

@@ -19,7 +19,7 @@ def idx(folder, train=40, test=20, size=28, compressed=True):
             header = bytes([0, 0, 8, numbers.ndim]) + b"".join(n.to_bytes(4, "big") for n in numbers.shape)
             file = folder / f"{prefix}-{name}-ubyte"
             if compressed:
-                gzip.open(f"{file}.gz", "wb").write(header + numbers.tobytes())
+                file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(header + numbers.tobytes()))
             else:
                 file.write_bytes(header + numbers.tobytes())
     return folder
