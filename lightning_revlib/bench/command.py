@@ -33,6 +33,7 @@ def bench(cfg: DictConfig) -> None:
     if cfg.threads is not None:
         torch.set_num_threads(_whole("threads", cfg.threads))
     mode = "sweep" if cfg.sweep else "full" if cfg.full else "quick"
+    torch.backends.cuda.matmul.allow_tf32 = True  # some peers recompute in float32
     contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in CONTESTANTS}))
     workloads = SWEPT if cfg.sweep and cfg.workloads is None else cfg.workloads
     chosen = [(w, s) for w in pick("workloads", workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
@@ -50,13 +51,17 @@ def bench(cfg: DictConfig) -> None:
             curves.append(sweep.of_workload(workload, size, device, cfg.budgets, seconds, cfg.seed))
             print(f"\n{sweep.show(curves[-1])}", flush=True)
         return sweep.write(Path(cfg.paths.output_dir), curves, head)
-    begin, rows, times = time.perf_counter(), [], {}
+    begin, rows, times, folder = time.perf_counter(), [], {}, Path(cfg.paths.output_dir)
     for workload, size in chosen:
         found, taken = cell(workload, size, contestants, device=device, seconds=seconds, seed=cfg.seed)
         rows += found
         times[tables.cells(found)[0][0]] = taken
         print(f"{time.perf_counter() - begin:5.0f} s  {tables.cells(found)[0][0]}", flush=True)
-    _write(Path(cfg.paths.output_dir), rows, times, head, chosen, device)
+        _write(folder, rows, times, head, chosen, device)  # what has been measured is kept if the rest is given up
+    tables.draw(folder / "bench.png", rows)
+    print(f"\n{tables.summary(rows, times)}\n")
+    for name in ("bench.md", "bench.csv", "bench.png"):
+        print(os.path.relpath(folder / name))
 
 
 def _largest(cfg: DictConfig, device: torch.device, head: Mapping[str, str]) -> None:
@@ -67,12 +72,14 @@ def _largest(cfg: DictConfig, device: torch.device, head: Mapping[str, str]) -> 
         asked |= {"depths": [own["depths"]], "lengths": [own["lengths"]]}
     width = (asked["widths"] or [own["widths"]])[0]
     depth, length = (next(iter(asked[key]), None) for key in ("depths", "lengths"))
-    found = list(largest.search(width, depth, length, limit, device))
-    text = largest.show(found, width, depth, length, limit)
-    folder = Path(cfg.paths.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "largest.md").write_text(tables.markdown("Benchmark", head, [text]))
-    print(f"\n{text}\n\n{os.path.relpath(folder / 'largest.md')}")
+    file, found = Path(cfg.paths.output_dir) / "largest.md", []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for one in largest.search(width, depth, length, limit, device):
+        print(f"{one.contestant}: {largest.words(one)}", flush=True)
+        found.append(one)
+        text = largest.show(found, width, depth, length, limit)
+        file.write_text(tables.markdown("Benchmark", head, [text]))
+    print(f"\n{text}\n\n{os.path.relpath(file)}")
 
 
 def sweep_recipe(cfg: DictConfig) -> None:
@@ -101,16 +108,11 @@ def _write(
     device: torch.device,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    summary = tables.summary(rows, times)
-    sections = [summary, LEGEND, *[tables.cell_table(*each) for each in tables.cells(rows)]]
+    sections = [tables.summary(rows, times), LEGEND, *[tables.cell_table(*each) for each in tables.cells(rows)]]
     if device.type != "cuda":
         sections.append(_without_gpu([workload for workload, _ in chosen]))
     tables.write_csv(folder / "bench.csv", rows, head)
     (folder / "bench.md").write_text(tables.markdown("Benchmark", head, sections))
-    tables.draw(folder / "bench.png", rows)
-    print(f"\n{summary}\n")
-    for name in ("bench.md", "bench.csv", "bench.png"):
-        print(os.path.relpath(folder / name))
 
 
 LEGEND = """\

@@ -129,6 +129,11 @@ def read_limit(value: Any, device: torch.device) -> int:
     return limit
 
 
+def words(one: Largest) -> str:
+    parts = [f"{n:,} {unit}" for n, unit in ((one.depth, "blocks"), (one.length, "tokens")) if n is not None]
+    return ", ".join(parts)
+
+
 def show(found: list[Largest], width: int, depth: int | None, length: int | None, limit: int) -> str:
     columns = [] if length is None else [f"blocks, of {length:,} tokens"]
     columns += [] if depth is None else [f"tokens, in {depth} blocks"]

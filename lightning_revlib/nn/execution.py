@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, clear_autocast_cache
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +90,9 @@ class Execution:
             and all(t == "reversible" for t in stack.treatments)
             and all(c.invertible(stack.training) for c in stack.couplings)
         )
+        # Autocast keeps weights as it has cast them until it ends: those of all steps. Without, gradients of weights
+        # that steps share are added up in another precision, and are not the same to the last bit.
+        self.recasts = stack.grid_bits is None or stack.budget is not None
         self.index = 0
         self.views = False  # whether the streams are views of the stack's input
         self.lent = False  # whether its owner holds that
@@ -105,7 +108,14 @@ class Execution:
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""
         if self.all_undone and self.recording is not None:
-            return self.recording.step(step, a, b)
+            a, b = self.recording.step(step, a, b)
+        else:
+            a, b = self._planned_step(step, a, b)
+        if self.recasts:
+            clear_autocast_cache()
+        return a, b
+
+    def _planned_step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         if self.index == 0 and self.stack.budget is not None and set(self.stack.treatments) == {"reversible"}:
             self._begin_plan(step, a, b)
         if self.measuring is not None:
@@ -181,7 +191,9 @@ class Execution:
         execution = Execution(self.stack, None, 1, watched=False)
         execution.views, execution.lent = self.views, self.lent
         try:
+            clear_autocast_cache()
             a, b = execution._step(step, treatment, a, b)
+            clear_autocast_cache()
             execution._end_offload()
             if last and self.stack.split_dim is not None:
                 return (execution.close_joined(a, b),)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, clear_autocast_cache
 from torch._dynamo.eval_frame import skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -78,6 +78,7 @@ class Frame:
             finally:
                 set_grad_enabled(False)
                 release()
+                clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
             if a is None:
                 a = self.coupling.inverse(*out, b, f)
                 if a.requires_grad:  # it is f itself

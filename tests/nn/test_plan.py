@@ -49,12 +49,17 @@ STACKS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def peak(stack: nn.Module, x: Tensor) -> tuple[int, int]:
+def autocast(enabled: bool) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def peak(stack: nn.Module, x: Tensor, half: bool = False) -> tuple[int, int]:
     """Peak bytes of forward and backward, and the output's."""
     for p in stack.parameters():
         p.grad = torch.zeros_like(p)
     with revlib.MemoryMeter() as meter:
-        y = stack(x)
+        with autocast(half):
+            y = stack(x)
         g, forward = torch.ones_like(y), meter.peak
         meter.reset_peak()
         y.backward(g)
@@ -76,41 +81,47 @@ def gradients(stack: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(stack(x).square().sum(), [x, *stack.parameters()]))
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", STACKS)
-def test_never_over_budget_and_close_to_it(kind: str) -> None:
+def test_never_over_budget_and_close_to_it(kind: str, half: bool) -> None:
     make, shape, options = STACKS[kind]
     blocks, x = make(), torch.randn(shape, requires_grad=True)
-    plain, output = peak(revlib.CoupledSequential(*blocks, **options), x)
-    least, _ = peak(revlib.ReversibleSequential(*blocks, **options), x)
+    plain, output = peak(revlib.CoupledSequential(*blocks, **options), x, half)
+    least, _ = peak(revlib.ReversibleSequential(*blocks, **options), x, half)
     works = []
     for fraction in (0.1, 0.25, 0.5, 0.75, 1.2):
         budget = int(least + fraction * (plain - least) + 4096)
         stack = revlib.ReversibleSequential(*blocks, memory_budget=budget, **options)
         assert stack.plan is None
-        stack(x)
+        with autocast(half):
+            stack(x)
         assert stack.plan is not None
-        taken, _ = peak(stack, x)
+        taken, _ = peak(stack, x, half)
         assert taken <= budget
-        assert taken <= stack.plan.peak <= taken + 2 * output  # what is counted on is counted well
+        assert taken <= stack.plan.peak <= taken + 2 * output + 64  # what is counted on is counted well
         works.append(stack.plan.work)
     assert works == sorted(works, reverse=True)
     assert stack.plan.treatments["stack"] == ("store",) * len(blocks) and works[-1] == 1
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", STACKS)
 @pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective", "store"])
-def test_what_one_treatment_takes_is_known(kind: str, treatment: Any) -> None:
+def test_what_one_treatment_takes_is_known(kind: str, treatment: Any, half: bool) -> None:
+    if half and "grid_bits" in STACKS[kind][2]:
+        pytest.skip("without a budget, exact stacks keep weights as they were cast")
     make, shape, options = STACKS[kind]
     blocks, x = make(), torch.randn(shape, requires_grad=True)
     budget = revlib.ReversibleSequential(*blocks, memory_budget=1.0, **options)
-    budget(x)
+    with autocast(half):
+        budget(x)
     assert budget.budget is not None
     ((measured, output),) = budget.budget._known["stack"].values()
     predicted, _ = walk(
         lay_out({"stack": (measured, output)}), [treatment if treatment in m.figures else "store" for m in measured]
     )
-    taken, _ = peak(revlib.ReversibleSequential(*blocks, treatments=[treatment] * len(blocks), **options), x)
-    assert taken <= predicted <= taken + 2 * output
+    taken, _ = peak(revlib.ReversibleSequential(*blocks, treatments=[treatment] * len(blocks), **options), x, half)
+    assert taken <= predicted <= taken + 2 * output + 64
 
 
 @pytest.mark.parametrize("kind", STACKS)

@@ -55,6 +55,16 @@ def test_memory_is_the_output_at_any_depth(kind: str) -> None:
     assert all(peak == pytest.approx(figures[0][1], rel=0.01) for _, peak in figures)
 
 
+def test_weights_that_autocast_has_cast_do_not_pile_up() -> None:
+    peaks = []
+    for depth in (4, 32):
+        stack, x = revlib.ReversibleSequential(*[mlp(64) for _ in range(depth)]), torch.randn(4, 128)
+        with torch.autocast("cpu", torch.bfloat16), revlib.MemoryMeter() as meter:
+            stack(x)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_is_below_revlib(kind: str) -> None:
     peer = pytest.importorskip("revlib")
