@@ -103,3 +103,29 @@ def test_streams(way: str, depth: int) -> None:
             grads.append([p.grad for p in stack.parameters()])
         for expected, found in zip(*grads, strict=True):
             assert (found - expected).norm() <= (0.05 if seed % 2 else 1e-4) * expected.norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("value", ["auto", 0.8, 0.4])
+def test_budget(value: Any, half: bool) -> None:
+    """What the allocator gives out is within the plan's limit, but for kernels' scratch and rounding."""
+    blocks = [nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(8)]
+    stack = revlib.ReversibleSequential(*blocks, memory_budget=value).cuda()
+    x, peaks = torch.randn(8192, 1024, device="cuda", requires_grad=True), []
+    for _ in range(3):
+        for p in stack.parameters():
+            p.grad = torch.zeros_like(p)
+        x.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            y = stack(x)
+        y.backward(torch.ones_like(y))
+        del y
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    plan = stack.plan
+    assert plan is not None and max(peaks) <= plan.limit + 2**24, (peaks, plan)
+    if value == "auto":
+        assert plan.treatments["stack"] == ("store",) * 8
+    else:
+        assert peaks[-1] >= 0.7 * plan.limit
