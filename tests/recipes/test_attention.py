@@ -188,6 +188,7 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_as_on_the_cpu(monkeypatch):
     def same_hashes(x, *args):
         torch.manual_seed(3)
