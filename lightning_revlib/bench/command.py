@@ -158,12 +158,12 @@ def pick(what: str, names: Any, known: Mapping[str, T]) -> Iterable[T]:
 
 def read_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device={name}: take auto, cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name}: torch finds no GPU here; take device=cpu, or leave it at auto")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _listed(value: Any) -> list[Any]:
