@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +21,19 @@ from lightning_revlib.nn.overlap import has_streams
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.untouched import untouched
 
-# Work is FLOPs, and as many as processors do in the time that it takes to write a byte, to start an operation, and to
-# start one that Python looks at first, as it does in selective checkpointing.
-FLOPS_A_BYTE, FLOPS_AN_OPERATION, FLOPS_A_SELECTION = 10, 100_000, 500_000
-# As many as a GPU does in half precision in the time that a byte takes to the host or back; with it, not after it.
-FLOPS_A_CARRIED_BYTE = 8_000
+
+class Prices(NamedTuple):
+    """FLOPs that a processor does meanwhile."""
+
+    byte: int  # while one is written
+    operation: int  # while one is started
+    selection: int  # while one is started that Python looks at first, as in selective checkpointing
+
+
+CPU = Prices(10, 100_000, 500_000)
+# A GPU in half precision: from what store, checkpoint and selective checkpointing took on one, docs/cuda.md.
+DEVICE = Prices(500, 4 * 10**9, 14 * 10**9)
+FLOPS_A_CARRIED_BYTE = 8_000  # to the host or back; with it, not after it
 
 
 class Figures(NamedTuple):
@@ -62,7 +71,7 @@ class Measuring:
             self._known[kind] = {
                 treatment: measure(
                     partial(self.alone, step, treatment, last), step.module, a, b, last=last,
-                    start=FLOPS_A_SELECTION if treatment == "selective" else FLOPS_AN_OPERATION,
+                    selective=treatment == "selective",
                 )
                 for treatment in self._possible(step, a.device)
             }  # fmt: skip
@@ -119,12 +128,11 @@ def measure(
     b: Tensor,
     *,
     last: bool,
-    start: int,
+    selective: bool,
 ) -> Figures:
     """The figures of `run`, which does a step with `module` on streams like a and b, whose tensors are not touched.
 
-    `last`: what it returns is the stack's output, whose gradient somebody else holds. `start`: what it takes to
-    start an operation, in FLOPs.
+    `last`: what it returns is the stack's output, whose gradient somebody else holds.
 
     The module runs forward and backward, with its hooks, and is as before when this returns.
     """
@@ -140,9 +148,13 @@ def measure(
             held, forward = meter.live - end.nbytes, meter.peak
             meter.reset_peak()
             if end.requires_grad:
-                torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
-            work = meter.flops + FLOPS_A_BYTE * meter.written + start * meter.operations
-            return Figures(held, forward, meter.peak, work)
+                with (
+                    torch.autocast(meter.kind, enabled=False)
+                    if torch.is_autocast_enabled(meter.kind)
+                    else nullcontext()
+                ):
+                    torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
+            return Figures(held, forward, meter.peak, meter.work(selective))
     finally:
         for hook in hooks:
             hook.remove()
@@ -177,6 +189,13 @@ class _Meter(MemoryMeter):
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out
+
+    def work(self, selective: bool) -> int:
+        """In FLOPs; a host starts operations while its device does others."""
+        prices = CPU if self.kind == "cpu" else DEVICE
+        done = self.flops + prices.byte * self.written
+        started = self.operations * (prices.selection if selective else prices.operation)
+        return done + started if self.kind == "cpu" else max(done, started)
 
     def _count(self, storage: torch.UntypedStorage, key: int) -> None:
         if storage.device.type != self.kind:

@@ -288,7 +288,6 @@ class Repeatable:
     def __call__(self, *args: Any) -> Any:
         if self.buffers is None:
             self.buffers = Buffers(self.modules)
-            self.environment = Environment(args[0].device.type)
             with self.first:
                 out = self.function(*args)
             self.buffers.close()
@@ -296,7 +295,7 @@ class Repeatable:
             return out
         undo = [*self.settings.lend(self.modules), self.buffers.lend({})]
         try:
-            with self.environment.again() if self.environment.changed() else NOTHING, self.again:
+            with self.again:
                 return self.function(*args)
         finally:
             while undo:
