@@ -11,9 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_revlib.nn.budget import Budget
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.options import MemoryBudget
-from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import (
     explain_memory,

@@ -17,8 +17,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_revlib.in_backward import InBackward
+from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.options import MemoryBudget
-from lightning_revlib.nn.plan import Budget, share_budget
 from lightning_revlib.nn.swap import Targets, find, restore, stacks, swap
 from lightning_revlib.shards import is_sharded, merge_checkpoint, plain_data_only
 

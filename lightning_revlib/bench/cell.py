@@ -17,7 +17,8 @@ from lightning_revlib.bench.measure import TOLERANCE
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.bench.workloads import Size, Workload
 from lightning_revlib.nn import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.plan import Budget, Plan, share_budget
+from lightning_revlib.nn.budget import Budget, share_budget
+from lightning_revlib.nn.plan import Plan
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, clear_autocast_cache
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lightning_revlib.nn.budget import Budget, Signature
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
@@ -23,7 +24,7 @@ from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.offload import Convoy, Parcel
 from lightning_revlib.nn.options import OnDrift, Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
-from lightning_revlib.nn.plan import Budget, Plan, Signature
+from lightning_revlib.nn.plan import Plan
 from lightning_revlib.nn.recording import Recording
 from lightning_revlib.nn.replay import Repeatable, parts
 from lightning_revlib.nn.selective import keep_heavy

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.branches import BranchSpec, check_branches
+from lightning_revlib.nn.budget import Budget
 from lightning_revlib.nn.chunks import check_chunks, read_chunks
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec
@@ -33,7 +34,6 @@ from lightning_revlib.nn.options import (
     read_couplings,
     read_treatments,
 )
-from lightning_revlib.nn.plan import Budget
 from lightning_revlib.nn.step import Call, Step
 from lightning_revlib.nn.steps import build_steps, call_of, is_invertible
 

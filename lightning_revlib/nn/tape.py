@@ -6,7 +6,8 @@
 2. What comes out passes through `Anchor`, an identity that saves it the ordinary way. Its backward
    is the first to run, and gives the streams to the `Tape`. Autograd frees the anchor like any
    other node, so that `retain_graph` and a second backward work. References go from the graph to
-   frames, from a frame to the one above it and to the tape: no cycle, and nothing outlives the graph.
+   frames, from a frame to the one above it and to the tape: no cycle, and the streams that were
+   rebuilt last are let go with the last thing that a step has saved.
 3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on
    the way are inverted, also one that saved nothing and is never asked (`nn.Identity`).
 4. To rewind a frame: recover the stream its block saw; run the block once more in grad mode,
@@ -219,12 +220,13 @@ class Anchor(torch.autograd.Function):
     def forward(ctx: Any, tape: Tape, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.tape, tape.anchor = tape, weakref.ref(ctx)
+        ctx.tape, tape.anchor = weakref.ref(tape), weakref.ref(ctx)
         return tensors
 
     @staticmethod
     @torch.compiler.disable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ctx.tape.start(ctx.saved_tensors)
-        ctx.tape.output = []
+        if (tape := ctx.tape()) is not None:  # else no step has saved anything
+            tape.start(ctx.saved_tensors)
+            tape.output = []
         return None, *grads

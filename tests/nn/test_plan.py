@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import random
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.options import read_budget
-from lightning_revlib.nn.plan import Budget, Plan, lay_out, share_budget, walk
+from lightning_revlib.nn.plan import Plan, lay_out, walk
 
 
 class Attention(nn.Module):
@@ -122,6 +124,25 @@ def test_what_one_treatment_takes_is_known(kind: str, treatment: Any, half: bool
     )
     taken, _ = peak(revlib.ReversibleSequential(*blocks, treatments=[treatment] * len(blocks), **options), x, half)
     assert taken <= predicted <= taken + 2 * output + 64
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", STACKS)
+def test_no_mixture_of_treatments_takes_more_than_is_known(kind: str, half: bool) -> None:
+    make, shape, options = STACKS[kind]
+    if half and "grid_bits" in options:
+        pytest.skip("without a budget, exact stacks keep weights as they were cast")
+    blocks, x, draw = make(), torch.randn(shape, requires_grad=True), random.Random(1)
+    stack = revlib.ReversibleSequential(*blocks, memory_budget=1.0, **options)
+    with autocast(half):
+        stack(x)
+    assert stack.budget is not None
+    ((measured, output),) = stack.budget._known["stack"].values()
+    for _ in range(12):
+        mixed = [draw.choice(list(m.figures)) for m in measured]
+        predicted, _ = walk(lay_out({"stack": (measured, output)}), mixed)
+        taken, _ = peak(revlib.ReversibleSequential(*blocks, treatments=mixed, **options), x, half)
+        assert taken <= predicted, mixed
 
 
 @pytest.mark.parametrize("kind", STACKS)

@@ -55,6 +55,17 @@ def test_memory_is_the_output_at_any_depth(kind: str) -> None:
     assert all(peak == pytest.approx(figures[0][1], rel=0.01) for _, peak in figures)
 
 
+def test_what_is_rebuilt_last_is_let_go_while_the_output_is_alive() -> None:
+    stack, x = revlib.ReversibleSequential(*[mlp(64) for _ in range(3)]), torch.randn(64, 128, requires_grad=True)
+    for p in stack.parameters():
+        p.grad = torch.zeros_like(p)
+    with revlib.MemoryMeter() as meter:
+        y = stack(x * 2)
+        y.backward(torch.ones_like(y))
+        x.grad = None
+        assert meter.live == pytest.approx(y.nbytes, rel=0.01)
+
+
 def test_weights_that_autocast_has_cast_do_not_pile_up() -> None:
     peaks = []
     for depth in (4, 32):

@@ -1,0 +1,144 @@
+"""A budget of bytes for some stacks together: what is known of their steps, and the plans that follow from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_revlib.nn.measure import Figures, Measured, digest
+from lightning_revlib.nn.options import MemoryBudget, Treatment, read_budget
+from lightning_revlib.nn.plan import Plan, make_plan
+
+log = logging.getLogger("lightning_revlib")
+
+
+class Signature(NamedTuple):
+    """What a stack's figures depend on besides its modules."""
+
+    shapes: tuple[torch.Size, ...]
+    rest: tuple[Any, ...]  # dtypes, modes
+
+    def covers(self, other: Signature) -> bool:
+        """Whether the other takes no more bytes."""
+        return self.rest == other.rest and all(
+            len(x) == len(y) and all(m >= n for m, n in zip(x, y, strict=True))
+            for x, y in zip(self.shapes, other.shapes, strict=True)
+        )
+
+
+@dataclass
+class Budget:
+    """The bytes that the activations of some stacks may take together, and the plans for them.
+
+    `value` is a number of bytes, a text such as "2GiB", a fraction of ordinary autograd's peak, or "auto": what is free
+    on the CUDA device, less a margin. `paths` are the stacks that share it; without, it is of one stack. `announce` is
+    called with the text of each plan. There is a plan for each combination of signatures by which the stacks run.
+    """
+
+    value: MemoryBudget
+    paths: tuple[str, ...] = ()
+    announce: Callable[[str], Any] = log.info
+    plan: Plan | None = None  # the last that was followed or made
+    _known: dict[str, dict[Signature, tuple[list[Measured], int]]] = field(default_factory=dict)
+    _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run
+    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
+    _loaded: dict[str, tuple[str, dict[Signature, tuple[list[Measured], int]]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        read_budget(self.value)
+
+    def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[Treatment, ...] | None:
+        """The plan's for this stack; None if it has to be measured first."""
+        if path not in self._digests:
+            self._digests[path] = digest(stack)
+            of, figures = self._loaded.pop(path, ("", {}))
+            if of == self._digests[path]:
+                self._known[path] = figures
+            else:
+                self._last.pop(path, None)
+        known = self._known.get(path, {})
+        covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
+        if covering is None:
+            return None
+        self._last[path] = covering
+        return self._follow().treatments[path]
+
+    def add(self, path: str, signature: Signature, steps: list[Measured], output: int) -> None:
+        """Note a stack's figures; with the last stack's, make a plan. ValueError if the budget is too small."""
+        self._known.setdefault(path, {})[signature] = steps, output
+        self._last[path] = signature
+        if all(each in self._last for each in self.paths):
+            try:
+                self._follow()
+            except ValueError:
+                del self._known[path][signature]  # the next forward is to fail as well
+                raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures of all stacks that have run, as plain data, from which the same plans follow."""
+        return {
+            path: {
+                "digest": self._digests[path],
+                "last": list(known).index(self._last[path]),
+                "figures": [
+                    (
+                        tuple(s),
+                        [(m.streams, m.sentinel, {t: tuple(f) for t, f in m.figures.items()}) for m in steps],
+                        output,
+                    )
+                    for s, (steps, output) in known.items()
+                ],
+            }
+            for path, known in self._known.items()
+            if self._last[path] in known  # and was not too large for the budget
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take figures from `state_dict`, each for a stack that is still the same when it runs first."""
+        for path, saved in state.items():
+            figures = {
+                Signature(*s): ([Measured(a, b, {t: Figures(*f) for t, f in by.items()}) for a, b, by in steps], output)
+                for s, steps, output in saved["figures"]
+            }
+            self._loaded[path] = saved["digest"], figures
+            self._known.pop(path, None)
+            self._digests.pop(path, None)
+            self._last[path] = list(figures)[saved["last"]]
+
+    def _follow(self) -> Plan:
+        """The plan for the stacks that have run, as they have run last."""
+        combination = tuple(self._last.items())
+        if combination not in self._plans:
+            known = {**{path: figures for path, (_, figures) in self._loaded.items()}, **self._known}
+            plan = make_plan({path: known[path][signature] for path, signature in combination}, self.value)
+            self._plans[combination] = plan
+            self.announce(str(plan))
+        self.plan = self._plans[combination]
+        return self.plan
+
+
+def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
+    """Give stacks, by path, one budget for all of them together, in place of one that they shared before.
+
+    Stacks with a budget or treatments of their own keep them. Raises ValueError for one that overlaps.
+    """
+    overlapping = [path for path, stack in stacks.items() if stack.overlap]
+    if budget is not None and overlapping:
+        raise ValueError(
+            f"{overlapping[0]}: overlap=True holds what two blocks save, memory_budget={budget.value!r} counts one:"
+            " pass one of them"
+        )
+    sharing = {
+        path: stack
+        for path, stack in stacks.items()
+        if (stack.budget is None or stack.budget.paths) and set(stack.treatments) == {"reversible"}
+    }
+    if budget is not None:
+        budget.paths = tuple(sharing)
+    for path, stack in sharing.items():
+        stack.budget, stack.path = budget, path
