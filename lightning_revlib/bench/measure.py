@@ -100,7 +100,8 @@ def counted(module: nn.Module, x: Tensor) -> tuple[int, int, int]:
 
 
 def counts(module: nn.Module, x: Tensor) -> Counts:
-    held, peak, output = counted(module, x)
+    with Flops() as counter:
+        held, peak, output = counted(module, x)
     allocated = None
     if x.is_cuda:
         x.grad = None
@@ -109,9 +110,6 @@ def counts(module: nn.Module, x: Tensor) -> Counts:
         before = torch.cuda.memory_allocated(x.device)
         step(module, x)
         allocated = torch.cuda.max_memory_allocated(x.device) - before
-    clear(module, x)
-    with Flops() as counter:
-        step(module, x)
     clear(module, x)
     return Counts(held, peak, output, counter.get_total_flops(), allocated)
 
@@ -161,9 +159,11 @@ def _wait(x: Tensor) -> None:
 def _no_collector() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.collect()
+    gc.freeze()  # what is there now need not be looked at between rounds
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()

@@ -9,10 +9,8 @@ from itertools import groupby
 from pathlib import Path
 
 from lightning_revlib.bench import measure
-from lightning_revlib.bench.cell import Row
+from lightning_revlib.bench.cell import OURS, Row
 from lightning_revlib.nn.meter import format_bytes
-
-OURS = "lightning_revlib"
 
 
 def write_csv(path: Path, rows: Sequence[Row], head: Mapping[str, str]) -> None:
@@ -52,7 +50,7 @@ def cell_table(name: str, rows: Sequence[Row]) -> str:
         assert r.error is not None and r.held is not None and r.peak is not None and r.output
         lines.append(
             [
-                f"**{r.contestant}**" if r.contestant.startswith(OURS) else r.contestant,
+                f"**{r.contestant}**" if r.ours else r.contestant,
                 "right" if r.right else f"**off by {r.error:.0e}**",
                 f"{r.held / r.output:.2f}",
                 f"{r.peak / r.output:.2f}",
@@ -78,7 +76,7 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
         own = found.get(OURS)
         if own is None or own.note or not own.output or own.held is None or own.peak is None:
             continue
-        others = [r for r in group if r.reversible and r.right and not r.contestant.startswith(OURS)]
+        others = [r for r in group if r.reversible and r.right and not r.ours]
         revlib = found.get("RevLib")
         least = min((r.peak for r in others if r.peak), default=None)
         taken = times.get(name, {})

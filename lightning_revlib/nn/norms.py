@@ -48,7 +48,7 @@ class _Place:
 class Norms:
     """The norms of a block in one run of it. `watch` before the run, `forget` after it; `again` gives a tensor back."""
 
-    SMALLEST = 256 * 1024  # bytes of a stream or output below which this takes more time than the bytes are worth
+    SMALLEST = 512 * 1024  # bytes of a stream or output below which this takes more time than the bytes are worth
 
     def __init__(self, block: nn.Module) -> None:
         self.modules = [m for m in _parts(block) if type(m) in FUNCTIONS and "forward" not in m.__dict__]
