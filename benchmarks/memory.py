@@ -4,7 +4,7 @@
 
 Bytes are over the output's: held after forward (the input left out), and the peak in backward with
 output, its gradient and the parameters' gradients allocated. FLOPs are over plain autograd's. Of what grows with depth,
-plain and checkpoint, the deepest stacks are left out: they take long. A peer that is not installed is left out as well:
+plain and checkpoint, the deepest stacks with attention are left out: they take long. A peer that is not installed is left out as well:
 `pip install revlib==1.7.2`. `revlib bench` has more of them, and times.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
             stack = CoupledSequential(*repeated(*makers)(Size(depth, shape[dim] // 2, 0)), split_dim=dim)
             x = torch.randn(shape, requires_grad=True)
             for contestant in SHOWN:
-                if depth > 64 and contestant.name in GROWING:
+                if depth > 64 and contestant.name in GROWING and attention in makers:
                     rows[contestant.name].append("-")
                     continue
                 try:
