@@ -3,9 +3,9 @@
     python benchmarks/memory.py
 
 Bytes are over the output's: held after forward (the input left out), and the peak in backward with
-output, its gradient and the parameters' gradients allocated. FLOPs are over plain autograd's. Of what grows with depth,
-plain and checkpoint, the deepest stacks with attention are left out: they take long. A peer that is not installed is left out as well:
-`pip install revlib==1.7.2`. `revlib bench` has more of them, and times.
+output, its gradient and the parameters' gradients allocated. FLOPs are over plain autograd's. Of what grows with
+depth, plain and checkpoint, the deepest stacks with attention are left out: they take long. A peer that is not
+installed is left out as well: `pip install revlib==1.7.2`. `revlib bench` has more of them, and times.
 """
 
 from __future__ import annotations
