@@ -92,9 +92,8 @@ def cell(
         if module is not None:
             modules[contestant.name] = module
     first = measure.times(modules, x, seconds / 3, seed) if seconds else {}
-    final = (
-        measure.times({n: modules[n] for n in _finalists(rows, first)}, x, seconds, seed + 1, FINAL) if first else {}
-    )
+    last = {name: modules[name] for name in _finalists(rows, first)}
+    final = measure.times(last, x, seconds, seed + 1, FINAL) if last else {}
     for row in rows:
         times = final if row.contestant in final else first
         if taken := times.get(row.contestant):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.nn.options import read_budget
 
 MOST = 1 << 20  # pairs of blocks, or pieces of a sequence
+PIECE = 32  # tokens
 TOO_MANY = 1 << 62  # bytes
 MARGIN = 0.05  # of what is free on the device, for what kernels take beside tensors
 
@@ -51,22 +51,13 @@ def search(width: int, depth: int | None, length: int | None, limit: int, device
     """For each contestant; right to a sixteenth, 0 if nothing fits."""
     for contestant in SHOWN:
 
-        def bytes_of(blocks: int, tokens: int, contestant: Contestant = contestant) -> int:
-            return step_bytes(contestant, Size(blocks, width, 1), tokens, limit, device)
+        def blocks(pairs: int, contestant: Contestant = contestant) -> int:
+            return step_bytes(contestant, Size(2 * pairs, width, 1), length or 0, limit, device)
 
-        yield Largest(
-            contestant.name,
-            length and 2 * most(partial(_pairs, bytes_of, length), limit),
-            depth and 32 * most(partial(_pieces, bytes_of, depth), limit),
-        )
+        def tokens(pieces: int, contestant: Contestant = contestant) -> int:
+            return step_bytes(contestant, Size(depth or 0, width, 1), PIECE * pieces, limit, device)
 
-
-def _pairs(bytes_of: Callable[[int, int], int], length: int, count: int) -> int:
-    return bytes_of(2 * count, length)
-
-
-def _pieces(bytes_of: Callable[[int, int], int], depth: int, count: int) -> int:
-    return bytes_of(depth, 32 * count)
+        yield Largest(contestant.name, length and 2 * most(blocks, limit), depth and PIECE * most(tokens, limit))
 
 
 def most(bytes_of: Callable[[int], int], limit: int) -> int:
