@@ -162,7 +162,7 @@ WORKLOADS = {
         Workload(
             "irevnet",
             irevnet,
-            quick=_sizes((4, 64, 8), (16, 32, 4)),
+            quick=_sizes((4, 64, 8), (8, 32, 4)),
             full=_sizes((4, 32, 64), (4, 128, 16), (16, 64, 16), (64, 32, 8), (256, 16, 4)),
             cuda=_sizes((16, 128, 256), (64, 128, 256)),
             **IMAGES,
@@ -170,7 +170,7 @@ WORKLOADS = {
         Workload(
             "momentumnet",
             repeated(momentum),
-            quick=_sizes((4, 64, 4), (16, 16, 4)),
+            quick=_sizes((4, 64, 4), (8, 16, 4)),
             full=_sizes((4, 32, 32), (4, 128, 8), (16, 32, 16), (64, 16, 8), (256, 16, 2)),
             cuda=_sizes((16, 256, 256), (64, 128, 256)),
             # The paper's 0.9 loses 12 digits in 256 blocks, and so would nets of such a depth.
@@ -184,7 +184,7 @@ WORKLOADS = {
             512,
             (512, 0),
             2,
-            quick=_sizes((4, 128, 1), (6, 64, 1)),
+            quick=_sizes((4, 128, 1), (4, 64, 1)),
             full=_sizes((4, 64, 4), (4, 256, 1), (16, 64, 2), (64, 32, 1)),
             cuda=_sizes((12, 512, 32), (12, 1024, 32)),
             draws=True,
