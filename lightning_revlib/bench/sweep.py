@@ -147,21 +147,21 @@ def summarise(plan: Plan) -> str:
 
 def show(curve: Curve) -> str:
     """The curve as Markdown: the budgets with the check of each, and the others."""
-    assert curve.plain.flops
     lines = []
     for p in curve.points:
-        assert p.row.peak is not None and p.row.flops is not None
+        fewest = f"{_over(p.fewest, curve)} {p.fewest.contestant}" if p.fewest else "none fits"
+        fastest = "none fits"
+        if p.fastest:
+            fastest = f"{p.fastest.over_plain:.2f} {p.fastest.contestant}, {_over(p.fastest, curve)}"
         lines.append(
             [
                 _mib(p.budget),
                 _mib(p.row.peak) + ("" if p.fits else " **over**"),
                 p.plan,
-                f"{p.row.flops / curve.plain.flops:.3f}",
-                f"{p.fewest.flops / curve.plain.flops:.3f} {p.fewest.contestant}"
-                if p.fewest and p.fewest.flops
-                else "none fits",
+                _over(p.row, curve),
+                fewest,
                 f"{p.row.over_plain:.2f}",
-                f"{p.fastest.over_plain:.2f} {p.fastest.contestant}" if p.fastest else "none fits",
+                fastest,
                 "{:.2f} ({:.2f} to {:.2f})".format(*p.ratio) if p.ratio else "-",
                 "yes" if p.holds else "**no**",
             ]
@@ -173,13 +173,13 @@ def show(curve: Curve) -> str:
         "FLOPs",
         "fewest that fit",
         "step",
-        "fastest that fits",
+        "fastest that fits, its FLOPs",
         "step over its",
         "holds",
     ]
     others = [
         [r.contestant, "right" if r.right else f"**off by {r.error:.0e}**", _mib(r.peak),
-         f"{r.flops / curve.plain.flops:.3f}", tables.over_plain(r)]
+         _over(r, curve), tables.over_plain(r)]
         for r in curve.rows
         if r.peak is not None and r.flops is not None and r.error is not None
     ]  # fmt: skip
@@ -194,6 +194,11 @@ def show(curve: Curve) -> str:
             f" lie above 1. {notes}".rstrip(),
         ]
     )
+
+
+def _over(row: Row, curve: Curve) -> str:
+    """Its FLOPs over plain's."""
+    return f"{row.flops / curve.plain.flops:.3f}" if row.flops and curve.plain.flops else "-"
 
 
 def _mib(count: int | None) -> str:
