@@ -26,8 +26,9 @@ from lightning_revlib.nn.options import OnDrift, Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
 from lightning_revlib.nn.plan import Plan
 from lightning_revlib.nn.recording import Recording
-from lightning_revlib.nn.replay import Repeatable, parts
+from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.selective import keep_heavy
+from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Tape
 

@@ -13,9 +13,11 @@ from torch import Tensor, clear_autocast_cache
 from torch._dynamo.eval_frame import skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.norms import Norms
-from lightning_revlib.nn.replay import Buffers, RandomState, parts
+from lightning_revlib.nn.replay import RandomState
+from lightning_revlib.nn.settings import parts
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk

@@ -97,20 +97,15 @@ def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[
 def walk(steps: Sequence[tuple[Measured, int]], treatments: Sequence[Treatment]) -> tuple[int, int]:
     """Peak bytes and work of one choice of treatments."""
     peak = held = work = 0
-    before: Treatment | None = None
-    samples = sum(_sample(step, *pair) for (step, _), pair in zip(steps, _pairs(treatments), strict=True))
-    for (step, outside), treatment in zip(steps, treatments, strict=True):
+    befores = [None, *treatments[:-1]]
+    samples = sum(map(_sample, (step for step, _ in steps), befores, treatments))
+    for (step, outside), before, treatment in zip(steps, befores, treatments, strict=True):
         figures = step.figures[treatment]
         held += _boundary(step, before, treatment)
         samples -= _sample(step, before, treatment)
         peak = max(peak, held + figures.forward, outside + held + samples + figures.backward)
-        held, work, before = held + figures.held, work + figures.work, treatment
+        held, work = held + figures.held, work + figures.work
     return peak, work
-
-
-def _pairs(treatments: Sequence[Treatment]) -> list[tuple[Treatment | None, Treatment]]:
-    """Each with the one before."""
-    return list(zip([None, *treatments[:-1]], treatments, strict=True))
 
 
 def _sample(step: Measured, before: Treatment | None, treatment: Treatment) -> int:

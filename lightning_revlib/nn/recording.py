@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import NBYTES, Frame, catch, release
 from lightning_revlib.nn.norms import Norms
-from lightning_revlib.nn.replay import Buffers, Environment, RandomState, Settings, parts
+from lightning_revlib.nn.replay import Environment, RandomState
+from lightning_revlib.nn.settings import Settings, parts
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk

@@ -43,7 +43,8 @@ from lightning_revlib.nn.chunks import Undoing, join
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.overlap import Ahead
-from lightning_revlib.nn.replay import Environment, RandomState, Settings
+from lightning_revlib.nn.replay import Environment, RandomState
+from lightning_revlib.nn.settings import Settings
 
 
 class Tape:

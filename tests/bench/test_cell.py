@@ -93,3 +93,21 @@ def test_times_take_turns_and_ratios_have_an_interval():
     assert measure.ratio([2.0] * 9, [1.0] * 9) == (2, 2, 2)
     middle, low, high = measure.ratio([float(i) for i in range(1, 21)], [1.0] * 20)
     assert 1 < low < middle == 10.5 < high < 20
+
+
+def test_copies_share_the_parameters_unless_of_another_dtype():
+    stack = WORKLOADS["conv"].stack(Size(2, 4, 2))
+    for contestant in (c for c in CONTESTANTS if c.name in ("plain", "lightning_revlib")):
+        copy, double = (execute(contestant, stack, False, dtype) for dtype in (None, torch.float64))
+        assert {id(p) for p in copy.parameters()} == {id(p) for p in stack.parameters()}
+        assert not {id(b) for b in copy.buffers()} & {id(b) for b in stack.buffers()}
+        assert not {id(p) for p in double.parameters()} & {id(p) for p in stack.parameters()}
+    assert all(p.dtype is torch.float32 for p in stack.parameters())
+
+
+def test_ours_plain_and_two_peers_are_timed_once_more():
+    rows, times = cell(WORKLOADS["mlp"], Size(2, 8, 4), CONTESTANTS, device=CPU, seconds=0.01)
+    peers = [r.contestant for r in rows if r.reversible and not r.ours and not r.note]
+    assert {"plain", "lightning_revlib"} < set(times) and set(times) <= {"plain", "lightning_revlib", *peers}
+    assert len(times) == 2 + min(2, len(peers)) and min(map(len, times.values())) >= 12
+    assert all(r.seconds and r.over_plain for r in rows if not r.note)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_revlib.bench import machine, sweep
+from lightning_revlib.bench import command, machine, sweep
+from lightning_revlib.bench.cell import cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.workloads import WORKLOADS, Size
 from lightning_revlib.cli import main
@@ -47,6 +48,19 @@ def test_missing_peers_are_listed(folder, monkeypatch):
     assert main(["bench", *TINY, "contestants=[plain,RevLib]"]) == 0
     text = (folder / "bench.md").read_text()
     assert "- not installed: RevLib" in text and "RevLib: not installed" in text
+
+
+def test_what_is_done_is_kept_if_the_rest_is_given_up(folder, monkeypatch):
+    def given_up(workload, size, *args, **options):
+        if size.depth == 8:
+            raise KeyboardInterrupt
+        return cell(workload, size, *args, **options)
+
+    monkeypatch.setattr(command, "cell", given_up)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", *TINY, "depths=[4,8]", "contestants=[plain]", "seconds=0"])
+    assert "### mlp, depth 4, width 8" in (folder / "bench.md").read_text()
+    assert len(list(csv.DictReader((folder / "bench.csv").open()))) == 1
 
 
 def test_counts_alone_need_no_times(folder):

@@ -38,6 +38,15 @@ def test_reversible_stacks_fit_more(tmp_path, monkeypatch, capsys) -> None:
     assert rows["lightning_revlib, feed-forward in 4 chunks"][1] >= ours[1]
 
 
+@pytest.mark.parametrize(
+    ("asked", "column"), [("lengths=64", "blocks, of 64 tokens"), ("depths=2", "tokens, in 2 blocks")]
+)
+def test_what_is_not_asked_for_is_not_sought(tmp_path, monkeypatch, asked, column) -> None:
+    monkeypatch.setattr(largest, "SHOWN", largest.SHOWN[:1])
+    assert main(["bench", "largest=512KiB", "device=cpu", "widths=16", asked, f"hydra.run.dir={tmp_path}"]) == 0
+    assert f"|  | {column} |" in (tmp_path / "largest.md").read_text()
+
+
 def _lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if (line.startswith("| ") and "lightning" in line) or "| plain" in line]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_revlib as revlib
 from lightning_revlib.nn.budget import Budget, share_budget
+from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
 from lightning_revlib.nn.options import read_budget
 from lightning_revlib.nn.plan import Plan, lay_out, walk
 
@@ -354,3 +355,39 @@ def test_what_cannot_be_planned_is_named() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device"):
             revlib.ReversibleSequential(mlp(16), memory_budget="auto")(torch.randn(4, 32))
+
+
+def test_backward_is_measured_outside_of_autocast() -> None:
+    seen = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return 2 * grad * ctx.saved_tensors[0]
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Square.apply(x)
+
+    stack = revlib.ReversibleSequential(Block(), Block(), memory_budget=1.0)
+    with autocast(True):
+        stack(torch.randn(4, 8, requires_grad=True))
+    assert seen and not any(seen)
+
+
+def test_a_host_starts_operations_while_its_device_does_others() -> None:
+    meters = {kind: _Meter(kind) for kind in ("cpu", "cuda")}
+    for meter in meters.values():
+        meter.flops, meter.written, meter.operations = 10**12, 10**8, 100
+    for kind, prices in (("cpu", CPU), ("cuda", DEVICE)):
+        done = 10**12 + prices.byte * 10**8
+        for selective, price in ((False, prices.operation), (True, prices.selection)):
+            both = done, 100 * price
+            assert meters[kind].work(selective) == (sum(both) if kind == "cpu" else max(both))
+    assert meters["cuda"].work(True) > meters["cuda"].work(False)  # it is the host that is waited for

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
 from lightning_revlib.nn.frame import Frame
-from lightning_revlib.nn.replay import Settings
+from lightning_revlib.nn.settings import Settings
 from lightning_revlib.nn.tape import Tape
 from tests.nn.streams import Device
 

@@ -1,0 +1,111 @@
+"""The flags, parameters and arguments that a block's call depends on, and whether they have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def parts(*modules: nn.Module) -> list[nn.Module]:
+    """The modules and all that is in them; `module.modules()`, but fast and with what is shared twice."""
+    found: list[nn.Module] = []
+    level: Sequence[nn.Module] = modules
+    while level:
+        found += level
+        level = [child for m in level if m._modules for child in m._modules.values() if child is not None]
+    return found
+
+
+class Settings:
+    """Training flags and parameters of modules, and the arguments of their calls.
+
+    Made when forward ends. `changed` tells whether modules are set otherwise now; if so, `lend`
+    sets what was then for some of them, and returns calls that put back, in reverse order, what was
+    just before. Tensors that have been modified in place cannot be lent, and are an error.
+    """
+
+    __slots__ = ("by_module", "modules", "names", "owners", "parameters", "registered", "requires_grad", "tensors",
+                 "training", "versions")  # fmt: skip
+
+    def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
+        self.modules = modules
+        self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
+        # For all parameters, and in the same order: a few long lists are cheaper than many short ones.
+        self.owners = [m for m in modules if m._parameters for _ in m._parameters.keys()]
+        self.names = [name for m in modules if m._parameters for name in m._parameters.keys()]
+        self.registered = _registered(modules)
+        self.parameters = [p for p in self.registered if p is not None]
+        self.training = [m.training for m in modules]
+        self.requires_grad = [p.requires_grad for p in self.parameters]
+        self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
+        self.versions = _versions(self.tensors)
+
+    def changed(self) -> bool:
+        if (versions := _versions(self.tensors)) != self.versions:
+            at = [x == y for x, y in zip(versions, self.versions, strict=True)].index(False)
+            if at < len(self.parameters):
+                m, name, _ = list(self._named())[at]
+                what = f"parameter {name!r} of {m}"
+            else:
+                what = f"an argument of shape {list(self.tensors[at].shape)}"
+            raise RuntimeError(
+                f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
+                " run again; modify it, or step the optimizer, after backward"
+            )
+        return (
+            [m.training for m in self.modules] != self.training
+            or [p.requires_grad for p in self.parameters] != self.requires_grad
+            or not self._same_parameters()
+        )
+
+    def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
+        undo: list[Callable[[], Any]] = []
+        if self.by_module is None:
+            self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
+            for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
+                self.by_module[m][1].append((name, p, requires_grad))
+        for m in filter(self.by_module.__contains__, modules):  # not those that have been added since
+            training, parameters = self.by_module[m]
+            undo.append(partial(setattr, m, "training", m.training))
+            m.training = training
+            for name, p, requires_grad in parameters:
+                now = m._parameters[name] if name in m._parameters else None
+                if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
+                    undo.append(partial(m._parameters.__setitem__, name, now))
+                    m._parameters[name] = p  # type: ignore[assignment]
+                if p.is_leaf and p.requires_grad != requires_grad:
+                    undo.append(partial(p.requires_grad_, p.requires_grad))
+                    p.requires_grad_(requires_grad)
+        return undo
+
+    def _same_parameters(self) -> bool:
+        try:
+            return _registered(self.modules) == self.registered  # the same tensors, or equal numbers
+        except (RuntimeError, TypeError):  # tensors of several elements, compared
+            return False
+
+    def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        named = zip(self.owners, self.names, self.registered, strict=True)
+        return ((m, name, p) for m, name, p in named if p is not None)
+
+
+def _registered(modules: list[nn.Module]) -> list[Tensor | None]:
+    return [p for m in modules if m._parameters for p in m._parameters.values()]
+
+
+PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:  # an inference tensor among them
+        return [version(t) for t in tensors]
