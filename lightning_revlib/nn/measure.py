@@ -148,11 +148,8 @@ def measure(
             held, forward = meter.live - end.nbytes, meter.peak
             meter.reset_peak()
             if end.requires_grad:
-                with (
-                    torch.autocast(meter.kind, enabled=False)
-                    if torch.is_autocast_enabled(meter.kind)
-                    else nullcontext()
-                ):
+                within = torch.is_autocast_enabled(meter.kind)  # backward is called outside of it
+                with torch.autocast(meter.kind, enabled=False) if within else nullcontext():
                     torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
             return Figures(held, forward, meter.peak, meter.work(selective))
     finally:
