@@ -33,6 +33,10 @@ from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Tape
 
 
+LARGE = 512 * 1024  # bytes of a stream below which a copy of it takes more time than the bytes are worth
+HAS_DISTRIBUTED = torch.distributed.is_available()
+
+
 class Reversible:
     """What the reversible classes share: the drift of the last backward, and what to do about it."""
 
@@ -218,8 +222,10 @@ class Execution:
             self.parcel = None
 
     def close(self, a: Tensor, b: Tensor) -> Streams:
-        """Pass what comes out of the steps that are open through the anchor."""
-        return (a, b) if self.recording is None else self._close().fix(a, b)  # type: ignore[return-value]
+        """Behind the last of the steps that are open, with what comes out."""
+        if self.recording is not None:
+            self._close().hold(a, b)
+        return a, b
 
     def close_joined(self, a: Tensor, b: Tensor) -> Tensor:
         """The same for a stack whose output is both streams: it is all that is held."""
@@ -229,7 +235,10 @@ class Execution:
         tape, halves = self._close(), self.stack._halves
         copy = type(recording.frames[-1].coupling) is not Additive  # else its inverse only reads the second stream
         tape.read = lambda tensors: halves(tensors[0], copy)
-        return tape.fix(y)[0]
+        tape.hold(y)
+        if a.nbytes >= LARGE and y.grad_fn is not None:
+            y.grad_fn.register_hook(_apart)
+        return y
 
     def _close(self) -> Tape:
         assert self.recording is not None
@@ -243,12 +252,17 @@ def _checkpoint(step: Step, contexts: Any, b: Tensor, compiler: Any) -> Any:
     return checkpoint(Repeatable(step.module, step.branch, contexts), b, compiler, use_reentrant=False)
 
 
+def _apart(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
+    """The halves of the output's gradient as tensors of their own: a view of one would keep both for a step longer."""
+    return tuple(None if g is None else g.clone() for g in grads)
+
+
 def _ignore(a: Tensor, b: Tensor) -> None: ...
 
 
 def _is_distributed() -> bool:
     """Then a block's parameters may be sharded, and there only while its backward runs."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return HAS_DISTRIBUTED and torch.distributed.is_initialized()
 
 
 def _pair(tensors: Sequence[Tensor]) -> Streams:

@@ -37,7 +37,7 @@ class Recording:
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
-        tape.environment = Environment(a.device.type)
+        tape.environment = Environment(a)
         self.modules, self.buffers = modules, any(map(BUFFERS, modules))
         tape.has_norms = Norms.matter(modules, a)
 

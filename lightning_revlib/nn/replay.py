@@ -25,10 +25,10 @@ NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Environment:
-    """Autocast and default dtype and device at the time it was made; `with environment.again():` restores them."""
+    """Autocast, also of a tensor's device, and default dtype and device at the time it was made; `with environment.again():` restores them."""
 
-    def __init__(self, device_type: str) -> None:
-        self.types = ("cpu",) if device_type == "cpu" else ("cpu", device_type)
+    def __init__(self, tensor: Tensor) -> None:
+        self.types = ("cpu",) if tensor.is_cpu else ("cpu", tensor.device.type)
         self.then = self._now()
 
     def _now(self) -> tuple[Any, ...]:
@@ -66,10 +66,10 @@ class RandomState:
 
     def __init__(self, tensor: Tensor) -> None:
         self.cpu = torch.default_generator.get_state()
-        self.device_type = tensor.device.type
         self.devices: Sequence[int] = ()
         self.states: Sequence[Tensor] = ()
-        if self.device_type not in ("cpu", "meta"):
+        if not (tensor.is_cpu or tensor.is_meta):
+            self.device_type = tensor.device.type
             self.devices, self.states = get_device_states(tensor)
 
     def same(self, other: RandomState) -> bool:

@@ -222,7 +222,8 @@ class CoupledSequential(nn.Sequential):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
         half = x.dtype in (torch.bfloat16, torch.float16)
-        x = x.to(self.stream_dtype or (torch.float32 if half else x.dtype))
+        if half or self.stream_dtype is not None:
+            x = x.to(self.stream_dtype or torch.float32)
         if self.grid_bits is not None:
             if x.is_nested:
                 raise TypeError(
@@ -335,7 +336,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
             y = execution.close_joined(a, b)
         execution.end(y)
         self.__dict__["_draws"] = execution.drew
-        return _with_extras(y.to(x.dtype), steps)
+        return _with_extras(y if y.dtype is x.dtype else y.to(x.dtype), steps)
 
 
 def _with_extras(y: Tensor, steps: list[Step]) -> Any:

@@ -3,10 +3,9 @@
 # NOTE [ How a stack forgets and remembers ]
 1. Forward runs in grad mode, one `Frame` a step. While a step runs, `saved_tensors_hooks` hands
    autograd a number for every tensor it wants to save, and the tensor itself is let go.
-2. What comes out passes through `Anchor`, an identity that saves it the ordinary way. Its backward
-   is the first to run, and gives the streams to the `Tape`. Autograd frees the anchor like any
-   other node, so that `retain_graph` and a second backward work. References go from the graph to
-   frames, from a frame to the one above it and to the tape: no cycle, and the streams that were
+2. What comes out is held by the `Tape`, until backward comes to the nodes that put it out: a hook on them gives
+   the tape its streams, and lets go of the output unless the graph is retained. References go from the graph
+   to frames, from a frame to the one above it and to the tape: no cycle, and the streams that were
    rebuilt last are let go with the last thing that a step has saved.
 3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on
    the way are inverted, also one that saved nothing and is never asked (`nn.Identity`).
@@ -18,8 +17,8 @@
    Under `create_graph` all are kept, as the second graph keeps them anyway.
 6. Steps that save next to nothing are undone several at once: a processor that changes from one block's forward to its
    backward all the time finds neither in its caches.
-7. A backward that does not come through the anchor, such as that of a loss which a block has
-   returned besides its branch, finds no streams, and fetches what the anchor has saved by itself.
+7. A backward that does not come through the output, such as that of a loss which a block has
+   returned besides its branch, finds no streams, and takes them from the output by itself.
 
 Under `torch.compile` the engine stays eager and each block compiles by itself: its second run is
 compiled as the first was, whoever calls backward.
@@ -32,7 +31,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +54,12 @@ class Tape:
 
     def __init__(
         self,
-        read: Callable[[tuple[Tensor, ...]], Streams],
+        read: Callable[[Sequence[Tensor]], Streams],
         arrived: Callable[[Tensor, Tensor], None],
         compiler: Any = None,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
     ) -> None:
-        self.read = read  # the anchor's tensors -> streams
+        self.read = read  # what came out -> streams
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn
@@ -75,22 +75,31 @@ class Tape:
         self.has_norms = False  # with large outputs
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.scratch: dict[Any, Tensor] = {}  # buffers that a block may write into: see `Buffers`
-        self.output: list[tuple[Tensor, int]] = []  # what the anchor saves, until its backward
-        self.anchor: weakref.ref[Any] | None = None
+        self.output: list[tuple[Tensor, int]] = []  # what came out, and its version, until backward comes to it
+        self.task = -1  # the backward that has
         self.ahead: Ahead | None = None  # if steps are undone before autograd asks for them
         self.environment: Environment  # this and the next by a `Recording`
         self.settings: Settings
-        # Backward of an accelerator runs in a thread of its own, beside that of the CPU's.
-        self.lock = threading.RLock() if torch.accelerator.current_accelerator() else None
+        self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
-    def fix(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Pass what came out through the anchor; `read` must give the last streams from it."""
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep what came out; `read` must give the last streams from it."""
         self.output = [(t.detach(), t._version) for t in tensors]
-        return Anchor.apply(self, *tensors)
+        hook = partial(_arrive, weakref.ref(self), self.output)
+        for t in tensors:
+            if t.grad_fn is not None:
+                t.grad_fn.register_prehook(hook)
 
-    def start(self, tensors: tuple[Tensor, ...]) -> None:
+    def start(self) -> None:
+        if not self.output:
+            raise RuntimeError("backward through a reversible stack a second time, after its output has been freed")
+        if any(t._version != count for t, count in self.output):
+            raise RuntimeError(
+                "the output of a reversible stack has been modified by an inplace operation, and backward has to begin"
+                " with it; use the operation that is not in-place on it, such as y = y + 1 for y += 1"
+            )
         with torch.no_grad():
-            self.streams = self.read(tensors)
+            self.streams = self.read([t for t, _ in self.output])
         self.position, self.undoing, self.passed = self.depth, None, {}
         if self.ahead is not None:
             self.ahead.start()
@@ -100,11 +109,10 @@ class Tape:
     def rewind(self, frame: Frame) -> None:
         """Undo steps down to the frame's, which then has caught what autograd asks for."""
         compiler = set_eval_frame(None)
-        if self.lock is not None:
-            self.lock.acquire()
+        self.lock.acquire()
         try:
             if (self.streams is None or self.position <= frame.index) and self._before(frame) is None:
-                self.start(self._output())
+                self.start()
             self.keep = torch.is_grad_enabled()  # create_graph
             if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
                 self._undo(frame)
@@ -114,8 +122,7 @@ class Tape:
                 with torch.no_grad(), self.environment.again():
                     self._rewind(frame)
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            self.lock.release()
             if compiler is not None:
                 set_eval_frame(compiler)
 
@@ -185,16 +192,6 @@ class Tape:
             above = above.above
         return frames
 
-    def _output(self) -> tuple[Tensor, ...]:
-        if self.output:
-            if any(t._version != count for t, count in self.output):
-                raise RuntimeError("the output of a reversible stack has been modified by an inplace operation")
-            return tuple(t for t, _ in self.output)
-        anchor = self.anchor() if self.anchor else None
-        if anchor is None:
-            raise RuntimeError("backward through a reversible stack a second time, after its output has been freed")
-        return anchor.saved_tensors
-
     def _find_draws(self, frame: Frame | None, start: RandomState, streams: Streams) -> None:
         self.surprise = None
         restore = start.lend(streams[0])
@@ -214,20 +211,11 @@ class Tape:
             restore()
 
 
-class Anchor(torch.autograd.Function):
-    """The identity on what a stack puts out; the only place where its tensors are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, tape: Tape, *tensors: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.tape, tape.anchor = weakref.ref(tape), weakref.ref(ctx)
-        return tensors
-
-    @staticmethod
-    @torch.compiler.disable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        if (tape := ctx.tape()) is not None:  # else no step has saved anything
-            tape.start(ctx.saved_tensors)
-            tape.output = []
-        return None, *grads
+def _arrive(tape: weakref.ref[Tape], output: list[tuple[Tensor, int]], grads: Any) -> None:
+    """Backward has come to a node that put out what a tape holds: to the first, if the task is new to it."""
+    held, task = tape(), torch._C._current_graph_task_id()
+    if held is not None and held.task != task:
+        held.start()
+        held.task = task
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        output.clear()
