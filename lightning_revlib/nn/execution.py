@@ -32,7 +32,6 @@ from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Tape
 
-
 LARGE = 512 * 1024  # bytes of a stream below which a copy of it takes more time than the bytes are worth
 HAS_DISTRIBUTED = torch.distributed.is_available()
 

@@ -64,7 +64,7 @@ class Frame:
         unpack = caught.__getitem__
         undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
         norms = None
-        if tape.has_norms and not (tape.keep or tape.settings_changed or tape.compiler):
+        if sum(self.saved) > tape.norms_from and not (tape.keep or tape.settings_changed or tape.compiler):
             norms = Norms(step.module)
             undo.append(norms.watch())
         try:
@@ -95,9 +95,10 @@ class Frame:
                 undo.pop()()
         if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
             self._complain(tensors)
-        self.caught, self.norms = tensors, norms  # type: ignore[assignment]
-        if norms and not self.calls_autograd:
+        self.caught, self.norms = tensors, None  # type: ignore[assignment]
+        if norms is not None and not self.calls_autograd:
             norms.forget(self.caught)  # type: ignore[arg-type]
+            self.norms = norms
         return a
 
     def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:

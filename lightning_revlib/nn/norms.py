@@ -6,7 +6,6 @@ norm has saved for its own gradient, which lives until then anyway, is enough to
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,29 +21,6 @@ FUNCTIONS: dict[type, Callable[[Any, Tensor, Any, Any], Tensor]] = {
 }
 
 
-class _Place:
-    """Where a tensor is, without keeping it alive, and how often it had been changed."""
-
-    def __init__(self, t: Tensor) -> None:
-        self.pointer, self.version, self.nbytes, self.dtype = t.data_ptr(), t._version, t.nbytes, t.dtype
-        self.storage, self.dense = weakref.ref(t.untyped_storage()), t.is_contiguous()
-
-    def find(self, saved: Sequence[Tensor | None], pointers: Sequence[int]) -> dict[int, Tensor]:
-        """Those of the saved tensors, with these pointers, that are the same, but for their shape, by their numbers."""
-        found = {number: saved[number] for number, pointer in enumerate(pointers) if pointer == self.pointer}
-        return {number: t for number, t in found.items() if t is not None and self._holds(t)}
-
-    def _holds(self, t: Tensor) -> bool:
-        return (
-            self.nbytes == t.nbytes
-            and self.version == t._version
-            and self.dtype is t.dtype
-            and self.storage() is t.untyped_storage()
-            and self.dense
-            and t.is_contiguous()
-        )
-
-
 class Norms:
     """The norms of a block in one run of it. `watch` before the run, `forget` after it; `again` gives a tensor back."""
 
@@ -52,7 +28,7 @@ class Norms:
 
     def __init__(self, block: nn.Module) -> None:
         self.modules = [m for m in _parts(block) if type(m) in FUNCTIONS and "forward" not in m.__dict__]
-        self._runs: list[tuple[_Output, _Place, _Place]] = []
+        self._runs: list[tuple[_Output, Tensor, Tensor, tuple[int, int]]] = []  # with input, output and their versions
         self._forgotten: dict[int, tuple[_Output, torch.Size]] = {}
 
     @classmethod
@@ -76,30 +52,34 @@ class Norms:
             own = module._parameters  # `getattr` of a module is slow
             parameters = [own[name] if name in own else getattr(module, name, None) for name in ("weight", "bias")]
             if all(p is None or (type(p) in (Tensor, nn.Parameter) and not p.is_inference()) for p in parameters):
-                self._runs.append((_Output(module, args[0], parameters), _Place(args[0]), _Place(y)))
+                versions = args[0]._version, y._version
+                self._runs.append((_Output(module, args[0].shape, parameters), args[0], y, versions))
         return y
 
     def _is_usual(self, x: Any, y: Any) -> bool:
         return (
             type(x) is type(y) is Tensor
+            and y.nbytes >= self.SMALLEST
+            and x.is_contiguous()
+            and y.is_contiguous()
             and torch.is_grad_enabled()
             and torch._C._functorch.peek_interpreter_stack() is None
             and not (x.is_inference() or y.is_inference() or torch.is_autocast_enabled(x.device.type))
-            and y.nbytes >= self.SMALLEST
         )
 
     def forget(self, saved: list[Tensor | None]) -> None:
         """Put None in the place of norms' outputs among the saved tensors, where their inputs are there, too."""
-        pointers = [t.data_ptr() for t in saved] if self._runs else []  # type: ignore[union-attr]
-        for output, x, y in self._runs:
-            source = next(iter(x.find(saved, pointers).values()), None)
-            if source is None or not output.can_be_computed():
+        runs, self._runs = self._runs, []
+        pointers = [t.data_ptr() for t in saved] if runs else []  # type: ignore[union-attr]
+        for output, x, y, versions in runs:
+            if (x._version, y._version) != versions or not output.can_be_computed():
                 continue
-            for number, t in y.find(saved, pointers).items():
+            if not (found := _find(x, saved, pointers)):
+                continue
+            output.x = found.popitem()[1].view(output.shape)
+            for number, t in _find(y, saved, pointers).items():
                 saved[number], self._forgotten[number] = None, (output, t.shape)
-                output.x = source.view(output.shape)
                 output.uses += 1
-        self._runs = []
 
     def again(self, number: int) -> Tensor | None:
         """What was saved under this number, once."""
@@ -109,12 +89,21 @@ class Norms:
         return output.again().view(shape)
 
 
+def _find(x: Tensor, saved: Sequence[Tensor | None], pointers: Sequence[int]) -> dict[int, Tensor]:
+    """Those of the saved tensors, with these pointers, that are x, but for its shape, by their numbers."""
+    pointer, found = x.data_ptr(), {}
+    for number, t in enumerate(saved):
+        if pointers[number] == pointer and t is not None and t.nbytes == x.nbytes and t.dtype is x.dtype:
+            if t._version == x._version and t.is_contiguous():
+                found[number] = t
+    return found
+
+
 class _Output:
     """A norm's output, which is computed when it is first asked for, and kept while others will ask for it."""
 
-    def __init__(self, module: nn.Module, x: Tensor, parameters: Sequence[Tensor | None]) -> None:
-        self.module, self.shape = module, x.shape
-        self.parameters = [p if p is None else p.detach() for p in parameters]
+    def __init__(self, module: nn.Module, shape: torch.Size, parameters: Sequence[Tensor | None]) -> None:
+        self.module, self.shape, self.parameters = module, shape, parameters
         self.versions = self._versions()
         self.x: Tensor
         self.uses = 0

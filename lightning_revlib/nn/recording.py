@@ -39,7 +39,7 @@ class Recording:
         self.frames: list[Frame] = []
         tape.environment = Environment(a)
         self.modules, self.buffers = modules, any(map(BUFFERS, modules))
-        tape.has_norms = Norms.matter(modules, a)
+        self.norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
         tape, frames = self.tape, self.frames
@@ -84,5 +84,8 @@ class Recording:
         steps = [frame.step for frame in self.frames]
         unique = {id(t): t for step in steps if step.args or step.kwargs for t in step.tensors()}
         self.tape.settings = Settings(self.modules, list(unique.values()))
+        if self.norms:  # they matter where a step saves most; a plan counts on them in all
+            most = 0 if steps[0].stack.budget else max(sum(frame.saved) for frame in self.frames)
+            self.tape.norms_from = most - self.entrance[0].nbytes
         if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
             self.tape.drew, self.tape.surprise = True, (self.frames[0], self.start, self.entrance)

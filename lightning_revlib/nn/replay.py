@@ -25,7 +25,7 @@ NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Environment:
-    """Autocast, also of a tensor's device, and default dtype and device at the time it was made; `with environment.again():` restores them."""
+    """Default dtype and device, and autocast of the CPU and a tensor's device; `with environment.again():` restores."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.types = ("cpu",) if tensor.is_cpu else ("cpu", tensor.device.type)

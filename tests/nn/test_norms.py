@@ -138,6 +138,15 @@ def test_the_peak_lacks_the_normalised_input() -> None:
     assert 0.95 < peak() - least < 1.05  # halves of the output
 
 
+def test_only_norms_of_the_steps_that_save_most_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[Norms] = []
+    monkeypatch.setattr(Norms, "watch", lambda self: watched.append(self) or self._end)
+    light, heavy = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)), pre_norm(32)
+    stack = revlib.ReversibleSequential(light, heavy, light, heavy)
+    stack(torch.randn(512, 64)).sum().backward()
+    assert [norms.modules for norms in watched] == [[heavy[0]], [heavy[0]]]  # type: ignore[index]
+
+
 def test_a_norm_that_is_changed_before_it_is_needed_again() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
