@@ -2,23 +2,24 @@
 
     python benchmarks/memory.py
 
-Bytes are over the output's: held after forward (the input left out), and the peak in backward with
-output, its gradient and the parameters' gradients allocated. FLOPs are over plain autograd's. Of what grows with
-depth, plain and checkpoint, the deepest stacks with attention are left out: they take long. A peer that is not
-installed is left out as well: `pip install revlib==1.7.2`. `revlib bench` has more of them, and times.
+Bytes are over the output's: held after forward (the input left out), the peak in backward of a loss that follows,
+as in training, and that of `y.backward(gradient)`, while output and gradient are held. The parameters' gradients are
+there before, and are left out. FLOPs are over plain autograd's. Of what grows with depth, plain and checkpoint, the
+deepest stacks with attention are left out: they take long. A peer that is not installed is left out as well:
+`pip install revlib==1.7.2`. `revlib bench` has more of them, and times.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_revlib.bench.cell import execute
 from lightning_revlib.bench.contestants import CONTESTANTS, Contestant
 from lightning_revlib.bench.measure import counts
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.bench.workloads import Size, attention, conv, feed_forward, mlp, repeated
-from lightning_revlib.nn import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn import CoupledSequential, MemoryMeter, ReversibleSequential
 
 DEPTHS = (4, 64, 1024)
 GROWING = ("plain", "checkpoint")
@@ -32,6 +33,19 @@ def in_chunks(stack: CoupledSequential, draws: bool) -> nn.Module:
         raise Inexpressible("batch norm takes its statistics over the whole batch") from e
 
 
+def training_peak(module: nn.Module, x: Tensor) -> int:
+    """The loss is linear and needs no bytes of its own; that of `mse_loss` is as large as its input, inside."""
+    weight = torch.ones_like(x)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x.grad = None
+    with MemoryMeter() as meter:
+        loss = (module(x) * weight).sum()
+        meter.reset_peak()
+        loss.backward()
+        return meter.peak
+
+
 SHOWN = [
     *[c for c in CONTESTANTS if c.name in NAMES and c.installed],
     Contestant("lightning_revlib, 4 chunks", in_chunks, "lightning_revlib"),
@@ -39,7 +53,7 @@ SHOWN = [
 
 # The blocks that take turns, the input's shape, and the dimension of it that is split.
 WORKLOADS = {
-    "mlp": ((mlp,), (2048, 64), 1),
+    "mlp": ((mlp,), (4096, 64), 1),
     "conv": ((conv,), (8, 32, 16, 16), 1),
     "attention": ((attention,), (16, 256, 64), 2),
     "transformer (attention, feed-forward)": ((attention, feed_forward), (16, 256, 64), 2),
@@ -48,9 +62,13 @@ WORKLOADS = {
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}\n")
+    print(f"torch {torch.__version__}. Held / peak in training / peak of y.backward(g) / FLOPs\n")
     for workload, (makers, shape, dim) in WORKLOADS.items():
-        print(f"| {workload}, held / peak / FLOPs | " + " | ".join(f"depth {d}" for d in DEPTHS) + " |")
+        print(
+            f"| {workload}, held / peak in training / peak of y.backward(g) / FLOPs | "
+            + " | ".join(f"depth {d}" for d in DEPTHS)
+            + " |"
+        )
         print("|---" * (len(DEPTHS) + 1) + "|")
         rows: dict[str, list[str]] = {c.name: [] for c in SHOWN}
         plain = 0.0  # FLOPs of one of its blocks
@@ -68,7 +86,9 @@ def main() -> None:
                     continue
                 held, peak, output, flops, _ = counts(module, x)
                 plain = plain or flops / depth
-                rows[contestant.name].append(f"{held / output:.2f} / {peak / output:.2f} / {flops / depth / plain:.3f}")
+                training = training_peak(module, x)
+                bytes_ = " / ".join(f"{n / output:.2f}" for n in (held, training, peak))
+                rows[contestant.name].append(f"{bytes_} / {flops / depth / plain:.3f}")
         for name, cells in rows.items():
             print(f"| {name} | " + " | ".join(cells) + " |")
         print()

@@ -69,13 +69,13 @@ def test_what_is_rebuilt_last_is_let_go_while_the_output_is_alive() -> None:
 
 def test_a_training_step_holds_neither_the_output_nor_its_gradient_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "LARGE", 0)
-    x, target, peaks = torch.randn(256, 64, requires_grad=True), torch.randn(256, 64), []
+    x, weight, peaks = torch.randn(256, 64, requires_grad=True), torch.randn(256, 64), []
     for depth in (1, 2, 8):
         stack = revlib.ReversibleSequential(*[mlp(32) for _ in range(depth)])
         for p in stack.parameters():
             p.grad = torch.zeros_like(p)
         with revlib.MemoryMeter() as meter:
-            loss = nn.functional.mse_loss(stack(x), target)
+            loss = (stack(x) * weight).sum()
             meter.reset_peak()
             loss.backward()
         peaks.append(meter.peak)
