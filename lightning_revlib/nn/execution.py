@@ -232,10 +232,12 @@ class Execution:
         if recording is None:
             return y
         tape, halves = self._close(), self.stack._halves
-        copy = type(recording.frames[-1].coupling) is not Additive  # else its inverse only reads the second stream
+        # Additive's inverse only reads the second stream; a view of it keeps the output for a step longer.
+        large = a.nbytes >= LARGE
+        copy = large or type(recording.frames[-1].coupling) is not Additive
         tape.read = lambda tensors: halves(tensors[0], copy)
         tape.hold(y)
-        if a.nbytes >= LARGE and y.grad_fn is not None:
+        if large and y.grad_fn is not None:
             y.grad_fn.register_hook(_apart)
         return y
 

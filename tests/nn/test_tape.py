@@ -67,11 +67,14 @@ def test_what_is_rebuilt_last_is_let_go_while_the_output_is_alive() -> None:
         assert meter.live == pytest.approx(y.nbytes, rel=0.01)
 
 
-def test_a_training_step_holds_neither_the_output_nor_its_gradient_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_training_step_holds_neither_the_output_nor_its_gradient_for_long(
+    chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(execution, "LARGE", 0)
     x, weight, peaks = torch.randn(256, 64, requires_grad=True), torch.randn(256, 64), []
     for depth in (1, 2, 8):
-        stack = revlib.ReversibleSequential(*[mlp(32) for _ in range(depth)])
+        stack = revlib.ReversibleSequential(*[mlp(32) for _ in range(depth)], chunks=chunks)
         for p in stack.parameters():
             p.grad = torch.zeros_like(p)
         with revlib.MemoryMeter() as meter:
