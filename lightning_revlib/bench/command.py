@@ -19,7 +19,8 @@ from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
 from lightning_revlib.recipes import growth
 
 T = TypeVar("T")
-SECONDS = {"quick": 1.5, "full": 10.0, "sweep": 30.0}  # of timing, for each cell
+SECONDS = {"quick": 1.5, "full": 10.0, "sweep": 30.0}  # of timing, for each cell, at least
+SPAN = {"quick": 90.0}  # seconds of the whole that may be used up by longer series
 SMALL = {"depths": 4, "widths": 64, "lengths": 512}  # for `largest` on CPU
 SWEPT = ["transformer", "conv"]  # unless others are named
 
@@ -52,7 +53,10 @@ def bench(cfg: DictConfig) -> None:
             print(f"\n{sweep.show(curves[-1])}", flush=True)
         return sweep.write(Path(cfg.paths.output_dir), curves, head)
     begin, rows, times, folder = time.perf_counter(), [], {}, Path(cfg.paths.output_dir)
-    for workload, size in chosen:
+    for done, (workload, size) in enumerate(chosen):
+        if cfg.seconds is None:  # half of its share, as counting takes time, too
+            left = SPAN.get(mode, 0.0) - (time.perf_counter() - begin)
+            seconds = max(SECONDS[mode], left / (len(chosen) - done) / 2)
         found, taken = cell(workload, size, contestants, device=device, seconds=seconds, seed=cfg.seed)
         rows += found
         times[tables.cells(found)[0][0]] = taken

@@ -15,6 +15,7 @@ from torch import Tensor, clear_autocast_cache
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Budget, Signature
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
@@ -32,7 +33,6 @@ from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Tape
 
-LARGE = 512 * 1024  # bytes of a stream below which a copy of it takes more time than the bytes are worth
 HAS_DISTRIBUTED = torch.distributed.is_available()
 
 
@@ -232,13 +232,12 @@ class Execution:
         if recording is None:
             return y
         tape, halves = self._close(), self.stack._halves
-        # Additive's inverse only reads the second stream; a view of it keeps the output for a step longer.
-        large = a.nbytes >= LARGE
-        copy = large or type(recording.frames[-1].coupling) is not Additive
-        tape.read = lambda tensors: halves(tensors[0], copy)
+        large = a.nbytes >= alone.LARGE
+        copy = type(recording.frames[-1].coupling) is not Additive  # else its inverse only reads the second stream
+        tape.read = lambda tensors: halves(tensors[0], copy or (large and alone.is_alone(tensors[0])))
         tape.hold(y)
-        if large and y.grad_fn is not None:
-            y.grad_fn.register_hook(_apart)
+        if large:
+            alone.part_gradient(y)
         return y
 
     def _close(self) -> Tape:
@@ -251,11 +250,6 @@ class Execution:
 
 def _checkpoint(step: Step, contexts: Any, b: Tensor, compiler: Any) -> Any:
     return checkpoint(Repeatable(step.module, step.branch, contexts), b, compiler, use_reentrant=False)
-
-
-def _apart(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
-    """The halves of the output's gradient as tensors of their own: a view of one would keep both for a step longer."""
-    return tuple(None if g is None else g.clone() for g in grads)
 
 
 def _ignore(a: Tensor, b: Tensor) -> None: ...

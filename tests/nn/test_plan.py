@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn import execution
+from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
 from lightning_revlib.nn.options import read_budget
@@ -128,13 +128,13 @@ def test_what_one_treatment_takes_is_known(kind: str, treatment: Any, half: bool
     assert taken <= predicted <= taken + 2 * output + 64
 
 
-@pytest.mark.parametrize("large", [0, execution.LARGE])
+@pytest.mark.parametrize("large", [0, alone.LARGE])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", STACKS)
 def test_no_mixture_of_treatments_takes_more_than_is_known(
     kind: str, half: bool, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "LARGE", large)
+    monkeypatch.setattr(alone, "LARGE", large)
     make, shape, options = STACKS[kind]
     if half and "grid_bits" in options:
         pytest.skip("without a budget, exact stacks keep weights as they were cast")

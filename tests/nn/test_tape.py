@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
-from lightning_revlib.nn import execution
+from lightning_revlib.nn import alone
 from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.settings import Settings
 from lightning_revlib.nn.tape import Tape
@@ -71,7 +71,7 @@ def test_what_is_rebuilt_last_is_let_go_while_the_output_is_alive() -> None:
 def test_a_training_step_holds_neither_the_output_nor_its_gradient_for_long(
     chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "LARGE", 0)
+    monkeypatch.setattr(alone, "LARGE", 0)
     x, weight, peaks = torch.randn(256, 64, requires_grad=True), torch.randn(256, 64), []
     for depth in (1, 2, 8):
         stack = revlib.ReversibleSequential(*[mlp(32) for _ in range(depth)], chunks=chunks)
@@ -83,6 +83,15 @@ def test_a_training_step_holds_neither_the_output_nor_its_gradient_for_long(
             loss.backward()
         peaks.append(meter.peak)
     assert peaks[0] == peaks[1] == peaks[2]
+
+
+@pytest.mark.parametrize("blocks", [[mlp(8), mlp(8)], [nn.Tanh(), mlp(8)], [mlp(8), nn.Tanh()]])
+def test_what_the_caller_holds_is_not_copied(blocks: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, figures = torch.randn(256, 16, requires_grad=True), []
+    for large in (0, 1 << 40):
+        monkeypatch.setattr(alone, "LARGE", large)
+        figures.append(measure(revlib.ReversibleSequential(*blocks), x))
+    assert figures[0] == figures[1]
 
 
 def test_weights_that_autocast_has_cast_do_not_pile_up() -> None:
