@@ -57,6 +57,9 @@ class Buffers:
                 or _silently(before, buffer, *kind)
             ]
 
+    def any(self) -> bool:
+        return bool(self.written or self.changing)
+
     def lend(self, scratch: dict[Any, Tensor]) -> Callable[[], None]:
         now = [(buffers, name, buffers[name]) for buffers, name, *_ in chain(self.written, self.changing)]
         for number, (buffers, name) in enumerate(self.written):  # one of its own for each of a block's

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Tape
 
+CALLS_AUTOGRAD = attrgetter("calls_autograd")
 HAS_DISTRIBUTED = torch.distributed.is_available()
 
 
@@ -48,6 +50,7 @@ class Reversible:
     overlap: bool
     _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
+    _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first
 
     @property
     def drift(self) -> float | None:
@@ -145,7 +148,9 @@ class Execution:
                 tape.ahead = Ahead(a.device)
             elif self.stack.budget is None and self.stack.context_fn is None and not _is_distributed():
                 tape.at_once = Tape.AT_ONCE
-            self.recording = Recording(tape, a, b, self.stack._draws, parts(*self.stack))
+            self.recording = Recording(
+                tape, a, b, self.stack._draws, self.stack._calls_autograd is not False, parts(*self.stack)
+            )
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
             self.views, self.undoes = False, True
@@ -243,6 +248,10 @@ class Execution:
     def _close(self) -> Tape:
         assert self.recording is not None
         self.recording.close()
+        if any(map(CALLS_AUTOGRAD, self.recording.frames)):
+            self.stack.__dict__["_calls_autograd"] = True
+        elif self.stack._calls_autograd is None:
+            self.stack.__dict__["_calls_autograd"] = False
         tape, self.recording = self.recording.tape, None
         self.drew |= tape.drew
         return tape

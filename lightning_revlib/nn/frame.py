@@ -29,7 +29,12 @@ catch = torch._C._autograd._push_saved_tensors_default_hooks
 release = torch._C._autograd._pop_saved_tensors_default_hooks
 set_grad_enabled = torch._C._set_grad_enabled
 
-NBYTES = attrgetter("nbytes")
+# By `map`, attributes of many tensors are read without interpreting a line for each.
+NBYTES, VERSION = attrgetter("nbytes"), attrgetter("_version")
+
+
+class CallsAutograd(BaseException):
+    """A block does so in its forward, and what it needs has been let go. Not for blocks to catch."""
 
 
 class Frame:
@@ -43,18 +48,19 @@ class Frame:
     buffers: Buffers | None = None  # set if it changes any
     again: Any = None  # the second run's context
     calls_autograd = False  # the block does, itself
+    keeps_all = True  # for such blocks; they take the place of what they have let go, which is in the caches
     changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
     norms: Norms | None = None  # those of the second run, if its tensors are large
     caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
     coupling: Coupling  # bound to this step
-    saved: list[int]  # the bytes of each tensor that autograd wanted to save
     saved_by_block: int  # how many of them; the coupling saved the others
 
     def __init__(self, tape: Tape, index: int, step: Step, a: Tensor, b: Tensor) -> None:
         self.tape, self.index, self.step, self.stride = tape, index, step, b.stride()
         self.a_needs_grad, self.b_needs_grad = a.requires_grad, b.requires_grad
-        self.running: list[Tensor] = []  # what is saved until the step ends, for a block that calls autograd itself
-        self.versions: list[int] = []  # theirs, when they were saved
+        self.saved: list[int] = []  # the bytes of each tensor that autograd wanted to save
+        self.versions: list[int] = []  # their versions at that time
+        self.kept: list[Tensor] | None = []  # all until the step ends, or those that have been changed before
 
     def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
         """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
@@ -69,10 +75,8 @@ class Frame:
             undo.append(norms.watch())
         try:
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
-            again = b.detach() if b.requires_grad else b
-            if again.stride() != self.stride:
-                again = again.new_empty_strided(b.shape, self.stride).copy_(b)
-            again.requires_grad_(self.b_needs_grad)
+            same = b if b.stride() == self.stride else b.new_empty_strided(b.shape, self.stride).copy_(b)
+            again = same.data.requires_grad_(self.b_needs_grad)  # which counts its changes by itself
             catch(pack, unpack)
             set_grad_enabled(True)
             try:
@@ -87,12 +91,14 @@ class Frame:
                     a = a.detach()
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
                 with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-                    self.coupling.forward(a.detach().requires_grad_(self.a_needs_grad), again, f)
+                    self.coupling.forward(a.data.requires_grad_(self.a_needs_grad), again, f)
         finally:
             tensors = [*caught]
             caught.clear()  # the second graph refers to this list
             while undo:
                 undo.pop()()
+        if list(map(VERSION, tensors)) != self.versions:  # buffers and the input may be others than in forward
+            self.changed = next((t.shape for t, v in zip(tensors, self.versions) if t._version and not v), self.changed)  # noqa: B905
         if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
             self._complain(tensors)
         self.caught, self.norms = tensors, None  # type: ignore[assignment]
@@ -127,9 +133,20 @@ class Frame:
         return undo
 
     def _pack(self, tensor: Tensor) -> int:
-        self.running.append(tensor)
-        self.versions.append(tensor._version)
-        return len(self.versions) - 1
+        assert self.kept is not None
+        self.saved.append(tensor.nbytes)
+        self.versions.append(version := tensor._version)
+        if version or self.keeps_all:
+            self.kept.append(tensor)
+        return len(self.saved) - 1
+
+    def end(self) -> None:
+        """Behind the step in forward: look whether what is kept has been changed. What was fresh: in the second run."""
+        kept, self.kept = self.kept, None
+        assert kept is not None
+        versions = self.versions if self.keeps_all else list(filter(None, self.versions))
+        if list(map(VERSION, kept)) != versions:
+            self.changed = next(t.shape for t, v in zip(kept, versions, strict=True) if t._version != v)
 
     def _unpack(self, number: int) -> Tensor:
         caught = self.caught
@@ -141,9 +158,11 @@ class Frame:
 
     def _find(self, number: int) -> Tensor:
         """What autograd asks for where nothing is caught, or no more."""
-        if self.running:
+        if self.kept is not None:
+            if not self.keeps_all:
+                raise CallsAutograd
             self.calls_autograd = True
-            return self.running[number]
+            return self.kept[number]
         if self.norms and (tensor := self.norms.again(number)) is not None:
             return tensor
         self.tape.rewind(self)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.frame import NBYTES, Frame, catch, release
+from lightning_revlib.nn.frame import CallsAutograd, Frame, catch, release
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Environment, RandomState
 from lightning_revlib.nn.settings import Settings, parts
@@ -20,28 +20,52 @@ if TYPE_CHECKING:
     from lightning_revlib.nn.step import Step
     from lightning_revlib.nn.tape import Tape
 
-# By `map`, attributes of many tensors or modules are read without interpreting a line for each.
-VERSION, BUFFERS = attrgetter("_version"), attrgetter("_buffers")
+BUFFERS = attrgetter("_buffers")
 
 
 class Recording:
     """One forward onto a tape, step by step, for a stack whose steps may be called by others.
 
     If steps are expected to draw random numbers, the generators are looked at after each; else at the end only: if they
-    have drawn unexpectedly, the entrance is kept this once, for backward to find out where. The frames live here until
-    `close`, as the tape must not refer to them.
+    have drawn unexpectedly, the entrance is kept this once, for backward to find out where. What autograd wants to save
+    is let go at once, unless blocks need it, as they call autograd themselves. The frames live here until `close`, as
+    the tape must not refer to them.
     """
 
-    def __init__(self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool, modules: list[nn.Module]) -> None:
+    def __init__(
+        self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool, keeps_all: bool, modules: list[nn.Module]
+    ) -> None:
         self.tape, self.expect_draws = tape, expect_draws
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
+        self.keeps_all = keeps_all
         tape.environment = Environment(a)
         self.modules, self.buffers = modules, any(map(BUFFERS, modules))
         self.norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
+        try:
+            return self._step(step, a, b, chunk)
+        except CallsAutograd:
+            self._take_back(a)
+            return self._step(step, a, b, chunk)
+
+    def _take_back(self, a: Tensor) -> None:
+        """The last step has to be run again, keeping what is saved."""
+        frame, self.keeps_all = self.frames.pop(), True
+        if self.expect_draws:
+            self.random.set()
+        if frame.buffers:
+            frame.buffers.close()
+        if (frame.buffers and frame.buffers.any()) or not (self.expect_draws or RandomState(a).same(self.start)):
+            frame.step.stack.__dict__["_calls_autograd"] = True
+            raise RuntimeError(
+                f"{frame.step.name} calls autograd in its forward, as no block of this stack has done before, and has"
+                " changed buffers or drawn random numbers meanwhile; call the stack again, it is prepared for it now"
+            ) from None
+
+    def _step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
         tape, frames = self.tape, self.frames
         frame = Frame(tape, len(frames), step, a, b)
         if frames:
@@ -51,7 +75,7 @@ class Recording:
         frames.append(frame)
         if chunk is not None:
             frame.chunk = chunk
-        saved, count = frame.running, b._version
+        frame.keeps_all, count = self.keeps_all, b._version
         if self.buffers and any(map(BUFFERS, modules := parts(step.module))):
             frame.buffers = Buffers(modules)
         try:
@@ -63,16 +87,13 @@ class Recording:
                     first, frame.again = tape.context_fn()
                     f, step.extra = frame._branch(b, first)
                 step.check(b, f, count)
-                frame.saved_by_block = len(saved)
+                frame.saved_by_block = len(frame.saved)
                 frame.coupling = step.coupling.at(a, b, step.stack.training)
                 a, b = step.couple(frame.coupling, a, b, f)
             finally:
                 release()
-            frame.saved = list(map(NBYTES, saved))
-            if list(map(VERSION, saved)) != frame.versions:
-                frame.changed = next(t.shape for t, v in zip(saved, frame.versions, strict=True) if t._version != v)
         finally:
-            frame.running, frame.versions = [], []
+            frame.end()
         if frame.buffers:
             frame.buffers.close()
         if self.expect_draws and not (now := RandomState(a)).same(self.random):

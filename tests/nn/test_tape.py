@@ -292,8 +292,57 @@ class SpoilsItsOwn(nn.Module):
 
 @pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
 def test_what_autograd_refuses_is_refused(cls: type[nn.Module]) -> None:
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        cls(nn.Linear(4, 4), SpoilsItsOwn())(torch.randn(2, 8)).sum().backward()
+    stack = cls(nn.Linear(4, 4), SpoilsItsOwn())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stack(torch.randn(2, 8)).sum().backward()
+
+
+def test_what_is_saved_is_let_go_at_once_from_the_second_call_on() -> None:
+    stack, x, peaks = revlib.ReversibleSequential(*[mlp(32) for _ in range(3)]), torch.randn(512, 64), []
+    for _ in range(3):
+        with revlib.MemoryMeter() as meter:
+            stack(x)
+        peaks.append(meter.peak)
+    assert peaks[0] > peaks[1] == peaks[2]
+
+
+class Penalised(nn.Module):
+    """Calls autograd in its forward, but at first; with noise or a count of its calls."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.layer, self.what, self.penalty = nn.Linear(4, 4).double(), what, False
+        if what == "count":
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(nn.functional.dropout(x) if self.what == "noise" else x).square()
+        if self.what == "count":
+            self.calls += 1
+        if not self.penalty:
+            return y
+        return torch.autograd.grad(y.tanh().sum(), y, create_graph=True)[0] * y
+
+
+@pytest.mark.parametrize("what", ["", "noise", "count"])
+def test_a_block_that_begins_to_call_autograd(what: str) -> None:
+    blocks = [Penalised(what) for _ in range(3)]
+    twins = copy.deepcopy(blocks)
+    x, found = torch.randn(3, 8, dtype=torch.float64), []
+    for stack in (revlib.CoupledSequential(*twins), revlib.ReversibleSequential(*blocks)):
+        for penalty in (False, False, True, False, True):
+            for block in stack:
+                block.penalty = penalty  # type: ignore[assignment]
+            stack.zero_grad()
+            torch.manual_seed(1)
+            try:
+                stack(x).sum().backward()
+            except RuntimeError as error:
+                assert what == "count" and "call the stack again" in str(error)
+        found.append([p.grad for p in stack.parameters()])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_a_parameter_changed_before_backward_is_named() -> None:
