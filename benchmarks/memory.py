@@ -54,7 +54,7 @@ SHOWN = [
 # The blocks that take turns, the input's shape, and the dimension of it that is split.
 WORKLOADS = {
     "mlp": ((mlp,), (4096, 64), 1),
-    "conv": ((conv,), (8, 32, 16, 16), 1),
+    "conv": ((conv,), (32, 32, 16, 16), 1),
     "attention": ((attention,), (16, 256, 64), 2),
     "transformer (attention, feed-forward)": ((attention, feed_forward), (16, 256, 64), 2),
 }

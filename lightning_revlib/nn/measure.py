@@ -80,7 +80,7 @@ class Measuring:
                 figures["offload"] = carried(figures["offload"], figures["store"])
             undone = figures.get("reversible")
             if undone and (not last or self.stack.split_dim is not None):
-                # What the anchor holds are the next step's streams, or the output.
+                # What comes out, and is held, are the next step's streams, or the output.
                 figures["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
         self.steps.append(Measured(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind]))
 

@@ -90,7 +90,7 @@ def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[
             steps.insert(0, (step, outside + (0 if last else output)))
             if "reversible" in step.figures:
                 held = step.figures["reversible"].held
-                outside += held - step.streams if last and held >= step.streams else held  # without the anchor's
+                outside += held - step.streams if last and held >= step.streams else held  # without what comes out
     return steps
 
 
