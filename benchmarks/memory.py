@@ -64,11 +64,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}. Held / peak in training / peak of y.backward(g) / FLOPs\n")
     for workload, (makers, shape, dim) in WORKLOADS.items():
-        print(
-            f"| {workload}, held / peak in training / peak of y.backward(g) / FLOPs | "
-            + " | ".join(f"depth {d}" for d in DEPTHS)
-            + " |"
-        )
+        print(f"| {workload} | " + " | ".join(f"depth {d}" for d in DEPTHS) + " |")
         print("|---" * (len(DEPTHS) + 1) + "|")
         rows: dict[str, list[str]] = {c.name: [] for c in SHOWN}
         plain = 0.0  # FLOPs of one of its blocks
