@@ -48,7 +48,7 @@ class Frame:
     buffers: Buffers | None = None  # set if it changes any
     again: Any = None  # the second run's context
     calls_autograd = False  # the block does, itself
-    keeps_all = True  # for such blocks; they take the place of what they have let go, which is in the caches
+    keeps_all = True  # that its forward saves, until it ends, for such blocks; else what is fresh is let go at once
     changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
     norms: Norms | None = None  # those of the second run, if its tensors are large
     caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
@@ -97,8 +97,9 @@ class Frame:
             caught.clear()  # the second graph refers to this list
             while undo:
                 undo.pop()()
-        if list(map(VERSION, tensors)) != self.versions:  # buffers and the input may be others than in forward
-            self.changed = next((t.shape for t, v in zip(tensors, self.versions) if t._version and not v), self.changed)  # noqa: B905
+        if list(map(VERSION, tensors)) != self.versions:  # of what was fresh; buffers may be others than in forward
+            pairs = zip(tensors, self.versions)  # noqa: B905
+            self.changed = next((t.shape for t, v in pairs if t._version and not v), self.changed)
         if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
             self._complain(tensors)
         self.caught, self.norms = tensors, None  # type: ignore[assignment]

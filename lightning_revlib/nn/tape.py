@@ -2,7 +2,8 @@
 
 # NOTE [ How a stack forgets and remembers ]
 1. Forward runs in grad mode, one `Frame` a step. While a step runs, `saved_tensors_hooks` hands
-   autograd a number for every tensor it wants to save, and the tensor itself is let go.
+   autograd a number for every tensor it wants to save, and the tensor itself is let go: at once, or, in
+   a stack's first call and if blocks call autograd themselves, when the step ends.
 2. What comes out is held by the `Tape`, until backward comes to the nodes that put it out: a hook on them gives
    the tape its streams, and lets go of the output unless the graph is retained. References go from the graph
    to frames, from a frame to the one above it and to the tape: no cycle, and the streams that were
