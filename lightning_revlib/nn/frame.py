@@ -70,7 +70,8 @@ class Frame:
         unpack = caught.__getitem__
         undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
         norms = None
-        if sum(self.saved) > tape.norms_from and not (tape.keep or tape.settings_changed or tape.compiler):
+        at_least, usual = tape.norms_from, not (tape.keep or tape.settings_changed or tape.compiler)
+        if at_least is not None and usual and sum(self.saved) > at_least:
             norms = Norms(step.module)
             undo.append(norms.watch())
         try:

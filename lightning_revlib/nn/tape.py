@@ -30,7 +30,6 @@ is dropped, so that hooks, DDP, FSDP and `autograd.grad` meet nothing unusual.
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -74,7 +73,7 @@ class Tape:
         self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
         self.keep = False  # caught tensors are not given away
         self.drew = False  # whether any step has drawn random numbers
-        self.norms_from: float = math.inf  # norms of steps that save more bytes than that are computed again
+        self.norms_from: int | None = None  # norms of steps that save more bytes than that are computed again
         self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.scratch: dict[Any, Tensor] = {}  # buffers that a block may write into: see `Buffers`
         self.output: list[tuple[Tensor, int]] = []  # what came out, and its version, until backward comes to it
