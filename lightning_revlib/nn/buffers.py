@@ -58,6 +58,7 @@ class Buffers:
             ]
 
     def any(self) -> bool:
+        """Whether the call has changed any."""
         return bool(self.written or self.changing)
 
     def lend(self, scratch: dict[Any, Tensor]) -> Callable[[], None]:

@@ -5,8 +5,7 @@ Both kinds of stack use it, `ReversibleSequential` in one call and `ReversibleMo
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -17,16 +16,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn import alone
-from lightning_revlib.nn.budget import Budget, Signature
+from lightning_revlib.nn.budget import Signature
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
 from lightning_revlib.nn.offload import Convoy, Parcel
-from lightning_revlib.nn.options import OnDrift, Treatment
+from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
-from lightning_revlib.nn.plan import Plan
 from lightning_revlib.nn.recording import Recording
 from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.selective import keep_heavy
@@ -36,55 +34,6 @@ from lightning_revlib.nn.tape import Tape
 
 CALLS_AUTOGRAD = attrgetter("calls_autograd")
 HAS_DISTRIBUTED = torch.distributed.is_available()
-
-
-class Reversible:
-    """What the reversible classes share: the drift of the last backward, and what to do about it."""
-
-    path: str
-    on_drift: OnDrift
-    drift_tolerance: float
-    context_fn: Callable[[], tuple[Any, Any]] | None
-    budget: Budget | None
-    offload: bool
-    overlap: bool
-    _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
-    _draws = True  # whether the last forward has drawn random numbers
-    _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first
-
-    @property
-    def drift(self) -> float | None:
-        """Relative error of the input as the last backward rebuilt it; None before, or if it need not be rebuilt.
-
-        With several reversible parts between stored or checkpointed blocks, the largest of theirs.
-        """
-        return None if (drift := self._drift()) is None else drift.item()
-
-    def _drift(self) -> Tensor | None:
-        """The drift without waiting for the device."""
-        if self._rebuilt is None:
-            return None
-        return torch.stack([sentinel.error(taken) for sentinel, taken in self._rebuilt.items()]).max()
-
-    @property
-    def plan(self) -> Plan | None:
-        """The memory plan that `memory_budget` has led to; None before the first forward, or without a budget."""
-        return None if self.budget is None else self.budget.plan
-
-    def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
-        """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
-        rebuilt[sentinel] = sentinel.take(a, b)
-        self.__dict__["_rebuilt"] = rebuilt  # nn.Module's own way is ten times as long, here and below
-        if self.on_drift == "ignore" or (drift := self.drift) is None or drift <= self.drift_tolerance:
-            return
-        message = (
-            f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
-            f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
-            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`"
-        )
-        if self.on_drift == "raise":
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=2)
 
 
 class Execution:
@@ -248,10 +197,8 @@ class Execution:
     def _close(self) -> Tape:
         assert self.recording is not None
         self.recording.close()
-        if any(map(CALLS_AUTOGRAD, self.recording.frames)):
-            self.stack.__dict__["_calls_autograd"] = True
-        elif self.stack._calls_autograd is None:
-            self.stack.__dict__["_calls_autograd"] = False
+        if not self.stack._calls_autograd:
+            self.stack.__dict__["_calls_autograd"] = any(map(CALLS_AUTOGRAD, self.recording.frames))
         tape, self.recording = self.recording.tape, None
         self.drew |= tape.drew
         return tape

@@ -34,7 +34,7 @@ NBYTES, VERSION = attrgetter("nbytes"), attrgetter("_version")
 
 
 class CallsAutograd(BaseException):
-    """A block does so in its forward, and what it needs has been let go. Not for blocks to catch."""
+    """The frame's block does so in its forward, and what it needs has been let go. Not for blocks to catch."""
 
 
 class Frame:
@@ -162,7 +162,7 @@ class Frame:
         """What autograd asks for where nothing is caught, or no more."""
         if self.kept is not None:
             if not self.keeps_all:
-                raise CallsAutograd
+                raise CallsAutograd(self)
             self.calls_autograd = True
             return self.kept[number]
         if self.norms and (tensor := self.norms.again(number)) is not None:

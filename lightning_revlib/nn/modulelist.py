@@ -22,9 +22,10 @@ from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.branches import BranchSpec
 from lightning_revlib.nn.coupling import Coupling
-from lightning_revlib.nn.execution import Execution, Reversible
+from lightning_revlib.nn.execution import Execution
 from lightning_revlib.nn.layer import Layer, Run, cached, describe, same_memory, without_cache
 from lightning_revlib.nn.options import Treatment
+from lightning_revlib.nn.reversible import Reversible
 from lightning_revlib.nn.sequence import CoupledSequential
 from lightning_revlib.nn.step import Step, rest_of, with_first
 from lightning_revlib.nn.steps import steps_of

@@ -47,7 +47,9 @@ class Recording:
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
         try:
             return self._step(step, a, b, chunk)
-        except CallsAutograd:
+        except CallsAutograd as call:
+            if call.args[0] is not self.frames[-1]:  # a step round this stack's
+                raise
             self._take_back(a)
             return self._step(step, a, b, chunk)
 
@@ -106,7 +108,7 @@ class Recording:
         unique = {id(t): t for step in steps if step.args or step.kwargs for t in step.tensors()}
         self.tape.settings = Settings(self.modules, list(unique.values()))
         if self.norms:  # they matter where a step saves most; a plan counts on them in all
-            most = 0 if steps[0].stack.budget else max(sum(frame.saved) for frame in self.frames)
+            most = 0 if steps[0].stack.budget is not None else max(sum(frame.saved) for frame in self.frames)
             self.tape.norms_from = most - self.entrance[0].nbytes
         if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
             self.tape.drew, self.tape.surprise = True, (self.frames[0], self.start, self.entrance)

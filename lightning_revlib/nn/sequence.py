@@ -24,7 +24,7 @@ from lightning_revlib.nn.budget import Budget
 from lightning_revlib.nn.chunks import check_chunks, read_chunks
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import CouplingSpec
-from lightning_revlib.nn.execution import Execution, Reversible, dense
+from lightning_revlib.nn.execution import Execution, dense
 from lightning_revlib.nn.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.options import (
     CouplingFunction,
@@ -34,6 +34,7 @@ from lightning_revlib.nn.options import (
     read_couplings,
     read_treatments,
 )
+from lightning_revlib.nn.reversible import Reversible
 from lightning_revlib.nn.step import Call, Step
 from lightning_revlib.nn.steps import build_steps, call_of, is_invertible
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_revlib.nn.execution import Reversible
 from lightning_revlib.nn.modulelist import IteratedSequential, Layerwise, ReversibleModuleList
+from lightning_revlib.nn.reversible import Reversible
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.untouched import untouched
 

@@ -110,20 +110,19 @@ class Tape:
     def rewind(self, frame: Frame) -> None:
         """Undo steps down to the frame's, which then has caught what autograd asks for."""
         compiler = set_eval_frame(None)
-        self.lock.acquire()
         try:
-            if (self.streams is None or self.position <= frame.index) and self._before(frame) is None:
-                self.start()
-            self.keep = torch.is_grad_enabled()  # create_graph
-            if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
-                self._undo(frame)
-                if self.at_once:
-                    self._undo_small(frame)
-            else:
-                with torch.no_grad(), self.environment.again():
-                    self._rewind(frame)
+            with self.lock:
+                if (self.streams is None or self.position <= frame.index) and self._before(frame) is None:
+                    self.start()
+                self.keep = torch.is_grad_enabled()  # create_graph
+                if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
+                    self._undo(frame)
+                    if self.at_once:
+                        self._undo_small(frame)
+                else:
+                    with torch.no_grad(), self.environment.again():
+                        self._rewind(frame)
         finally:
-            self.lock.release()
             if compiler is not None:
                 set_eval_frame(compiler)
 

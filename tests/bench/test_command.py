@@ -63,6 +63,20 @@ def test_what_is_done_is_kept_if_the_rest_is_given_up(folder, monkeypatch):
     assert len(list(csv.DictReader((folder / "bench.csv").open()))) == 1
 
 
+@pytest.mark.parametrize("given", [[], ["seconds=0.5"]])
+def test_the_quick_mode_times_for_what_is_left_of_its_span(folder, monkeypatch, given):
+    seconds = []
+
+    def noted(*args, **named):
+        seconds.append(named["seconds"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "cell", noted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "workloads=mlp", "depths=[4,8]", "contestants=[plain]", *given])
+    assert seconds == [0.5] if given else seconds[0] == pytest.approx(command.SPAN["quick"] / 4, rel=0.05)
+
+
 def test_counts_alone_need_no_times(folder):
     assert main(["bench", *TINY, "seconds=0", "contestants=[plain,lightning_revlib]"]) == 0
     assert "Not timed." in (folder / "bench.md").read_text()

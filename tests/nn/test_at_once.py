@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.execution import Reversible
 from lightning_revlib.nn.frame import Frame
+from lightning_revlib.nn.reversible import Reversible
 from lightning_revlib.nn.tape import Tape
 from tests.nn.conditions import CONDITIONS
 from tests.nn.test_matrix import COUPLINGS, compare

@@ -345,6 +345,49 @@ def test_a_block_that_begins_to_call_autograd(what: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_block_of_an_inner_stack_that_begins_to_call_autograd_on_the_outer_block() -> None:
+    class Inner(nn.Module):
+        outer: tuple[Tensor, Tensor] | None = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.BatchNorm1d(2).double()  # has buffers, so that it cannot be run again
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y if self.outer is None else y * torch.autograd.grad(*self.outer, create_graph=True)[0].mean()
+
+    class Outer(nn.Module):
+        penalty = False
+
+        def __init__(self, cls: type) -> None:
+            super().__init__()
+            self.inner, self.layer = Inner(), nn.Linear(4, 4).double()
+            self.stack = cls(self.inner)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x).square()
+            self.inner.outer = (h.exp().sum(), h) if self.penalty else None
+            return self.stack(h)
+
+    x, found = torch.randn(3, 8, dtype=torch.float64), []
+    for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
+        torch.manual_seed(0)
+        block = Outer(cls)
+        stack = cls(block)
+        for penalty in (False, True):
+            block.penalty = penalty
+            block.zero_grad()
+            try:
+                stack(x).sum().backward()
+            except RuntimeError as error:
+                assert cls is revlib.ReversibleSequential and "stack.0 (Outer) calls autograd" in str(error)
+                stack(x).sum().backward()
+        found.append([p.grad for p in block.parameters()])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_parameter_changed_before_backward_is_named() -> None:
     stack = revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4))
     loss = stack(torch.randn(2, 8)).sum()
