@@ -85,7 +85,7 @@ def test_a_training_step_holds_neither_the_output_nor_its_gradient_for_long(
     assert peaks[0] == peaks[1] == peaks[2] == pytest.approx(peaks[3] - 0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("blocks", [[mlp(8)], [mlp(8), mlp(8)], [nn.Tanh(), mlp(8)], [mlp(8), nn.Tanh()]])
+@pytest.mark.parametrize("blocks", [[nn.Linear(8, 8)], [mlp(8), mlp(8)], [nn.Tanh(), mlp(8)], [mlp(8), nn.Tanh()]])
 def test_what_the_caller_holds_is_not_copied(blocks: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     x, figures = torch.randn(256, 16, requires_grad=True), []
     for large in (0, 1 << 40):
