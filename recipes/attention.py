@@ -66,6 +66,7 @@ class Attention(nn.Module):
         return self.out(self.attend(*heads, mask=mask).flatten(2))
 
     def attend(self, *heads: Tensor, mask: Tensor | None) -> Tensor:
+        """`inputs` tensors of (B, N, H, d) -> (B, N, H, d), for a subclass to define."""
         raise NotImplementedError
 
     @property
