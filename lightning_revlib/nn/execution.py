@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, clear_autocast_cache
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Signature
+from lightning_revlib.nn.checkpoint import checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
@@ -26,7 +26,6 @@ from lightning_revlib.nn.offload import Convoy, Parcel
 from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
 from lightning_revlib.nn.recording import Recording
-from lightning_revlib.nn.replay import Repeatable
 from lightning_revlib.nn.selective import keep_heavy
 from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
@@ -114,7 +113,7 @@ class Execution:
             return self.parcel.run(step, a, b, self.compiler)
         contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
-        return step.run(a, b, self.compiler, partial(_checkpoint, step, contexts) if again else None)
+        return step.run(a, b, self.compiler, partial(checkpoint, step, contexts) if again else None)
 
     def _record(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         assert self.recording is not None
@@ -166,6 +165,8 @@ class Execution:
         self._end_offload()
         if not self.undoes:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
+        if self.stack._calls_autograd is None:
+            self.stack.__dict__["_calls_autograd"] = False
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 
@@ -202,10 +203,6 @@ class Execution:
         tape, self.recording = self.recording.tape, None
         self.drew |= tape.drew
         return tape
-
-
-def _checkpoint(step: Step, contexts: Any, b: Tensor, compiler: Any) -> Any:
-    return checkpoint(Repeatable(step.module, step.branch, contexts), b, compiler, use_reentrant=False)
 
 
 def _ignore(a: Tensor, b: Tensor) -> None: ...

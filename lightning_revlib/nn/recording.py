@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.frame import CallsAutograd, Frame, catch, release
+from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Environment, RandomState
+from lightning_revlib.nn.saved import CallsAutograd, cannot_run_again, catch, release
 from lightning_revlib.nn.settings import Settings, parts
 
 if TYPE_CHECKING:
@@ -62,10 +63,7 @@ class Recording:
             frame.buffers.close()
         if (frame.buffers and frame.buffers.any()) or not (self.expect_draws or RandomState(a).same(self.start)):
             frame.step.stack.__dict__["_calls_autograd"] = True
-            raise RuntimeError(
-                f"{frame.step.name} calls autograd in its forward, as no block of this stack has done before, and has"
-                " changed buffers or drawn random numbers meanwhile; call the stack again, it is prepared for it now"
-            ) from None
+            raise cannot_run_again(frame.step) from None
 
     def _step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
         tape, frames = self.tape, self.frames

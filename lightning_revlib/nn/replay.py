@@ -13,13 +13,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import get_device_states, set_device_states
-
-from lightning_revlib.nn.buffers import Buffers
-from lightning_revlib.nn.settings import Settings, parts
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -85,36 +82,3 @@ class RandomState:
         now = RandomState(tensor)
         self.set()
         return now.set
-
-
-class Repeatable:
-    """A function that calls a module, made to leave no trace when it is called again: for `torch.utils.checkpoint`.
-
-    `context_fn` is that of `checkpoint`, which must not see the buffers being copied.
-    """
-
-    def __init__(
-        self, module: nn.Module, function: Callable[..., Any], context_fn: Callable[[], tuple[Any, Any]] | None
-    ) -> None:
-        self.modules, self.function = parts(module), function
-        self.first: Any = NOTHING
-        self.again: Any = NOTHING
-        if context_fn:
-            self.first, self.again = context_fn()
-        self.buffers: Buffers | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        if self.buffers is None:
-            self.buffers = Buffers(self.modules)
-            with self.first:
-                out = self.function(*args)
-            self.buffers.close()
-            self.settings = Settings(self.modules)
-            return out
-        undo = [*self.settings.lend(self.modules), self.buffers.lend({})]
-        try:
-            with self.again:
-                return self.function(*args)
-        finally:
-            while undo:
-                undo.pop()()

@@ -1,0 +1,143 @@
+"""Checkpointing: a call of a block of which its input is kept, and which runs again when backward needs what it saves.
+
+As `torch.utils.checkpoint` does it (https://arxiv.org/abs/1604.06174), with what the engine has: at a fraction of the
+overhead, and with buffers, flags and parameters as they were in forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, clear_autocast_cache
+from torch._dynamo.eval_frame import set_eval_frame, skip_code
+
+from lightning_revlib.nn.buffers import Buffers
+from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
+from lightning_revlib.nn.saved import CallsAutograd, Saved, cannot_run_again, catch, release, set_grad_enabled
+from lightning_revlib.nn.settings import Settings, parts, version
+from lightning_revlib.nn.step import Step
+
+
+class Enough(BaseException):
+    """A second run has come to the last tensor that backward needs of it. Not for blocks to catch."""
+
+
+def checkpoint(step: Step, contexts: Callable[[], tuple[Any, Any]] | None, b: Tensor, compiler: Any) -> tuple[Any, Any]:
+    """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs."""
+    call = Checkpoint(step, b, compiler)
+    try:
+        return call.run(b, contexts)
+    except CallsAutograd as unexpected:
+        if unexpected.args[0] is not call:  # but a call round this one
+            raise
+        call.take_back()
+        return Checkpoint(step, b, compiler).run(b, contexts)
+
+
+class Checkpoint(Saved):
+    """A checkpointed call of a step's block on stream b."""
+
+    settings: Settings  # when the call has ended
+
+    def __init__(self, step: Step, b: Tensor, compiler: Any) -> None:
+        super().__init__(step, b)
+        self.b, self.version, self.compiler = b.detach(), version(b), compiler
+        self.keeps_all = step.stack._calls_autograd is not False
+        self.modules = parts(step.module)
+        self.environment = Environment(b)
+        self.random, self.buffers = RandomState(b), Buffers(self.modules)
+        self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
+
+    def run(self, b: Tensor, contexts: Callable[[], tuple[Any, Any]] | None) -> tuple[Any, Any]:
+        first, self.again = contexts() if contexts else (NOTHING, NOTHING)
+        catch(self._pack, self._unpack)
+        try:
+            with first:
+                out = self.step.branch(b, self.compiler)
+        finally:
+            release()
+            self.end()
+        if self.calls_autograd:
+            self.step.stack.__dict__["_calls_autograd"] = True
+        self._look()
+        self.settings = Settings(self.modules, self.step.tensors())
+        return out
+
+    def _look(self) -> None:
+        """Keep the generators' states and the buffers if the call has changed them."""
+        assert self.random is not None and self.buffers is not None
+        self.buffers.close()
+        self.buffers = self.buffers if self.buffers.any() else None
+        self.random = None if RandomState(self.b).same(self.random) else self.random
+
+    def take_back(self) -> None:
+        """The block has to be run again in forward, keeping what is saved."""
+        self.step.stack.__dict__["_calls_autograd"] = True
+        self._look()
+        if self.buffers:
+            raise cannot_run_again(self.step)
+        if self.random:
+            self.random.set()
+
+    def rewind(self) -> None:
+        compiler = set_eval_frame(None)
+        try:
+            with self.lock:
+                if version(self.b) != self.version:
+                    raise RuntimeError(
+                        f"the input of {self.step.name} has been modified by an inplace operation since forward, and"
+                        " backward has to run the block on it again; use the operation that is not in-place"
+                    )
+                if self.environment.changed():
+                    with self.environment.again():
+                        self._rewind()
+                else:
+                    self._rewind()
+        finally:
+            if compiler is not None:
+                set_eval_frame(compiler)
+
+    def _rewind(self) -> None:
+        caught: list[Tensor] = []
+
+        self.keep = torch.is_grad_enabled()  # create_graph
+        undo = self.settings.lend(self.modules) if self.settings.changed() else []
+        if self.buffers:
+            undo.append(self.buffers.lend({}))
+        if self.random:
+            undo.append(self.random.lend(self.b))
+        try:
+            again = self.b.data.requires_grad_(self.b_needs_grad)
+            catch(partial(_append, caught, len(self.saved)), caught.__getitem__)
+            set_grad_enabled(True)
+            try:
+                with self.again:
+                    self.step.branch(again, self.compiler)
+            except Enough:
+                pass
+            finally:
+                set_grad_enabled(self.keep)
+                release()
+                clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
+        finally:
+            tensors = [*caught]
+            caught.clear()  # the second graph refers to this list
+            while undo:
+                undo.pop()()
+        self.check(tensors)
+        self.caught = tensors  # type: ignore[assignment]
+
+
+def _append(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
+    if len(tensors) < enough:
+        tensors.append(tensor)
+    if len(tensors) == enough:
+        raise Enough
+    return len(tensors) - 1
+
+
+skip_code(_append.__code__)  # autograd calls it while a compiled block runs: it is not to be compiled itself

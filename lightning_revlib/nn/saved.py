@@ -1,0 +1,125 @@
+"""What autograd saves in one call of a step's block: it is handed numbers, and a second run finds the tensors."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
+
+if TYPE_CHECKING:
+    from lightning_revlib.nn.buffers import Buffers
+    from lightning_revlib.nn.replay import RandomState
+    from lightning_revlib.nn.step import Step
+
+# What `saved_tensors_hooks` and `torch.enable_grad` do, without an object and calls for each: six microseconds a step.
+catch = torch._C._autograd._push_saved_tensors_default_hooks
+release = torch._C._autograd._pop_saved_tensors_default_hooks
+set_grad_enabled = torch._C._set_grad_enabled
+
+# By `map`, attributes of many tensors are read without interpreting a line for each.
+NBYTES, VERSION = attrgetter("nbytes"), attrgetter("_version")
+
+
+class CallsAutograd(BaseException):
+    """A call's block does so in its forward, and what it needs has been let go. Not for blocks to catch."""
+
+
+class Saved:
+    """One call of a step's block. `catch(call._pack, call._unpack)` before it, `call.end()` behind it."""
+
+    # Class attributes are what most calls have: they are not set in each.
+    random: RandomState | None = None  # set if the block draws
+    buffers: Buffers | None = None  # set if it changes any
+    again: Any = None  # the second run's context
+    calls_autograd = False  # the block does, itself
+    keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
+    keep = False  # what is caught is not given away
+    changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
+    caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
+
+    def __init__(self, step: Step, b: Tensor) -> None:
+        self.step, self.b_needs_grad = step, b.requires_grad
+        self.saved: list[int] = []  # the bytes of each tensor that autograd wanted to save
+        self.versions: list[int] = []  # their versions at that time
+        self.kept: list[Tensor] | None = []  # all until the call ends, or those that have been changed before
+
+    def rewind(self) -> None:
+        """Run the block a second time, and have caught what it saves."""
+        raise NotImplementedError
+
+    def _pack(self, tensor: Tensor) -> int:
+        assert self.kept is not None
+        self.saved.append(tensor.nbytes)
+        self.versions.append(version := tensor._version)
+        if version or self.keeps_all:
+            self.kept.append(tensor)
+        return len(self.saved) - 1
+
+    def end(self) -> None:
+        """Look whether what is kept has been changed. What was fresh: in the second run."""
+        kept, self.kept = self.kept, None
+        assert kept is not None
+        versions = self.versions if self.keeps_all else list(filter(None, self.versions))
+        if list(map(VERSION, kept)) != versions:
+            self.changed = next(t.shape for t, v in zip(kept, versions, strict=True) if t._version != v)
+
+    def _unpack(self, number: int) -> Tensor:
+        caught = self.caught
+        if caught is None or (tensor := caught[number]) is None:
+            return self._find(number)
+        if not self.keep:
+            caught[number] = None
+        return tensor
+
+    def _find(self, number: int) -> Tensor:
+        """What autograd asks for where nothing is caught, or no more."""
+        if self.kept is not None:
+            if not self.keeps_all:
+                raise CallsAutograd(self)
+            self.calls_autograd = True
+            return self.kept[number]
+        self.rewind()
+        return self._unpack(number)
+
+    def check(self, tensors: list[Tensor]) -> None:
+        """Raise RuntimeError if the second run has not saved what the first has."""
+        if list(map(VERSION, tensors)) != self.versions:  # of what was fresh; buffers may be others than in forward
+            pairs = zip(tensors, self.versions)  # noqa: B905
+            self.changed = next((t.shape for t, v in pairs if t._version and not v), self.changed)
+        if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
+            self._complain(tensors)
+
+    def _complain(self, again: list[Tensor]) -> None:
+        if self.changed is not None:
+            raise RuntimeError(
+                f"{self.step.name}: a tensor of shape {list(self.changed)} needed for its gradient has been modified by"
+                " an inplace operation inside the block; use the operation that is not in-place"
+            )
+        pairs = enumerate(zip(self.saved, again))  # noqa: B905
+        lines = [
+            f"{self.step.name} computes something else in backward than it did in forward: it saved"
+            f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
+            *[f"  {i}: saved {x:,} bytes, recomputed {_show(t)}" for i, (x, t) in pairs if x != t.nbytes][:3],
+            "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
+        ]
+        raise RuntimeError("\n".join(lines))
+
+
+def cannot_run_again(step: Step) -> RuntimeError:
+    """For a block that has called autograd and changed more than can be taken back."""
+    return RuntimeError(
+        f"{step.name} calls autograd in its forward, as no block of this stack has done before, and has changed buffers"
+        " or drawn random numbers meanwhile; call the stack again, it is prepared for it now"
+    )
+
+
+def _show(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}, {tensor.nbytes:,}"
+
+
+# Autograd calls these while a compiled block runs: they are not to be compiled themselves.
+for function in (Saved._pack, Saved._unpack):
+    skip_code(function.__code__)
