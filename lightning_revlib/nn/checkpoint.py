@@ -7,9 +7,9 @@ overhead, and with buffers, flags and parameters as they were in forward.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, clear_autocast_cache
@@ -21,13 +21,18 @@ from lightning_revlib.nn.saved import CallsAutograd, Saved, cannot_run_again, ca
 from lightning_revlib.nn.settings import Settings, parts, version
 from lightning_revlib.nn.step import Step
 
+Contexts: TypeAlias = Callable[[Sequence[int]], tuple[Any, Any]]
+
 
 class Enough(BaseException):
     """A second run has come to the last tensor that backward needs of it. Not for blocks to catch."""
 
 
-def checkpoint(step: Step, contexts: Callable[[], tuple[Any, Any]] | None, b: Tensor, compiler: Any) -> tuple[Any, Any]:
-    """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs."""
+def checkpoint(step: Step, contexts: Contexts | None, b: Tensor, compiler: Any) -> tuple[Any, Any]:
+    """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs.
+
+    They are told by a list how many bytes there are in each tensor that autograd has saved so far.
+    """
     call = Checkpoint(step, b, compiler)
     try:
         return call.run(b, contexts)
@@ -52,8 +57,8 @@ class Checkpoint(Saved):
         self.random, self.buffers = RandomState(b), Buffers(self.modules)
         self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
-    def run(self, b: Tensor, contexts: Callable[[], tuple[Any, Any]] | None) -> tuple[Any, Any]:
-        first, self.again = contexts() if contexts else (NOTHING, NOTHING)
+    def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
+        first, self.again = contexts(self.saved) if contexts else (NOTHING, NOTHING)
         catch(self._pack, self._unpack)
         try:
             with first:

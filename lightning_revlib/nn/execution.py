@@ -111,9 +111,12 @@ class Execution:
             self.convoy = self.convoy or Convoy(a.device)
             self.parcel = Parcel(self.convoy, step.module, self.parcel)
             return self.parcel.run(step, a, b, self.compiler)
-        contexts = self.stack.context_fn if treatment == "checkpoint" else keep_heavy
+        contexts = keep_heavy if treatment == "selective" else self.stack.context_fn and self._contexts
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
         return step.run(a, b, self.compiler, partial(checkpoint, step, contexts) if again else None)
+
+    def _contexts(self, saved: Sequence[int]) -> tuple[Any, Any]:
+        return self.stack.context_fn()
 
     def _record(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         assert self.recording is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.meter import MemoryMeter
 
 
 def stack_of(*blocks: nn.Module, treatment: str = "checkpoint") -> revlib.ReversibleSequential:
@@ -157,3 +158,23 @@ def test_what_a_block_changes_in_place() -> None:
     for _ in range(2):  # in the first call all is kept until the block ends, later what was fresh is not
         with pytest.raises(RuntimeError, match=r"shape \[8, 4\].*inplace operation inside the block"):
             stack(x).sum().backward()
+
+
+def test_selective_holds_no_product_that_the_second_run_does_not_come_to() -> None:
+    class Counts(MemoryMeter):
+        products = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.products += func is torch.ops.aten.addmm.default
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    block = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).double()
+    stack = stack_of(block, treatment="selective")
+    x = torch.randn(16, 128, dtype=torch.float64)
+    for first in (True, False):
+        with Counts() as meter:
+            y = stack(x.requires_grad_())
+            held = meter.live - y.nbytes
+            y.sum().backward()
+        assert meter.products == 2
+        assert first or held == 16 * 32 * 8  # the first product; the input is there anyway
