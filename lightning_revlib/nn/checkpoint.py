@@ -7,7 +7,7 @@ overhead, and with buffers, flags and parameters as they were in forward.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,26 +21,28 @@ from lightning_revlib.nn.saved import CallsAutograd, Saved, cannot_run_again, ca
 from lightning_revlib.nn.settings import Settings, parts, version
 from lightning_revlib.nn.step import Step
 
-Contexts: TypeAlias = Callable[[Sequence[int]], tuple[Any, Any]]
+Contexts: TypeAlias = Callable[["Checkpoint"], tuple[Any, Any]]
 
 
 class Enough(BaseException):
     """A second run has come to the last tensor that backward needs of it. Not for blocks to catch."""
 
 
-def checkpoint(step: Step, contexts: Contexts | None, b: Tensor, compiler: Any) -> tuple[Any, Any]:
+def checkpoint(
+    step: Step, contexts: Contexts | None, scratch: dict[Any, Tensor], b: Tensor, compiler: Any
+) -> tuple[Any, Any]:
     """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs.
 
-    They are told by a list how many bytes there are in each tensor that autograd has saved so far.
+    `scratch` is for the buffers of all steps of a forward: see `Buffers`.
     """
-    call = Checkpoint(step, b, compiler)
+    call = Checkpoint(step, scratch, b, compiler)
     try:
         return call.run(b, contexts)
     except CallsAutograd as unexpected:
         if unexpected.args[0] is not call:  # but a call round this one
             raise
         call.take_back()
-        return Checkpoint(step, b, compiler).run(b, contexts)
+        return Checkpoint(step, scratch, b, compiler).run(b, contexts)
 
 
 class Checkpoint(Saved):
@@ -48,8 +50,9 @@ class Checkpoint(Saved):
 
     settings: Settings  # when the call has ended
 
-    def __init__(self, step: Step, b: Tensor, compiler: Any) -> None:
+    def __init__(self, step: Step, scratch: dict[Any, Tensor], b: Tensor, compiler: Any) -> None:
         super().__init__(step, b)
+        self.scratch = scratch
         self.b, self.version, self.compiler = b.detach(), version(b), compiler
         self.keeps_all = step.stack._calls_autograd is not False
         self.modules = parts(step.module)
@@ -58,7 +61,7 @@ class Checkpoint(Saved):
         self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
     def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
-        first, self.again = contexts(self.saved) if contexts else (NOTHING, NOTHING)
+        first, self.again = contexts(self) if contexts else (NOTHING, NOTHING)
         catch(self._pack, self._unpack)
         try:
             with first:
@@ -112,7 +115,7 @@ class Checkpoint(Saved):
         self.keep = torch.is_grad_enabled()  # create_graph
         undo = self.settings.lend(self.modules) if self.settings.changed() else []
         if self.buffers:
-            undo.append(self.buffers.lend({}))
+            undo.append(self.buffers.lend(self.scratch))
         if self.random:
             undo.append(self.random.lend(self.b))
         try:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Signature
-from lightning_revlib.nn.checkpoint import checkpoint
+from lightning_revlib.nn.checkpoint import Checkpoint, checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.couplings import Additive, Invertible
@@ -57,6 +57,7 @@ class Execution:
         self.undoes = False  # whether there has been a recording
         self.rebuilt: dict[Sentinel, Streams] = {}
         self.drew = False
+        self.scratch: dict[Any, Tensor] = {}  # buffers that checkpointed blocks may write into: see `Buffers`
         self.convoy: Convoy | None = None  # if steps are offloaded
         self.parcel: Parcel | None = None  # of the last step, if it was
         self.measuring: Measuring | None = None  # if a memory plan needs figures first
@@ -113,9 +114,9 @@ class Execution:
             return self.parcel.run(step, a, b, self.compiler)
         contexts = keep_heavy if treatment == "selective" else self.stack.context_fn and self._contexts
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
-        return step.run(a, b, self.compiler, partial(checkpoint, step, contexts) if again else None)
+        return step.run(a, b, self.compiler, partial(checkpoint, step, contexts, self.scratch) if again else None)
 
-    def _contexts(self, saved: Sequence[int]) -> tuple[Any, Any]:
+    def _contexts(self, call: Checkpoint) -> tuple[Any, Any]:
         return self.stack.context_fn()
 
     def _record(self, step: Step, a: Tensor, b: Tensor) -> Streams:

@@ -7,30 +7,80 @@ silently wrong if the block has changed it. Here what is kept parts from what is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+if TYPE_CHECKING:
+    from lightning_revlib.nn.checkpoint import Checkpoint
 
-def keep_heavy(saved: Sequence[int]) -> tuple[Any, Any]:
+# What `TorchDispatchMode` does when it is entered and left, as it sees it.
+push_mode, pop_mode = torch._C._push_on_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack
+get_mode, count_modes = torch._C._get_dispatch_stack_at, torch._C._len_torch_dispatch_stack
+
+
+# Modules that do nothing of that kind, and change no tensor but their own: a mode need not look at what they do.
+LIGHT = frozenset((
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
+    nn.Dropout, nn.GELU, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.SiLU, nn.Softmax, nn.Tanh,
+))  # fmt: skip
+
+
+def keep_heavy(call: Checkpoint) -> tuple[Any, Any]:
     """Contexts for a first and a second run: the first keeps matrix products, convolutions, attention, for the second.
 
-    `saved` grows with what autograd saves in the first run. The second ends with the last of it, and what has been put
-    out later is not kept. A second run of a second backward finds nothing kept, and computes all.
+    The second ends with the last that the call has saved in the first; what has been put out later is not kept. A
+    second run of a second backward finds nothing kept, and computes all.
     """
     kept: dict[int, Any] = {}
-    return _Keep(kept, saved), _Reuse(kept)
+    light = [m for m in call.modules if type(m) in LIGHT and not m.__dict__.get("inplace")]
+    return _Keep(light, kept, call.saved), _Reuse(light, kept)
 
 
-class _Keep(TorchDispatchMode):
-    def __init__(self, kept: dict[int, Any], saved: Sequence[int]) -> None:
+class _Mode(TorchDispatchMode):
+    """Counts what is heavy, and does not see what light modules do."""
+
+    def __init__(self, light: Sequence[nn.Module], kept: dict[int, Any]) -> None:
         super().__init__()
-        self.kept, self.saved, self.count = kept, saved, 0
+        self.light, self.kept = light, kept
+
+    def __enter__(self) -> Any:
+        self.count = 0
+        for m in self.light:
+            m.__dict__.setdefault("forward", partial(self._unseen, m))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for m in self.light:
+            forward = m.__dict__.get("forward")
+            if type(forward) is partial and getattr(forward.func, "__self__", None) is self:
+                del m.__dict__["forward"]
+
+    def _unseen(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if get_mode(count_modes() - 1) is not self:  # but another, that has been entered since
+            return type(module).forward(module, *args, **kwargs)
+        pop_mode(None)
+        try:
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            push_mode(self)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would, by a wrapper that takes as long as the rest; see below
+
+
+class _Keep(_Mode):
+    def __init__(self, light: Sequence[nn.Module], kept: dict[int, Any], saved: Sequence[int]) -> None:
+        super().__init__(light, kept)
+        self.saved = saved
         self.before: dict[int, int] = {}  # how much was saved before an output, its operation's inputs included
         self.owners: dict[int, int] = {}  # by storage, the output in it
 
@@ -57,15 +107,7 @@ class _Keep(TorchDispatchMode):
                 del self.kept[number]
 
 
-class _Reuse(TorchDispatchMode):
-    def __init__(self, kept: dict[int, Any]) -> None:
-        super().__init__()
-        self.kept, self.count = kept, 0
-
-    def __enter__(self) -> Any:
-        self.count = 0
-        return super().__enter__()
-
+class _Reuse(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = None
         if traits(func)[0]:
@@ -91,3 +133,7 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     for index, name in traits(func)[1]:
         value = args[index] if index < len(args) else kwargs.get(name)
         yield from (t for t in tree_leaves(value) if isinstance(t, Tensor))
+
+
+for mode in (_Keep, _Reuse):
+    skip_code(mode.__torch_dispatch__.__code__)  # not to be compiled

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_revlib as revlib
 from lightning_revlib.nn.meter import MemoryMeter
@@ -178,3 +179,35 @@ def test_selective_holds_no_product_that_the_second_run_does_not_come_to() -> No
             y.sum().backward()
         assert meter.products == 2
         assert first or held == 16 * 32 * 8  # the first product; the input is there anyway
+
+
+def test_selective_does_not_look_at_what_light_modules_do_and_leaves_them_as_they_were() -> None:
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    class Within(nn.Module):
+        """Enters a mode, with light modules in it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with Looks():
+                return self.inner(x)  # type: ignore[no-any-return]
+
+    own, inplace = nn.Tanh(), nn.ReLU(inplace=True)
+    own.forward = lambda x: x.sin()  # type: ignore[method-assign]
+    parts = [nn.BatchNorm1d(4), nn.Linear(4, 4), inplace, nn.Linear(4, 4), own, Within(), nn.Linear(4, 4)]
+    stack = stack_of(*[copy.deepcopy(nn.Sequential(*parts)).double() for _ in range(3)], treatment="selective")
+    plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
+    before = [dict(m.__dict__) for m in stack.modules()]
+    x = leaf(8, 8)
+    for grad, expected in zip(grads(stack, x), grads(plain, x), strict=True):
+        assert torch.allclose(grad, expected, rtol=1e-12)
+    assert [m.__dict__.get("forward") for m in stack.modules()] == [m.get("forward") for m in before]
+    wrong = stack_of(nn.Sequential(nn.Tanh(), nn.Linear(3, 4)).double(), treatment="selective")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        wrong(x)
+    assert "forward" not in wrong[0][0].__dict__
