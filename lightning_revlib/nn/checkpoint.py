@@ -111,7 +111,6 @@ class Checkpoint(Saved):
 
     def _rewind(self) -> None:
         caught: list[Tensor] = []
-
         self.keep = torch.is_grad_enabled()  # create_graph
         undo = self.settings.lend(self.modules) if self.settings.changed() else []
         if self.buffers:

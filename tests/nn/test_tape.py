@@ -497,7 +497,11 @@ def test_each_frame_is_rewound_once_whatever_has_changed(monkeypatch: pytest.Mon
     assert calls == {"replay": 20, "lend": 20 if change == "eval" else 0}
 
 
-@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"treatments": ["offload"] * 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"overlap": True}, *[{"treatments": [t] * 3} for t in ("offload", "checkpoint", "selective")]],
+    ids=str,
+)
 @pytest.mark.parametrize("what", ["model", "stack", "block"])
 def test_compile_gives_the_same_gradients_and_compiles_once(what: str, options: dict[str, Any], device: Device) -> None:
     torch._dynamo.reset()
