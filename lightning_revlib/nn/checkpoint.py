@@ -13,19 +13,24 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, clear_autocast_cache
-from torch._dynamo.eval_frame import set_eval_frame, skip_code
+from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
-from lightning_revlib.nn.saved import CallsAutograd, Saved, cannot_run_again, catch, release, set_grad_enabled
+from lightning_revlib.nn.saved import (
+    CallsAutograd,
+    Enough,
+    Saved,
+    cannot_run_again,
+    catch,
+    collect,
+    release,
+    set_grad_enabled,
+)
 from lightning_revlib.nn.settings import Settings, parts, version
 from lightning_revlib.nn.step import Step
 
 Contexts: TypeAlias = Callable[["Checkpoint"], tuple[Any, Any]]
-
-
-class Enough(BaseException):
-    """A second run has come to the last tensor that backward needs of it. Not for blocks to catch."""
 
 
 def checkpoint(
@@ -119,13 +124,14 @@ class Checkpoint(Saved):
             undo.append(self.random.lend(self.b))
         try:
             again = self.b.data.requires_grad_(self.b_needs_grad)
-            catch(partial(_append, caught, len(self.saved)), caught.__getitem__)
+            catch(partial(collect, caught, len(self.saved)), caught.__getitem__)
             set_grad_enabled(True)
             try:
                 with self.again:
                     self.step.branch(again, self.compiler)
-            except Enough:
-                pass
+            except (Enough, Exception):  # compiled code may raise another for it
+                if len(caught) < len(self.saved):
+                    raise
             finally:
                 set_grad_enabled(self.keep)
                 release()
@@ -137,14 +143,3 @@ class Checkpoint(Saved):
                 undo.pop()()
         self.check(tensors)
         self.caught = tensors  # type: ignore[assignment]
-
-
-def _append(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
-    if len(tensors) < enough:
-        tensors.append(tensor)
-    if len(tensors) == enough:
-        raise Enough
-    return len(tensors) - 1
-
-
-skip_code(_append.__code__)  # autograd calls it while a compiled block runs: it is not to be compiled itself

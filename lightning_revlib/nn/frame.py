@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, clear_autocast_cache
-from torch._dynamo.eval_frame import skip_code
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import RandomState
-from lightning_revlib.nn.saved import Saved, catch, release, set_grad_enabled
+from lightning_revlib.nn.saved import Saved, catch, collect, release, set_grad_enabled
 from lightning_revlib.nn.settings import parts
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Frame(Saved):
         """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
         step, tape = self.step, self.tape
         caught: list[Tensor] = []
-        pack: Any = partial(_append, caught) if self.calls_autograd else caught.append
+        pack: Any = partial(collect, caught, -1) if self.calls_autograd else caught.append
         unpack = caught.__getitem__
         undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
         norms = None
@@ -114,11 +113,3 @@ class Frame(Saved):
 
     def rewind(self) -> None:
         self.tape.rewind(self)
-
-
-def _append(tensors: list[Tensor], tensor: Tensor) -> int:
-    tensors.append(tensor)
-    return len(tensors) - 1
-
-
-skip_code(_append.__code__)  # autograd calls it while a compiled block runs: it is not to be compiled itself

@@ -27,6 +27,10 @@ class CallsAutograd(BaseException):
     """A call's block does so in its forward, and what it needs has been let go. Not for blocks to catch."""
 
 
+class Enough(BaseException):
+    """A second run has come to the last tensor that backward needs of it. Not for blocks to catch."""
+
+
 class Saved:
     """One call of a step's block. `catch(call._pack, call._unpack)` before it, `call.end()` behind it."""
 
@@ -120,6 +124,15 @@ def _show(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}, {tensor.nbytes:,}"
 
 
+def collect(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
+    """Add a tensor to the others, up to `enough`, and return its number; -1: without end."""
+    if len(tensors) != enough:
+        tensors.append(tensor)
+    if len(tensors) == enough:
+        raise Enough
+    return len(tensors) - 1
+
+
 # Autograd calls these while a compiled block runs: they are not to be compiled themselves.
-for function in (Saved._pack, Saved._unpack):
+for function in (Saved._pack, Saved._unpack, collect):
     skip_code(function.__code__)
