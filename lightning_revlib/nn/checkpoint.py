@@ -30,6 +30,8 @@ from lightning_revlib.nn.saved import (
 from lightning_revlib.nn.settings import Settings, parts, version
 from lightning_revlib.nn.step import Step
 
+around = torch._C._autograd._top_saved_tensors_default_hooks  # the saved-tensor hooks there are, or None
+
 Contexts: TypeAlias = Callable[["Checkpoint"], tuple[Any, Any]]
 
 
@@ -46,7 +48,7 @@ def checkpoint(
     except CallsAutograd as unexpected:
         if unexpected.args[0] is not call:  # but a call round this one
             raise
-        call.take_back()
+        call.take_back(b)
         return Checkpoint(step, scratch, b, compiler).run(b, contexts)
 
 
@@ -57,8 +59,10 @@ class Checkpoint(Saved):
 
     def __init__(self, step: Step, scratch: dict[Any, Tensor], b: Tensor, compiler: Any) -> None:
         super().__init__(step, b)
-        self.scratch = scratch
-        self.b, self.version, self.compiler = b.detach(), version(b), compiler
+        self.scratch, self.compiler = scratch, compiler
+        # What surrounds the stack says how its input is kept: `save_on_cpu`, or a block that is run again itself.
+        pack, self.unpack_input = around(False) or (None, None)
+        self.input, self.version = (b.detach(), version(b)) if pack is None else (pack(b.detach()), 0)
         self.keeps_all = step.stack._calls_autograd is not False
         self.modules = parts(step.module)
         self.environment = Environment(b)
@@ -76,22 +80,22 @@ class Checkpoint(Saved):
             self.end()
         if self.calls_autograd:
             self.step.stack.__dict__["_calls_autograd"] = True
-        self._look()
+        self._look(b)
         self.settings = Settings(self.modules, self.step.tensors())
         return out
 
-    def _look(self) -> None:
+    def _look(self, b: Tensor) -> None:
         """Keep the generators' states and the buffers if the call has changed them."""
         assert self.random is not None and self.buffers is not None
         self.buffers.close()
         self.buffers = self.buffers if self.buffers.any() else None
-        self.random = None if RandomState(self.b).same(self.random) else self.random
+        self.random = None if RandomState(b).same(self.random) else self.random
 
-    def take_back(self) -> None:
+    def take_back(self, b: Tensor) -> None:
         """The block has to be run again in forward, keeping what is saved."""
         self.step.stack.__dict__["_calls_autograd"] = True
-        self._look()
-        if self.buffers:
+        self._look(b)
+        if self.buffers or self.unpack_input is not None:
             raise cannot_run_again(self.step)
         if self.random:
             self.random.set()
@@ -100,30 +104,31 @@ class Checkpoint(Saved):
         compiler = set_eval_frame(None)
         try:
             with self.lock:
-                if version(self.b) != self.version:
+                b = self.input if self.unpack_input is None else self.unpack_input(self.input).detach()
+                if self.unpack_input is None and version(b) != self.version:
                     raise RuntimeError(
                         f"the input of {self.step.name} has been modified by an inplace operation since forward, and"
                         " backward has to run the block on it again; use the operation that is not in-place"
                     )
                 if self.environment.changed():
                     with self.environment.again():
-                        self._rewind()
+                        self._rewind(b)
                 else:
-                    self._rewind()
+                    self._rewind(b)
         finally:
             if compiler is not None:
                 set_eval_frame(compiler)
 
-    def _rewind(self) -> None:
+    def _rewind(self, b: Tensor) -> None:
         caught: list[Tensor] = []
         self.keep = torch.is_grad_enabled()  # create_graph
         undo = self.settings.lend(self.modules) if self.settings.changed() else []
         if self.buffers:
             undo.append(self.buffers.lend(self.scratch))
         if self.random:
-            undo.append(self.random.lend(self.b))
+            undo.append(self.random.lend(b))
         try:
-            again = self.b.data.requires_grad_(self.b_needs_grad)
+            again = b.data.requires_grad_(self.b_needs_grad)
             catch(partial(collect, caught, len(self.saved)), caught.__getitem__)
             set_grad_enabled(True)
             try:

@@ -211,3 +211,43 @@ def test_selective_does_not_look_at_what_light_modules_do_and_leaves_them_as_the
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         wrong(x)
     assert "forward" not in wrong[0][0].__dict__
+
+
+@pytest.mark.parametrize("treatment", ["checkpoint", "selective"])
+def test_what_surrounds_a_stack_keeps_the_inputs_of_its_blocks(treatment: str) -> None:
+    stack, x = stack_of(*[nn.Linear(4, 4).double() for _ in range(3)], treatment=treatment), leaf(8, 8)
+    expected = grads(stack, x)
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> int:
+        kept.append(t)
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda number: kept[number].clone()):
+        y = stack(x)
+    assert [t.shape for t in kept] == [(8, 4)] * 3
+    for _ in range(2):
+        found = torch.autograd.grad(y.square().sum(), [x, *stack.parameters()], retain_graph=True)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("outer", ["reversible", "checkpoint", "selective"])
+@pytest.mark.parametrize("inner", ["checkpoint", "selective"])
+def test_within_blocks_that_are_run_again(inner: str, outer: str) -> None:
+    def block() -> nn.Module:
+        parts = [nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.Tanh()) for _ in range(2)]
+        return nn.Sequential(stack_of(*parts, treatment=inner), nn.Linear(64, 64)).double()
+
+    held = []
+    for depth in (2, 4):
+        stack = stack_of(*[block() for _ in range(depth)], treatment=outer)
+        plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
+        x = leaf(16, 128)
+        for grad, expected in zip(grads(stack, x), grads(plain, x), strict=True):
+            assert torch.allclose(grad, expected, rtol=1e-12)
+        with MemoryMeter() as meter:
+            y = stack(x)
+            held.append(meter.live - y.nbytes)
+        del y
+    per_block = {"reversible": 0, "checkpoint": 1, "selective": 2}[outer] * 16 * 64 * 8
+    assert inner == "selective" or held[1] - held[0] <= 2 * per_block + 64  # that keeps products wherever it is
