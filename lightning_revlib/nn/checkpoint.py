@@ -12,21 +12,12 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, clear_autocast_cache
+from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
-from lightning_revlib.nn.saved import (
-    CallsAutograd,
-    Enough,
-    Saved,
-    cannot_run_again,
-    catch,
-    collect,
-    release,
-    set_grad_enabled,
-)
+from lightning_revlib.nn.saved import CallsAutograd, Enough, Saved, cannot_run_again, catch, collect, release
 from lightning_revlib.nn.settings import Settings, parts, version
 from lightning_revlib.nn.step import Step
 
@@ -70,7 +61,7 @@ class Checkpoint(Saved):
         self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
     def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
-        first, self.again = contexts(self) if contexts else (NOTHING, NOTHING)
+        first, self.again = contexts(self) if contexts else (NOTHING, None)
         catch(self._pack, self._unpack)
         try:
             with first:
@@ -122,25 +113,13 @@ class Checkpoint(Saved):
     def _rewind(self, b: Tensor) -> None:
         caught: list[Tensor] = []
         self.keep = torch.is_grad_enabled()  # create_graph
-        undo = self.settings.lend(self.modules) if self.settings.changed() else []
-        if self.buffers:
-            undo.append(self.buffers.lend(self.scratch))
-        if self.random:
-            undo.append(self.random.lend(b))
+        undo = self.lend(b, self.settings if self.settings.changed() else None, self.scratch)
         try:
             again = b.data.requires_grad_(self.b_needs_grad)
-            catch(partial(collect, caught, len(self.saved)), caught.__getitem__)
-            set_grad_enabled(True)
-            try:
-                with self.again:
-                    self.step.branch(again, self.compiler)
-            except (Enough, Exception):  # compiled code may raise another for it
-                if len(caught) < len(self.saved):
-                    raise
-            finally:
-                set_grad_enabled(self.keep)
-                release()
-                clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
+            self.run_again(again, self.compiler, partial(collect, caught, len(self.saved)), caught.__getitem__)
+        except (Enough, Exception):  # compiled code may raise another for it
+            if len(caught) < len(self.saved):
+                raise
         finally:
             tensors = [*caught]
             caught.clear()  # the second graph refers to this list

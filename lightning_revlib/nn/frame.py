@@ -8,14 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, clear_autocast_cache
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import RandomState
-from lightning_revlib.nn.saved import Saved, catch, collect, release, set_grad_enabled
-from lightning_revlib.nn.settings import parts
+from lightning_revlib.nn.saved import Saved, collect
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk
@@ -53,14 +52,7 @@ class Frame(Saved):
             # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
             same = b if b.stride() == self.stride else b.new_empty_strided(b.shape, self.stride).copy_(b)
             again = same.data.requires_grad_(self.b_needs_grad)  # which counts its changes by itself
-            catch(pack, unpack)
-            set_grad_enabled(True)
-            try:
-                f, _ = self._branch(again, self.again) if self.again else step.branch(again, tape.compiler)
-            finally:
-                set_grad_enabled(False)
-                release()
-                clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
+            f, _ = self.run_again(again, tape.compiler, pack, unpack)
             if a is None:
                 a = self.coupling.inverse(*out, b, f)
                 if a.requires_grad:  # it is f itself
@@ -81,10 +73,6 @@ class Frame(Saved):
             self.norms = norms
         return a
 
-    def _branch(self, b: Tensor, context: Any) -> tuple[Any, Any]:
-        with context:
-            return self.step.branch(b, self.tape.compiler)
-
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
         """The step's forward again, without graph or trace, to learn whether it draws."""
         random, undo = RandomState(b), self._lend(b)
@@ -99,12 +87,8 @@ class Frame(Saved):
         return streams
 
     def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
-        undo = self.tape.settings.lend(parts(self.step.module)) if self.tape.settings_changed else []
-        if self.buffers:
-            undo.append(self.buffers.lend(self.tape.scratch))
-        if self.random:
-            undo.append(self.random.lend(b))
-        return undo
+        tape = self.tape
+        return self.lend(b, tape.settings if tape.settings_changed else None, tape.scratch)
 
     def _find(self, number: int) -> Tensor:
         if self.norms and (tensor := self.norms.again(number)) is not None:

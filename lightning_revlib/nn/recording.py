@@ -85,7 +85,8 @@ class Recording:
                     f, step.extra = step.branch(b, tape.compiler)
                 else:
                     first, frame.again = tape.context_fn()
-                    f, step.extra = frame._branch(b, first)
+                    with first:
+                        f, step.extra = step.branch(b, tape.compiler)
                 step.check(b, f, count)
                 frame.saved_by_block = len(frame.saved)
                 frame.coupling = step.coupling.at(a, b, step.stack.training)

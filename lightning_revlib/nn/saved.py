@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, clear_autocast_cache
 from torch._dynamo.eval_frame import skip_code
+
+from lightning_revlib.nn.settings import Settings, parts
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.buffers import Buffers
@@ -31,7 +35,7 @@ class Enough(BaseException):
     """A second run has come to the last tensor that backward needs of it. Not for blocks to catch."""
 
 
-class Saved:
+class Saved(ABC):
     """One call of a step's block. `catch(call._pack, call._unpack)` before it, `call.end()` behind it."""
 
     # Class attributes are what most calls have: they are not set in each.
@@ -50,9 +54,33 @@ class Saved:
         self.versions: list[int] = []  # their versions at that time
         self.kept: list[Tensor] | None = []  # all until the call ends, or those that have been changed before
 
+    @abstractmethod
     def rewind(self) -> None:
-        """Run the block a second time, and have caught what it saves."""
-        raise NotImplementedError
+        """Run the block a second time, and have caught what it saves. Raises RuntimeError if that is not possible."""
+
+    def lend(self, b: Tensor, settings: Settings | None, scratch: dict[Any, Tensor]) -> list[Callable[[], Any]]:
+        """Have the block meet what it met in forward, `settings` if they have changed; returns what undoes that."""
+        undo = settings.lend(parts(self.step.module)) if settings else []
+        if self.buffers:
+            undo.append(self.buffers.lend(scratch))
+        if self.random:
+            undo.append(self.random.lend(b))
+        return undo
+
+    def run_again(self, b: Tensor, compiler: Any, pack: Any, unpack: Any) -> tuple[Any, Any]:
+        """The block's second run, in grad mode, of which `pack` gets what autograd saves."""
+        grad = torch.is_grad_enabled()
+        catch(pack, unpack)
+        set_grad_enabled(True)
+        try:
+            if self.again is None:
+                return self.step.branch(b, compiler)
+            with self.again:
+                return self.step.branch(b, compiler)
+        finally:
+            set_grad_enabled(grad)
+            release()
+            clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
 
     def _pack(self, tensor: Tensor) -> int:
         assert self.kept is not None
