@@ -66,8 +66,8 @@ class Buffers:
         for number, (buffers, name) in enumerate(self.written):  # one of its own for each of a block's
             buffer = buffers[name]
             key = number, buffer.shape, buffer.dtype, buffer.device
-            if key not in scratch:
-                scratch[key] = buffer.clone()
+            if key not in scratch:  # counted are batches: a number must be one
+                scratch[key] = torch.empty_like(buffer) if buffer.ndim else buffer.clone()
             buffers[name] = scratch[key]
         for buffers, name, before in self.changing:
             buffers[name] = before.clone()

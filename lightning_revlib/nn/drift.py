@@ -21,11 +21,7 @@ class Sentinel:
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.sample = self.take(a, b)
-
-    @staticmethod
-    def take(a: Tensor, b: Tensor) -> Streams:
-        return _take(a), _take(b)
+        self.sample = take(a, b)
 
     def error(self, taken: Streams) -> Tensor:
         sample, rebuilt = torch.stack(self.sample), torch.stack(taken)
@@ -37,8 +33,12 @@ class Sentinel:
         return 6 * math.prod(_places(stream.shape, stream.stride())[0]) * stream.element_size() + 64
 
 
-def _take(stream: Tensor) -> Tensor:
-    return torch.as_strided_copy(stream, *_places(stream.shape, stream.stride()), stream.storage_offset())
+def take(a: Tensor, b: Tensor) -> Streams:
+    """A sample of each, of not more than `SAMPLE` elements."""
+    return (
+        torch.as_strided_copy(a, *_places(a.shape, a.stride()), a.storage_offset()),
+        torch.as_strided_copy(b, *_places(b.shape, b.stride()), b.storage_offset()),
+    )
 
 
 @lru_cache(maxsize=256)

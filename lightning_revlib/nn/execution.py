@@ -29,38 +29,38 @@ from lightning_revlib.nn.recording import Recording
 from lightning_revlib.nn.selective import keep_heavy
 from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
-from lightning_revlib.nn.tape import Tape
+from lightning_revlib.nn.tape import Output, Tape
 
 CALLS_AUTOGRAD = attrgetter("calls_autograd")
-HAS_DISTRIBUTED = torch.distributed.is_available()
 
 
 class Execution:
     """One forward of a stack. `step` for each step in turn, and behind the last `close` or `close_joined`."""
+
+    index = 0
+    views = False  # whether the streams are views of the stack's input
+    lent = False  # whether its owner holds that
+    planned: Sequence[Treatment] | None = None  # else each step says its own
+    recording: Recording | None = None
+    undoes = False  # whether there has been a recording
+    drew = False
+    convoy: Convoy | None = None  # if steps are offloaded
+    parcel: Parcel | None = None  # of the last step, if it was
+    measuring: Measuring | None = None  # if a memory plan needs figures first
 
     def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
         self.all_undone = (
             stack.budget is None
             and stack.chunks == (1,)
-            and all(t == "reversible" for t in stack.treatments)
+            and set(stack.treatments) == {"reversible"}
             and all(c.invertible(stack.training) for c in stack.couplings)
         )
         # Autocast keeps weights as it has cast them until it ends: those of all steps. Without, gradients of weights
         # that steps share are added up in another precision, and are not the same to the last bit.
         self.recasts = stack.grid_bits is None or stack.budget is not None
-        self.index = 0
-        self.views = False  # whether the streams are views of the stack's input
-        self.lent = False  # whether its owner holds that
-        self.planned: Sequence[Treatment] | None = None  # else each step says its own
-        self.recording: Recording | None = None
-        self.undoes = False  # whether there has been a recording
         self.rebuilt: dict[Sentinel, Streams] = {}
-        self.drew = False
         self.scratch: dict[Any, Tensor] = {}  # buffers that checkpointed blocks may write into: see `Buffers`
-        self.convoy: Convoy | None = None  # if steps are offloaded
-        self.parcel: Parcel | None = None  # of the last step, if it was
-        self.measuring: Measuring | None = None  # if a memory plan needs figures first
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""
@@ -83,7 +83,7 @@ class Execution:
 
     def _step(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor) -> Streams:
         """One that is undone stays open for the next; other steps first close what is."""
-        if treatment != "offload":
+        if treatment != "offload" and self.parcel is not None:
             self._end_offload()
         if treatment == "reversible" and step.coupling.invertible(self.stack.training):
             if self.recording is not None:
@@ -95,7 +95,7 @@ class Execution:
             tape = Tape(_pair, _ignore, self.compiler, self.stack.context_fn)
             if self.stack.overlap and has_streams(a.device):
                 tape.ahead = Ahead(a.device)
-            elif self.stack.budget is None and self.stack.context_fn is None and not _is_distributed():
+            elif self.stack.budget is None and self.stack.context_fn is None:
                 tape.at_once = Tape.AT_ONCE
             self.recording = Recording(
                 tape, a, b, self.stack._draws, self.stack._calls_autograd is not False, parts(*self.stack)
@@ -166,7 +166,8 @@ class Execution:
 
     def end(self, y: Tensor) -> None:
         """Behind the last step, with the stack's output: make the plan, if its figures were measured."""
-        self._end_offload()
+        if self.parcel is not None:
+            self._end_offload()
         if not self.undoes:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
         if self.stack._calls_autograd is None:
@@ -193,7 +194,7 @@ class Execution:
         tape, halves = self._close(), self.stack._halves
         large = a.nbytes >= alone.LARGE
         copy = type(recording.frames[-1].coupling) is not Additive  # else its inverse only reads the second stream
-        tape.read = lambda tensors: halves(tensors[0], copy or (large and alone.is_alone(tensors[0])))
+        tape.read = lambda output: halves(output[0][0], copy or (large and alone.is_alone(output[0][0])))
         tape.hold(y)
         if large:
             alone.part_gradient(y)
@@ -212,13 +213,8 @@ class Execution:
 def _ignore(a: Tensor, b: Tensor) -> None: ...
 
 
-def _is_distributed() -> bool:
-    """Then a block's parameters may be sharded, and there only while its backward runs."""
-    return HAS_DISTRIBUTED and torch.distributed.is_initialized()
-
-
-def _pair(tensors: Sequence[Tensor]) -> Streams:
-    a, b = tensors
+def _pair(output: Output) -> Streams:
+    (a, _), (b, _) = output
     return a, b
 
 

@@ -103,11 +103,14 @@ class Recording:
 
     def close(self) -> None:
         self.tape.depth = len(self.frames)
-        steps = [frame.step for frame in self.frames]
-        unique = {id(t): t for step in steps if step.args or step.kwargs for t in step.tensors()}
-        self.tape.settings = Settings(self.modules, list(unique.values()))
+        arguments: dict[int, Tensor] = {}
+        for frame in self.frames:
+            if frame.step.args or frame.step.kwargs:
+                arguments.update((id(t), t) for t in frame.step.tensors())
+        self.tape.settings = Settings(self.modules, list(arguments.values()))
         if self.norms:  # they matter where a step saves most; a plan counts on them in all
-            most = 0 if steps[0].stack.budget is not None else max(sum(frame.saved) for frame in self.frames)
+            planned = self.frames[0].step.stack.budget is not None
+            most = 0 if planned else max(sum(frame.saved) for frame in self.frames)
             self.tape.norms_from = most - self.entrance[0].nbytes
         if not self.expect_draws and not RandomState(self.entrance[0]).same(self.start):
             self.tape.drew, self.tape.surprise = True, (self.frames[0], self.start, self.entrance)

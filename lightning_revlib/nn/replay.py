@@ -25,33 +25,35 @@ class Environment:
     """Default dtype and device, and autocast of the CPU and a tensor's device; `with environment.again():` restores."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.types = ("cpu",) if tensor.is_cpu else ("cpu", tensor.device.type)
-        self.then = self._now()
-
-    def _now(self) -> tuple[Any, ...]:
-        autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in self.types]
-        return torch.get_default_dtype(), _default_device(), torch.is_autocast_cache_enabled(), autocast
+        self.kind = None if tensor.is_cpu else tensor.device.type
+        self.then = _environment(self.kind)
 
     def changed(self) -> bool:
-        return self.then != self._now()
+        return self.then != _environment(self.kind)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        dtype, device, cache, autocast = self.then
+        dtype, device, cache, *autocast = self.then
         with ExitStack() as stack:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
             if device != _default_device():
                 stack.enter_context(torch.device(device or "cpu"))
-            for t, enabled, half in autocast:
-                stack.enter_context(torch.autocast(t, dtype=half, enabled=enabled, cache_enabled=cache))
+            for kind, enabled, half in zip(("cpu", self.kind), autocast[::2], autocast[1::2]):  # noqa: B905
+                stack.enter_context(torch.autocast(kind or "cpu", dtype=half, enabled=enabled, cache_enabled=cache))
             yield
+
+
+def _environment(kind: str | None) -> tuple[Any, ...]:
+    """What there is now, for the CPU and another kind of device; one call, as each costs most when it is the first."""
+    device = _default_device() if torch._C._len_torch_function_stack() else None
+    dtype, cache, cpu = torch.get_default_dtype(), torch.is_autocast_cache_enabled(), torch.is_autocast_enabled("cpu")
+    now = dtype, device, cache, cpu, torch.get_autocast_dtype("cpu")
+    return now if kind is None else (*now, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
 
 def _default_device() -> torch.device | None:
     """None if none is set; nor is any while `tensor.backward()` runs, and in the threads where backward does."""
-    if not torch._C._len_torch_function_stack():
-        return None
     modes = _get_current_function_mode_stack()
     return next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
 

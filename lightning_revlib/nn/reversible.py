@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_revlib.nn.budget import Budget
 from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.drift import Sentinel
+from lightning_revlib.nn.drift import Sentinel, take
 from lightning_revlib.nn.options import OnDrift
 from lightning_revlib.nn.plan import Plan
 
@@ -51,7 +51,7 @@ class Reversible:
 
     def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
         """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
-        rebuilt[sentinel] = sentinel.take(a, b)
+        rebuilt[sentinel] = take(a, b)
         self.__dict__["_rebuilt"] = rebuilt  # nn.Module's own way is ten times as long, here and below
         if self.on_drift == "ignore" or (drift := self.drift) is None or drift <= self.drift_tolerance:
             return

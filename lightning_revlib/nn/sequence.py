@@ -313,7 +313,8 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 "torch.func transforms cannot run a reversible stack, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes it an ordinary one, with the same parameters"
             )
-        x = self._begin(x, args, kwargs, layerwise)
+        if self.ordinary:
+            x = self._begin(x, args, kwargs, layerwise)
         compiler = set_eval_frame(None)  # the engine is not compiled; its blocks are
         steps = build_steps(self, x.dtype, args, kwargs, layerwise)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ def parts(*modules: nn.Module) -> list[nn.Module]:
     return found
 
 
+# By `map`, attributes of many objects are read without interpreting a line for each.
+TRAINING, PARAMETERS = attrgetter("training"), attrgetter("_parameters")
+REQUIRES_GRAD, VERSION = attrgetter("requires_grad"), attrgetter("_version")
+
+
 class Settings:
     """Training flags and parameters of modules, and the arguments of their calls.
 
@@ -32,19 +38,17 @@ class Settings:
     just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("by_module", "modules", "names", "owners", "parameters", "registered", "requires_grad", "tensors",
-                 "training", "versions")  # fmt: skip
+    __slots__ = ("by_module", "modules", "owners", "parameters", "registered", "requires_grad", "tensors", "training",
+                 "versions")  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules = modules
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        # For all parameters, and in the same order: a few long lists are cheaper than many short ones.
-        self.owners = [m for m in modules if m._parameters for _ in m._parameters.keys()]
-        self.names = [name for m in modules if m._parameters for name in m._parameters.keys()]
-        self.registered = _registered(modules)
-        self.parameters = [p for p in self.registered if p is not None]
-        self.training = [m.training for m in modules]
-        self.requires_grad = [p.requires_grad for p in self.parameters]
+        self.training = list(map(TRAINING, modules))
+        self.owners = [m for m in modules if m._parameters]
+        self.registered = list(map(dict, map(PARAMETERS, self.owners)))
+        self.parameters = [p for named in self.registered for p in named.values() if p is not None]
+        self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
         self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
         self.versions = _versions(self.tensors)
 
@@ -61,8 +65,8 @@ class Settings:
                 " run again; modify it, or step the optimizer, after backward"
             )
         return (
-            [m.training for m in self.modules] != self.training
-            or [p.requires_grad for p in self.parameters] != self.requires_grad
+            list(map(TRAINING, self.modules)) != self.training
+            or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
             or not self._same_parameters()
         )
 
@@ -88,17 +92,13 @@ class Settings:
 
     def _same_parameters(self) -> bool:
         try:
-            return _registered(self.modules) == self.registered  # the same tensors, or equal numbers
+            return list(map(PARAMETERS, self.owners)) == self.registered  # the same tensors, or equal numbers
         except (RuntimeError, TypeError):  # tensors of several elements, compared
             return False
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        named = zip(self.owners, self.names, self.registered, strict=True)
-        return ((m, name, p) for m, name, p in named if p is not None)
-
-
-def _registered(modules: list[nn.Module]) -> list[Tensor | None]:
-    return [p for m in modules if m._parameters for p in m._parameters.values()]
+        named = zip(self.owners, self.registered, strict=True)
+        return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
@@ -106,6 +106,6 @@ PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for other
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return [t._version for t in tensors]
+        return list(map(VERSION, tensors))
     except RuntimeError:  # an inference tensor among them
         return [version(t) for t in tensors]

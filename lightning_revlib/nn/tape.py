@@ -30,11 +30,11 @@ is dropped, so that hooks, DDP, FSDP and `autograd.grad` meet nothing unusual.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from _thread import RLock  # as `threading` has it, without a function of Python's round it
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,7 +45,12 @@ from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.overlap import Ahead
 from lightning_revlib.nn.replay import Environment, RandomState
+from lightning_revlib.nn.saved import set_grad_enabled
 from lightning_revlib.nn.settings import Settings
+
+HAS_DISTRIBUTED = torch.distributed.is_available()
+
+Output: TypeAlias = list[tuple[Tensor, int]]  # tensors with their versions
 
 
 class Tape:
@@ -53,9 +58,25 @@ class Tape:
 
     AT_ONCE = 64 * 1024  # bytes that steps undone in one go may hold
 
+    # Class attributes are what most tapes have: they are not set in each.
+    unusual = False  # the environment has changed, or it is not known which steps draw
+    settings_changed = False  # since the forward
+    streams: Streams | None = None
+    position = depth = 0  # the streams are those before the frame of this index
+    at_once = 0  # that number, or 0: one by one
+    undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
+    keep = False  # caught tensors are not given away
+    drew = False  # whether any step has drawn random numbers
+    norms_from: int | None = None  # norms of steps that save more bytes than that are computed again
+    surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
+    task = -1  # the backward that has come to the output
+    ahead: Ahead | None = None  # if steps are undone before autograd asks for them
+    environment: Environment  # this and the next by a `Recording`
+    settings: Settings
+
     def __init__(
         self,
-        read: Callable[[Sequence[Tensor]], Streams],
+        read: Callable[[Output], Streams],
         arrived: Callable[[Tensor, Tensor], None],
         compiler: Any = None,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
@@ -64,43 +85,34 @@ class Tape:
         self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn
-        self.settings_changed = False  # since the forward
-        self.unusual = False  # the environment has changed, or it is not known which steps draw
-        self.streams: Streams | None = None
-        self.position = self.depth = 0  # the streams are those before the frame of this index
         self.passed: dict[int, Streams] = {}  # those before others that backward has come to
-        self.at_once = 0  # that number, or 0: one by one
-        self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
-        self.keep = False  # caught tensors are not given away
-        self.drew = False  # whether any step has drawn random numbers
-        self.norms_from: int | None = None  # norms of steps that save more bytes than that are computed again
-        self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
         self.scratch: dict[Any, Tensor] = {}  # buffers that a block may write into: see `Buffers`
-        self.output: list[tuple[Tensor, int]] = []  # what came out, and its version, until backward comes to it
-        self.task = -1  # the backward that has
-        self.ahead: Ahead | None = None  # if steps are undone before autograd asks for them
-        self.environment: Environment  # this and the next by a `Recording`
-        self.settings: Settings
-        self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
+        self.output: Output = []  # what came out, until backward comes to it
+        self.lock = RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
     def hold(self, *tensors: Tensor) -> None:
         """Keep what came out; `read` must give the last streams from it."""
-        self.output = [(t.detach(), t._version) for t in tensors]
         hook = partial(_arrive, weakref.ref(self), self.output)
         for t in tensors:
+            self.output.append((t.detach(), t._version))
             if t.grad_fn is not None:
                 t.grad_fn.register_prehook(hook)
 
     def start(self) -> None:
         if not self.output:
             raise RuntimeError("backward through a reversible stack a second time, after its output has been freed")
-        if any(t._version != count for t, count in self.output):
-            raise RuntimeError(
-                "the output of a reversible stack has been modified by an inplace operation, and backward has to begin"
-                " with it; use the operation that is not in-place on it, such as y = y + 1 for y += 1"
-            )
-        with torch.no_grad():
-            self.streams = self.read([t for t, _ in self.output])
+        for t, count in self.output:
+            if t._version != count:
+                raise RuntimeError(
+                    "the output of a reversible stack has been modified by an inplace operation, and backward has to"
+                    " begin with it; use the operation that is not in-place on it, such as y = y + 1 for y += 1"
+                )
+        grad = torch.is_grad_enabled()
+        set_grad_enabled(False)
+        try:
+            self.streams = self.read(self.output)
+        finally:
+            set_grad_enabled(grad)
         self.position, self.undoing, self.passed = self.depth, None, {}
         if self.ahead is not None:
             self.ahead.start()
@@ -166,6 +178,8 @@ class Tape:
     def _undo_small(self, frame: Frame) -> None:
         """Undo the steps below the frame's, too, while what all of them hold is next to nothing."""
         left = self.at_once - sum(frame.saved)
+        if left > 0 and _is_distributed():
+            return
         while left > 0 and frame.below is not None and (below := frame.below()) is not None:
             assert self.streams is not None
             left -= sum(below.saved) + self.streams[0].nbytes
@@ -211,7 +225,12 @@ class Tape:
             restore()
 
 
-def _arrive(tape: weakref.ref[Tape], output: list[tuple[Tensor, int]], grads: Any) -> None:
+def _is_distributed() -> bool:
+    """Then a block's parameters may be sharded, and there only while its backward runs."""
+    return HAS_DISTRIBUTED and torch.distributed.is_initialized()
+
+
+def _arrive(tape: weakref.ref[Tape], output: Output, grads: Any) -> None:
     """Backward has come to a node that put out what a tape holds: to the first, if the task is new to it."""
     held, task = tape(), torch._C._current_graph_task_id()
     if held is not None and held.task != task:
