@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from functools import partial
-from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +14,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.settings import version
+
+Scratch: TypeAlias = dict[Any, dict[str, Tensor | None]]
 
 
 class Buffers:
@@ -30,18 +31,17 @@ class Buffers:
     __slots__ = ("changing", "written")
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self.written: list[tuple[dict[str, Any], str]] = []
+        self.written: list[nn.Module] = []
         self.changing: list[tuple[Any, ...]] = []
         for m in modules:
             if not m._buffers:
                 continue
-            writes = m.training and type(m).forward in WRITES_STATISTICS and "forward" not in m.__dict__
+            if m.training and type(m).forward in WRITES_STATISTICS and _is_usual(m):
+                if m._buffers["running_mean"] is not None:
+                    self.written.append(m)
+                continue
             for name, buffer in m._buffers.items():
-                if buffer is None or isinstance(buffer, UninitializedBuffer):
-                    continue
-                if writes and name in STATISTICS:
-                    self.written.append((m._buffers, name))
-                else:
+                if buffer is not None and not isinstance(buffer, UninitializedBuffer):
                     before, kind = buffer.detach().clone(), ((m.training, name), type(m))
                     self.changing.append((m._buffers, name, before, buffer, version(buffer), *kind))
 
@@ -61,21 +61,34 @@ class Buffers:
         """Whether the call has changed any."""
         return bool(self.written or self.changing)
 
-    def lend(self, scratch: dict[Any, Tensor]) -> Callable[[], None]:
-        now = [(buffers, name, buffers[name]) for buffers, name, *_ in chain(self.written, self.changing)]
-        for number, (buffers, name) in enumerate(self.written):  # one of its own for each of a block's
-            buffer = buffers[name]
-            key = number, buffer.shape, buffer.dtype, buffer.device
-            if key not in scratch:  # counted are batches: a number must be one
-                scratch[key] = torch.empty_like(buffer) if buffer.ndim else buffer.clone()
-            buffers[name] = scratch[key]
+    def lend(self, scratch: Scratch) -> Callable[[], None]:
+        norms = [(m, m._buffers) for m in self.written]
+        for number, (m, buffers) in enumerate(norms):  # some of its own for each of a block's
+            mean: Any = buffers["running_mean"]
+            key = number, mean.shape, mean.dtype, mean.device
+            if key not in scratch:  # what counts batches must be a number, statistics may be anything
+                scratch[key] = {
+                    name: b if b is None else torch.empty_like(b) if b.ndim else b.clone()
+                    for name, b in buffers.items()
+                }
+            m.__dict__["_buffers"] = scratch[key]
+        now = [(buffers, name, buffers[name]) for buffers, name, _ in self.changing]
         for buffers, name, before in self.changing:
             buffers[name] = before.clone()
-        return partial(_put_back, now)
+        return partial(_put_back, norms, now)
 
 
 WRITES_STATISTICS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def _is_usual(norm: nn.Module) -> bool:
+    """Whether it is called as its class says, and has statistics for its only buffers."""
+    buffers = norm._buffers
+    if "forward" in norm.__dict__ or "running_mean" not in buffers or not buffers.keys() <= STATISTICS:
+        return False
+    return not isinstance(buffers["running_mean"], UninitializedBuffer)
+
 
 _SILENT: MutableMapping[type, dict[tuple[bool, str], bool]] = WeakKeyDictionary()
 
@@ -93,6 +106,8 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
     return known[key]
 
 
-def _put_back(buffers: list[tuple[dict[str, Any], str, Any]]) -> None:
-    for registered, name, buffer in reversed(buffers):
-        registered[name] = buffer
+def _put_back(norms: list[tuple[nn.Module, Any]], now: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for m, buffers in norms:
+        m.__dict__["_buffers"] = buffers
+    for buffers, name, buffer in reversed(now):
+        buffers[name] = buffer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.buffers import Buffers
+from lightning_revlib.nn.buffers import Buffers, Scratch
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
 from lightning_revlib.nn.saved import CallsAutograd, Enough, Saved, cannot_run_again, catch, collect, release
 from lightning_revlib.nn.settings import Settings, parts, version
@@ -26,9 +26,7 @@ around = torch._C._autograd._top_saved_tensors_default_hooks  # the saved-tensor
 Contexts: TypeAlias = Callable[["Checkpoint"], tuple[Any, Any]]
 
 
-def checkpoint(
-    step: Step, contexts: Contexts | None, scratch: dict[Any, Tensor], b: Tensor, compiler: Any
-) -> tuple[Any, Any]:
+def checkpoint(step: Step, contexts: Contexts | None, scratch: Scratch, b: Tensor, compiler: Any) -> tuple[Any, Any]:
     """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs.
 
     `scratch` is for the buffers of all steps of a forward: see `Buffers`.
@@ -48,7 +46,7 @@ class Checkpoint(Saved):
 
     settings: Settings  # when the call has ended
 
-    def __init__(self, step: Step, scratch: dict[Any, Tensor], b: Tensor, compiler: Any) -> None:
+    def __init__(self, step: Step, scratch: Scratch, b: Tensor, compiler: Any) -> None:
         super().__init__(step, b)
         self.scratch, self.compiler = scratch, compiler
         # What surrounds the stack says how its input is kept: `save_on_cpu`, or a block that is run again itself.

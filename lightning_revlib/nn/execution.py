@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Signature
+from lightning_revlib.nn.buffers import Scratch
 from lightning_revlib.nn.checkpoint import Checkpoint, checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams
@@ -60,7 +61,7 @@ class Execution:
         # that steps share are added up in another precision, and are not the same to the last bit.
         self.recasts = stack.grid_bits is None or stack.budget is not None
         self.rebuilt: dict[Sentinel, Streams] = {}
-        self.scratch: dict[Any, Tensor] = {}  # buffers that checkpointed blocks may write into: see `Buffers`
+        self.scratch: Scratch = {}  # buffers that checkpointed blocks may write into: see `Buffers`
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""

@@ -14,7 +14,7 @@ from torch._dynamo.eval_frame import skip_code
 from lightning_revlib.nn.settings import Settings, parts
 
 if TYPE_CHECKING:
-    from lightning_revlib.nn.buffers import Buffers
+    from lightning_revlib.nn.buffers import Buffers, Scratch
     from lightning_revlib.nn.replay import RandomState
     from lightning_revlib.nn.step import Step
 
@@ -58,7 +58,7 @@ class Saved(ABC):
     def rewind(self) -> None:
         """Run the block a second time, and have caught what it saves. Raises RuntimeError if that is not possible."""
 
-    def lend(self, b: Tensor, settings: Settings | None, scratch: dict[Any, Tensor]) -> list[Callable[[], Any]]:
+    def lend(self, b: Tensor, settings: Settings | None, scratch: Scratch) -> list[Callable[[], Any]]:
         """Have the block meet what it met in forward, `settings` if they have changed; returns what undoes that."""
         undo = settings.lend(parts(self.step.module)) if settings else []
         if self.buffers:
