@@ -105,7 +105,8 @@ def lsh_attention(
         top = torch.cat(tops).flatten().index_select(0, back).view(hashes, b, size, h, 1)
         total = total * (top - top.amax(0)).exp2()
     total = total.sum(0)[:, :n]
-    return (total[..., :-1] / total[..., -1:]).to(v.dtype)
+    numerator, denominator = total.split((total.shape[-1] - 1, 1), -1)
+    return (numerator / denominator).to(v.dtype)
 
 
 def as_keys(q: Tensor) -> Tensor:
@@ -117,9 +118,9 @@ def _attend(
     q: Tensor, kv: Tensor, sides: Sequence[Tensor], causal: bool, within_bucket: bool, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Of some rows (P, C, m, ...): numerators and denominator (P C, m, e + 1), and the top scores (P C, m, 1)."""
-    d = q.shape[-1]
-    kv = _with_previous(kv).flatten(0, 1)  # (P C, 2 m, d + e)
-    scores = q.flatten(0, 1) @ kv[..., :d].transpose(1, 2)
+    d, e = q.shape[-1], kv.shape[-1] - q.shape[-1]
+    keys, values = _with_previous(kv).flatten(0, 1).split((d, e), -1)  # (P C, 2 m, .)
+    scores = torch.bmm(q.flatten(0, 1), keys.transpose(1, 2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     with torch.no_grad():
         penalty = _penalty(sides, causal, within_bucket).flatten(0, 1)
@@ -127,7 +128,7 @@ def _attend(
     top = scores.detach().amax(-1, keepdim=True)
     weights = scores.sub_(top).exp2_()
     kept = F.dropout(weights, dropout) if dropout else weights
-    return torch.cat((kept.to(kv.dtype) @ kv[..., d:], weights.sum(-1, keepdim=True)), -1), top
+    return torch.cat((torch.bmm(kept.to(kv.dtype), values), weights.sum(-1, keepdim=True)), -1), top
 
 
 def _penalty(sides: Sequence[Tensor], causal: bool, within_bucket: bool) -> Tensor:
@@ -157,8 +158,10 @@ def _difference(x: Tensor, first: float | None = None, last: float | None = None
 
 def _with_previous(x: Tensor, first: float | None = None) -> Tensor:
     """(P, C, m, ...) -> (P, C, 2 m, ...); before the first chunk comes the last, or the number given."""
-    before = x[:, -1:] if first is None else torch.full_like(x[:, -1:], first)
-    return torch.cat((torch.cat((before, x[:, :-1]), 1), x), 2)
+    before = x.roll(1, 1)
+    if first is not None:
+        before[:, 0] = first
+    return torch.cat((before, x), 2)
 
 
 def hash_tokens(x: Tensor, hashes: int, sizes: Sequence[int]) -> Tensor:
