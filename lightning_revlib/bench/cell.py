@@ -21,7 +21,8 @@ from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.plan import Plan
 
 OURS = "lightning_revlib"
-FINAL = (12, 80)  # rounds of the last series, at least and at most
+BUILDS = 5  # of the last series
+FINAL = (3, 16)  # rounds with each of them, at least and at most
 
 
 @dataclass
@@ -92,8 +93,12 @@ def cell(
         if module is not None:
             modules[contestant.name] = module
     first = measure.times(modules, x, seconds / 3, seed) if seconds else {}
-    last = {name: modules[name] for name in _finalists(rows, first)}
-    final = measure.times(last, x, seconds, seed + 1, FINAL) if last else {}
+    finalists = _finalists(rows, first)
+    final: dict[str, list[float]] = {name: [] for name in finalists}
+    for build in range(BUILDS if finalists else 0):
+        modules = {c.name: execute(c, stack, workload.draws) for c in contestants if c.name in finalists}
+        for name, more in measure.times(modules, x, seconds / BUILDS, seed + 1 + build, FINAL).items():
+            final[name] += more
     for row in rows:
         times = final if row.contestant in final else first
         if taken := times.get(row.contestant):
@@ -107,8 +112,8 @@ def cell(
 def _finalists(rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> list[str]:
     """Who is timed once more, in a series of their own: plain, ours, and the two fastest of the reversible peers.
 
-    A contestant that empties the processor's caches slows the next one down, and few rounds of many do not tell
-    2 % from noise.
+    A contestant that empties the processor's caches slows the next one down, few rounds of many do not tell 2 % from
+    noise, and where its objects lie in memory makes 1 %, so that all are built anew several times.
     """
     peers = [r.contestant for r in rows if r.reversible and r.right and r.contestant in times and not r.ours]
     peers.sort(key=lambda name: statistics.median(times[name]))
