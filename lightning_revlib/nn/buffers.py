@@ -36,7 +36,7 @@ class Buffers:
         for m in modules:
             if not m._buffers:
                 continue
-            if m.training and type(m).forward in WRITES_STATISTICS and _is_usual(m):
+            if m.training and getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m):
                 if m._buffers["running_mean"] is not None:
                     self.written.append(m)
                 continue

@@ -51,11 +51,11 @@ class Execution:
 
     def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
-        self.all_undone = (
+        self.uniform = (  # if the first step is undone, all are
             stack.budget is None
             and stack.chunks == (1,)
+            and len(stack.couplings) == 1
             and set(stack.treatments) == {"reversible"}
-            and all(c.invertible(stack.training) for c in stack.couplings)
         )
         # Autocast keeps weights as it has cast them until it ends: those of all steps. Without, gradients of weights
         # that steps share are added up in another precision, and are not the same to the last bit.
@@ -65,7 +65,7 @@ class Execution:
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step."""
-        if self.all_undone and self.recording is not None:
+        if self.uniform and self.recording is not None:
             a, b = self.recording.step(step, a, b)
         else:
             a, b = self._planned_step(step, a, b)
