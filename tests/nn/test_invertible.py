@@ -14,6 +14,20 @@ def test_space_to_depth_moves_patches_into_channels_and_back() -> None:
     assert torch.equal(psi.inverse(psi(x)), x)
 
 
+@pytest.mark.parametrize("shape", [(8, 64, 16, 18), (64, 64, 64), (2, 3, 4, 96, 96), (1, 2, 4, 4)])
+def test_space_to_depth_is_pixel_unshuffle_for_any_size(shape: tuple[int, ...]) -> None:
+    x, psi = torch.randn(shape, requires_grad=True), revlib.SpaceToDepth(2)
+    y = torch.nn.functional.pixel_unshuffle(x, 2)
+    assert torch.equal(psi(x), y) and torch.equal(psi.inverse(y), x)
+    gradient = torch.randn_like(y)
+    assert torch.equal(*[torch.autograd.grad(each, x, gradient)[0] for each in (psi(x), y)])
+    if len(shape) == 4:
+        kept = x.to(memory_format=torch.channels_last)
+        assert torch.equal(psi(kept), y) and psi(kept).is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="divisible"):
+        psi.inverse(x.narrow(-3, 0, x.shape[-3] - 1).contiguous())
+
+
 def test_bad_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="block_size=0"):
         revlib.SpaceToDepth(0)
