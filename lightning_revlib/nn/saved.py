@@ -118,10 +118,12 @@ class Saved(ABC):
 
     def check(self, tensors: list[Tensor]) -> None:
         """Raise RuntimeError if the second run has not saved what the first has."""
+        if list(map(NBYTES, tensors)) != self.saved:
+            self._complain(tensors)
         if list(map(VERSION, tensors)) != self.versions:  # of what was fresh; buffers may be others than in forward
-            pairs = zip(tensors, self.versions)  # noqa: B905
+            pairs = zip(tensors, self.versions, strict=True)
             self.changed = next((t.shape for t, v in pairs if t._version and not v), self.changed)
-        if self.changed is not None or list(map(NBYTES, tensors)) != self.saved:
+        if self.changed is not None:
             self._complain(tensors)
 
     def _complain(self, again: list[Tensor]) -> None:
@@ -137,6 +139,8 @@ class Saved(ABC):
             *[f"  {i}: saved {x:,} bytes, recomputed {_show(t)}" for i, (x, t) in pairs if x != t.nbytes][:3],
             "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
         ]
+        if any(isinstance(m, torch.jit.ScriptModule) for m in parts(self.step.module)):
+            lines.append("A scripted block is compiled after its first call with gradients; make one, as block(x).")
         raise RuntimeError("\n".join(lines))
 
 
