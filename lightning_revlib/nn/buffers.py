@@ -25,7 +25,7 @@ class Buffers:
     second call to see what the first saw, and returns a call that puts the buffers back untouched.
 
     In training a batch norm writes its statistics and reads none, so that no copy need be held, and
-    what is lent may be anything: `scratch`, where the blocks of one backward find each other's.
+    those of another block are lent: `scratch`, where the blocks of one backward find each other's.
     """
 
     __slots__ = ("changing", "written")
@@ -66,12 +66,11 @@ class Buffers:
         for number, (m, buffers) in enumerate(norms):  # some of its own for each of a block's
             mean: Any = buffers["running_mean"]
             key = number, mean.shape, mean.dtype, mean.device
-            if key not in scratch:  # what counts batches must be a number, statistics may be anything
+            if key not in scratch:
                 scratch[key] = {
-                    name: b if b is None else torch.empty_like(b) if b.ndim else b.clone()
-                    for name, b in buffers.items()
+                    name: None if b is None else b.clone() for name, b in buffers.items() if name in STATISTICS
                 }
-            m.__dict__["_buffers"] = scratch[key]
+            m.__dict__["_buffers"] = {**buffers, **scratch[key]}
         now = [(buffers, name, buffers[name]) for buffers, name, _ in self.changing]
         for buffers, name, before in self.changing:
             buffers[name] = before.clone()
@@ -83,11 +82,12 @@ STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
 def _is_usual(norm: nn.Module) -> bool:
-    """Whether it is called as its class says, and has statistics for its only buffers."""
+    """Whether its class says what is done with its buffers: they are statistics, and no hook may read them."""
     buffers = norm._buffers
     if "forward" in norm.__dict__ or "running_mean" not in buffers or not buffers.keys() <= STATISTICS:
         return False
-    return not isinstance(buffers["running_mean"], UninitializedBuffer)
+    lazy = isinstance(buffers["running_mean"], UninitializedBuffer)  # by a hook of its own
+    return lazy or not (norm._forward_hooks or norm._forward_pre_hooks)
 
 
 _SILENT: MutableMapping[type, dict[tuple[bool, str], bool]] = WeakKeyDictionary()

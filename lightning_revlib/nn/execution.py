@@ -51,11 +51,12 @@ class Execution:
 
     def __init__(self, stack: Any, compiler: Any, count: int, *, watched: bool = True) -> None:
         self.stack, self.compiler, self.count, self.watched = stack, compiler, count, watched
-        self.uniform = (  # if the first step is undone, all are
+        self.uniform = (  # all steps are undone
             stack.budget is None
             and stack.chunks == (1,)
             and len(stack.couplings) == 1
             and set(stack.treatments) == {"reversible"}
+            and stack.couplings[0].invertible(stack.training)
         )
         # Autocast keeps weights as it has cast them until it ends: those of all steps. Without, gradients of weights
         # that steps share are added up in another precision, and are not the same to the last bit.

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from lightning_revlib.nn.settings import version
+
 if TYPE_CHECKING:
     from lightning_revlib.nn.checkpoint import Checkpoint
 
@@ -64,7 +66,8 @@ class _Mode(TorchDispatchMode):
                 del m.__dict__["forward"]
 
     def _unseen(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if get_mode(count_modes() - 1) is not self:  # but another, that has been entered since
+        count = count_modes()
+        if not count or get_mode(count - 1) is not self:  # another has been entered since, or this is another thread
             return type(module).forward(module, *args, **kwargs)
         pop_mode(None)
         try:
@@ -95,7 +98,8 @@ class _Keep(_Mode):
         out = func(*args, **kwargs)
         if heavy:
             number, self.count = self.count, self.count + 1
-            self.kept[number] = out.detach() if type(out) is Tensor else tree_map_only(Tensor, torch.detach, out)
+            with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # counts changes
+                self.kept[number] = out.detach() if type(out) is Tensor else tree_map_only(Tensor, torch.detach, out)
             self.before[number] = len(self.saved)
             self.owners.update((t.untyped_storage()._cdata, number) for t in tree_leaves(out) if isinstance(t, Tensor))
         return out
@@ -105,27 +109,37 @@ class _Keep(_Mode):
         for number, count in self.before.items():
             if count == len(self.saved):
                 del self.kept[number]
+            else:
+                self.kept[number] = self.kept[number], versions(self.kept[number])
 
 
 class _Reuse(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = None
         if traits(func)[0]:
-            out = self.kept.pop(self.count, None)
+            out, kept = self.kept.pop(self.count, (None, None))
             self.count += 1
-        return func(*args, **(kwargs or {})) if out is None else out
+            if kept is not None and versions(out) == kept:  # else it has been changed since
+                return out
+        return func(*args, **(kwargs or {}))
+
+
+def versions(out: Any) -> list[int]:
+    """Those of an operation's outputs."""
+    return [version(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
 @lru_cache(maxsize=4096)
 def traits(func: Any) -> tuple[bool, Sequence[tuple[int, str]]]:
     """Whether PyTorch counts FLOPs for it, or should, and which arguments it changes, by place and name.
 
-    Attention's kernel on the CPU is not in PyTorch's list.
+    Attention's kernel on the CPU is not in PyTorch's list. What changes an argument has to be done again: it does not
+    count as heavy.
     """
     schema = func._schema
     heavy = func._overloadpacket in flop_registry or "scaled_dot_product" in schema.name
     places = enumerate(schema.arguments)
-    return heavy, [(i, a.name) for i, a in places if a.alias_info is not None and a.alias_info.is_write]
+    writes = [(i, a.name) for i, a in places if a.alias_info is not None and a.alias_info.is_write]
+    return heavy and not writes, writes
 
 
 def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -46,7 +46,7 @@ class Settings:
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
         self.training = list(map(TRAINING, modules))
         self.owners = [m for m in modules if m._parameters]
-        self.registered = _registered(self.owners)
+        self.registered = list(map(dict, map(PARAMETERS, self.owners)))
         self.parameters = [p for named in self.registered for p in named.values() if p is not None]
         self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
         self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
@@ -64,14 +64,11 @@ class Settings:
                 f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
                 " run again; modify it, or step the optimizer, after backward"
             )
-        try:
-            same = _registered(self.owners) == self.registered  # the same tensors, or equal numbers
-        except (RuntimeError, TypeError):  # tensors of several elements, compared
-            same = False
-        return not (
-            same
-            and list(map(TRAINING, self.modules)) == self.training
-            and list(map(REQUIRES_GRAD, self.parameters)) == self.requires_grad
+        parameters = [p for m in self.owners for p in m._parameters.values() if p is not None]
+        return (
+            list(map(id, parameters)) != list(map(id, self.parameters))
+            or list(map(TRAINING, self.modules)) != self.training
+            or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
         )
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
@@ -97,10 +94,6 @@ class Settings:
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         named = zip(self.owners, self.registered, strict=True)
         return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
-
-
-def _registered(modules: Sequence[nn.Module]) -> list[dict[str, Tensor | None]]:
-    return list(map(dict, map(PARAMETERS, modules)))  # scripted modules have something else than a dict
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself

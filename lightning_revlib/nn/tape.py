@@ -71,6 +71,7 @@ class Tape:
     norms_from: int | None = None  # norms of steps that save more bytes than that are computed again
     surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
     task = -1  # the backward that has come to the output
+    looked = -1  # the one for which it is known what has changed
     ahead: Ahead | None = None  # if steps are undone before autograd asks for them
     environment: Environment  # this and the next by a `Recording`
     settings: Settings
@@ -117,8 +118,13 @@ class Tape:
         self.position, self.undoing, self.passed = self.depth, None, {}
         if self.ahead is not None:
             self.ahead.start()
+        self._look(torch._C._current_graph_task_id())
+
+    def _look(self, task: int) -> None:
+        """See, once in each backward, what is otherwise than in forward."""
         self.settings_changed = self.settings.changed()
         self.unusual = self.surprise is not None or self.environment.changed()
+        self.looked = task
 
     def rewind(self, frame: Frame) -> None:
         """Undo steps down to the frame's, which then has caught what autograd asks for."""
@@ -127,6 +133,8 @@ class Tape:
             with self.lock:
                 if (self.streams is None or self.position <= frame.index) and self._before(frame) is None:
                     self.start()
+                elif self.looked != (task := torch._C._current_graph_task_id()):
+                    self._look(task)
                 self.keep = torch.is_grad_enabled()  # create_graph
                 if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
                     self._undo(frame)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -159,6 +161,54 @@ def test_what_a_block_changes_in_place() -> None:
     for _ in range(2):  # in the first call all is kept until the block ends, later what was fresh is not
         with pytest.raises(RuntimeError, match=r"shape \[8, 4\].*inplace operation inside the block"):
             stack(x).sum().backward()
+
+
+@pytest.mark.parametrize("treatment", ["checkpoint", "selective"])
+def test_products_that_are_written_to_a_tensor_or_changed_behind_the_block(treatment: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            out = torch.full_like(x, 9.0).detach()
+            with torch.no_grad():
+                torch.mm(x.detach(), self.linear.weight, out=out)
+            h = self.linear(x)
+            return self.last(h.tanh() * out), h
+
+    stack, x = stack_of(Block().double(), Block().double(), treatment=treatment), leaf(8, 8)
+    found = []
+    for each in (stack, revlib.CoupledSequential(*stack)):
+        y, extras = each(x)
+        with torch.no_grad():
+            for (h,) in extras:
+                h.mul_(2)
+        found.append(torch.autograd.grad(y.square().sum(), [x, *each.parameters()]))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
+
+
+def test_a_stack_in_two_threads_under_selective() -> None:
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(1e-3)
+            return x * 1
+
+    stack = stack_of(nn.Sequential(nn.LayerNorm(4), Waits(), nn.Tanh()).double(), treatment="selective")
+    x, done = leaf(8, 8), threading.Event()
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                stack(x)
+
+    other = threading.Thread(target=evaluate)
+    other.start()
+    for _ in range(10):
+        stack(x).square().sum().backward()
+    done.set()
+    other.join()
+    assert x.grad is not None
 
 
 def test_selective_holds_no_product_that_the_second_run_does_not_come_to() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,6 +28,15 @@ def test_space_to_depth_is_pixel_unshuffle_for_any_size(shape: tuple[int, ...]) 
         assert torch.equal(psi(kept), y) and psi(kept).is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="divisible"):
         psi.inverse(x.narrow(-3, 0, x.shape[-3] - 1).contiguous())
+
+
+@pytest.mark.parametrize("coupling", [{"name": "momentum", "gamma": 0.0}, {"name": "scaled", "scale": 0.0}])
+def test_before_a_coupling_that_cannot_be_undone(coupling: dict[str, Any]) -> None:
+    blocks = [revlib.Permutation(4), *[torch.nn.Linear(4, 4).double() for _ in range(3)]]
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    stacks = [cls(*blocks, coupling=coupling) for cls in (revlib.ReversibleSequential, revlib.CoupledSequential)]
+    grads = [torch.autograd.grad(stack(x).square().sum(), [x, *stack.parameters()]) for stack in stacks]
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*grads, strict=True))
 
 
 def test_bad_sizes_are_named() -> None:

@@ -60,10 +60,14 @@ def test_default_dtype_is_that_of_the_forward() -> None:
 
 
 def test_lazy_modules_materialise_in_the_stack() -> None:
-    stack = revlib.ReversibleSequential(nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(4)), nn.LazyLinear(4))
-    x = torch.randn(8, 8, requires_grad=True)
-    stack(x).sum().backward()
+    x, stacks = torch.randn(8, 8, requires_grad=True), []
+    for cls in (revlib.ReversibleSequential, revlib.CoupledSequential):
+        stacks.append(cls(nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(4)), nn.LazyLinear(4)))
+        torch.manual_seed(0)
+        stacks[-1](x).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
+    for buffer, expected in zip(*[stack.buffers() for stack in stacks], strict=True):
+        assert torch.equal(buffer, expected)
 
 
 def renorm(m: nn.BatchNorm1d, x: Tensor) -> Tensor:
@@ -87,6 +91,38 @@ def test_a_batch_norm_that_reads_its_statistics_in_training_meets_them_again(exe
     stack = revlib.ReversibleSequential(*blocks, treatments=[execution] * 3)  # type: ignore[list-item]
     grad = torch.autograd.grad(stack(x).square().sum(), x)[0]
     assert torch.allclose(grad, expected, rtol=1e-12)
+
+
+class Reads(nn.Module):
+    """Statistics of its batch norm are read by something else than its forward, or it gets another buffer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm, self.linear = how, nn.BatchNorm1d(4), nn.Linear(4, 4)
+        if how == "a hook":
+            self.norm.register_forward_hook(lambda m, _, y: y * m.running_var)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.train(self.how != "its class in eval mode")
+        if self.how == "a new buffer" and "seen" not in self.norm._buffers:
+            self.norm.register_buffer("seen", x.detach().mean())
+        if self.how == "a check":
+            assert all(b.isfinite().all() and (b >= -9).all() for b in self.norm.buffers())
+        y = self.norm(self.linear(x)).tanh()
+        self.norm.train()
+        return y * self.norm.seen if "seen" in self.norm._buffers else y  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("execution", ["reversible", "checkpoint", "selective"])
+@pytest.mark.parametrize("how", ["a hook", "its class in eval mode", "a new buffer", "a check"])
+def test_statistics_that_others_read(how: str, execution: Any) -> None:
+    blocks = [Reads(how).double() for _ in range(3)]
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    plain = revlib.CoupledSequential(*copy.deepcopy(blocks))
+    stack = revlib.ReversibleSequential(*blocks, treatments=[execution] * 3)
+    for _ in range(2):
+        grads = [torch.autograd.grad(each(x).square().sum(), [x, *each.parameters()]) for each in (stack, plain)]
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*grads, strict=True))
 
 
 def test_a_patched_batch_norm_meets_its_statistics_again() -> None:

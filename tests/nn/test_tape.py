@@ -413,6 +413,22 @@ def test_an_argument_changed_before_backward_is_named() -> None:
         loss.backward()
 
 
+def test_what_changes_between_two_backwards_through_further_outputs() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y.tanh(), y.sin()
+
+    stack: Any = revlib.ReversibleSequential(*[Two(64, 64) for _ in range(4)]).double()
+    _, extras = stack(torch.randn(64, 128, dtype=torch.float64))
+    (last,) = extras[3]
+    torch.autograd.grad(last.sum(), list(stack[3].parameters()), retain_graph=True)
+    with torch.no_grad():
+        stack[2].weight.add_(1)
+    with pytest.raises(RuntimeError, match=r"parameter 'weight' of Two.* has been modified in place"):
+        extras[0][0].sum().backward()
+
+
 @pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
 def test_scripted_blocks(treatment: Any) -> None:
     layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4)]
