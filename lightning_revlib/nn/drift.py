@@ -34,7 +34,7 @@ class Sentinel:
 
 
 def take(a: Tensor, b: Tensor) -> Streams:
-    """A sample of each, of not more than `SAMPLE` elements."""
+    """A sample of each stream, of any shape: not more than `SAMPLE` of its elements, evenly spaced, in as many dims."""
     return (
         torch.as_strided_copy(a, *_places(a.shape, a.stride()), a.storage_offset()),
         torch.as_strided_copy(b, *_places(b.shape, b.stride()), b.storage_offset()),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, clear_autocast_cache
 from torch._dynamo.eval_frame import skip_code
 
-from lightning_revlib.nn.settings import Settings, parts
+from lightning_revlib.nn.settings import VERSION, Settings, parts
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.buffers import Buffers, Scratch
@@ -23,8 +23,7 @@ catch = torch._C._autograd._push_saved_tensors_default_hooks
 release = torch._C._autograd._pop_saved_tensors_default_hooks
 set_grad_enabled = torch._C._set_grad_enabled
 
-# By `map`, attributes of many tensors are read without interpreting a line for each.
-NBYTES, VERSION = attrgetter("nbytes"), attrgetter("_version")
+NBYTES = attrgetter("nbytes")
 
 
 class CallsAutograd(BaseException):
