@@ -117,7 +117,7 @@ class IRevNet(nn.Module):
         grid_bits: int | None = None,
     ) -> None:
         super().__init__()
-        blocks = [depth] * len(strides) if isinstance(depth, int) else list(depth)
+        blocks = [depth] * len(strides) if isinstance(depth, (int, str)) else list(depth)
         _check_stages(blocks, channels, strides, bottleneck)
         if split_dim is None:
             raise ValueError(
@@ -218,8 +218,8 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
             f"depth={blocks}, channels={list(channels)} and strides={list(strides)} are to name as many stages each;"
             " one number for depth serves all stages"
         )
-    if any(count < 1 for count in blocks):
-        raise ValueError(f"depth={blocks}: each stage needs a block or more")
+    if any(not isinstance(count, int) or count < 1 for count in blocks):
+        raise ValueError(f"depth={blocks}: each stage needs a block or more; pass how many, an int or a list of them")
     if any(stride not in (1, 2) for stride in strides):
         raise ValueError(f"strides={list(strides)}: a stage's stride is 1 or 2")
     for before, after, stride in zip(channels, channels[1:], strides[1:], strict=False):

@@ -237,11 +237,11 @@ def _blocks(depth: int | Sequence[int], strides: Sequence[int]) -> list[int]:
             f" in each stage as a list, such as depth={[depth] * len(strides)}"
         )
     else:
-        blocks = [depth] * len(strides) if isinstance(depth, int) else list(depth)
+        blocks = [depth] * len(strides) if isinstance(depth, (int, str)) else list(depth)
     if len(blocks) != len(strides):
         raise ValueError(f"depth={depth} is {blocks}, one for each stage, and strides={list(strides)} not as many")
-    if any(count < 1 for count in blocks):
-        raise ValueError(f"depth={blocks}: each stage needs a block or more")
+    if any(not isinstance(count, int) or count < 1 for count in blocks):
+        raise ValueError(f"depth={blocks}: each stage needs a block or more; pass how many, an int or a list of them")
     return blocks
 
 

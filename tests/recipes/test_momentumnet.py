@@ -129,6 +129,7 @@ def test_what_cannot_be_converted():
         ({"depth": 18}, r"depth=18 is \[2, 2, 2, 2\], one for each stage, and strides=\[1, 2\] not as many"),
         ({"depth": [1, 2, 3]}, r"depth=\[1, 2, 3\] is .*, and strides=\[1, 2\] not as many"),
         ({"depth": 0}, r"depth=\[0, 0\]: each stage needs a block"),
+        ({"depth": "six"}, r"depth=\['six', 'six'\]: each stage needs a block or more; pass how many, an int"),
         ({"stem": "mnist"}, "stem='mnist' is none of 'cifar', 'imagenet'"),
         ({"split_dim": 0}, "split_dim=0: the streams would be different images"),
         ({"split_dim": 4}, "split_dim=4: an image batch has the dimensions 0 to 3"),
