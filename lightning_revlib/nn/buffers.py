@@ -1,4 +1,4 @@
-"""The values of the buffers that a block's call changes, as they were before it."""
+"""The buffers that a block's call reads or changes, as they were before it."""
 
 from __future__ import annotations
 
@@ -13,55 +13,64 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from lightning_revlib.nn.settings import version
+from lightning_revlib.nn.settings import modified, version
 
 Scratch: TypeAlias = dict[Any, dict[str, Tensor | None]]
 
 
 class Buffers:
-    """The former values of the buffers that a block's call changes.
+    """The buffers that a block's call meets, and the former values of those that it changes.
 
-    Made before the call, closed after it. `lend` gives the modules copies of these values, for a
-    second call to see what the first saw, and returns a call that puts the buffers back untouched.
+    Made before the call, closed after it. `lend` gives the modules the buffers again that the call has only
+    read, and copies of the former values of others, for a second call to see what the first saw; it returns
+    a call that puts the buffers back untouched. What was read and has been modified in place is an error.
 
     In training a batch norm writes its statistics and reads none, so that no copy need be held, and
     those of another block are lent: `scratch`, where the blocks of one backward find each other's.
     """
 
-    __slots__ = ("changing", "written")
+    __slots__ = ("changing", "read", "written")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.written: list[nn.Module] = []
         self.changing: list[tuple[Any, ...]] = []
+        self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []
         for m in modules:
             if not m._buffers:
                 continue
-            if m.training and getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m):
+            statistics = getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m)
+            if statistics and m.training:
                 if m._buffers["running_mean"] is not None:
                     self.written.append(m)
                 continue
             for name, buffer in m._buffers.items():
-                if buffer is not None and not isinstance(buffer, UninitializedBuffer):
-                    before, kind = buffer.detach().clone(), ((m.training, name), type(m))
-                    self.changing.append((m._buffers, name, before, buffer, version(buffer), *kind))
+                if buffer is None or statistics:
+                    self.read.append((m, name, buffer, 0 if buffer is None else version(buffer)))
+                elif not isinstance(buffer, UninitializedBuffer):
+                    self.changing.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
 
     def close(self) -> None:
-        """Keep only the buffers that the call has changed, in place or by a new tensor."""
-        if self.changing:
-            self.changing = [
-                (buffers, name, before)
-                for buffers, name, before, buffer, count, *kind in self.changing
-                if name not in buffers
-                or buffers[name] is not buffer
+        """Keep the values only of the buffers that the call has changed, in place or by a new tensor."""
+        self.read = [met for met in self.read if met[2] is not None or _now(*met[:2]) is None]
+        met, self.changing = self.changing, []
+        for m, name, before, buffer, count, training in met:
+            if (
+                _now(m, name) is not buffer
                 or version(buffer) != count
-                or _silently(before, buffer, *kind)
-            ]
+                or _silently(before, buffer, (training, name), type(m))
+            ):
+                self.changing.append((m, name, before))
+            else:
+                self.read.append((m, name, buffer, count))
 
     def any(self) -> bool:
         """Whether the call has changed any."""
         return bool(self.written or self.changing)
 
     def lend(self, scratch: Scratch) -> Callable[[], None]:
+        for m, name, buffer, count in self.read:
+            if buffer is not None and version(buffer) != count:
+                raise modified(f"buffer {name!r} of {m}")
         norms = [(m, m._buffers) for m in self.written]
         for number, (m, buffers) in enumerate(norms):  # some of its own for each of a block's
             mean: Any = buffers["running_mean"]
@@ -71,12 +80,15 @@ class Buffers:
                     name: None if b is None else b.clone() for name, b in buffers.items() if name in STATISTICS
                 }
             m.__dict__["_buffers"] = {**buffers, **scratch[key]}
-        now = [(buffers, name, buffers[name]) for buffers, name, _ in self.changing]
-        for buffers, name, before in self.changing:
-            buffers[name] = before.clone()
+        lent = [(m, name, b) for m, name, b, _ in self.read if _now(m, name) is not b]
+        lent += [(m, name, before.clone()) for m, name, before in self.changing]
+        now = [(m._buffers, name, _now(m, name)) for m, name, _ in lent]
+        for m, name, buffer in lent:
+            m._buffers[name] = buffer
         return partial(_put_back, norms, now)
 
 
+ABSENT: Any = object()
 WRITES_STATISTICS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -106,8 +118,16 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
     return known[key]
 
 
+def _now(m: nn.Module, name: str) -> Any:
+    buffers = m._buffers
+    return buffers[name] if name in buffers else ABSENT  # a scripted module has no dict of them
+
+
 def _put_back(norms: list[tuple[nn.Module, Any]], now: list[tuple[dict[str, Any], str, Any]]) -> None:
     for m, buffers in norms:
         m.__dict__["_buffers"] = buffers
     for buffers, name, buffer in reversed(now):
-        buffers[name] = buffer
+        if buffer is ABSENT:
+            del buffers[name]
+        else:
+            buffers[name] = buffer

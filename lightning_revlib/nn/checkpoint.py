@@ -74,17 +74,17 @@ class Checkpoint(Saved):
         return out
 
     def _look(self, b: Tensor) -> None:
-        """Keep the generators' states and the buffers if the call has changed them."""
+        """Keep the generators' states if the call has changed them, and the buffers if there are any."""
         assert self.random is not None and self.buffers is not None
         self.buffers.close()
-        self.buffers = self.buffers if self.buffers.any() else None
+        self.buffers = self.buffers if self.buffers.any() or self.buffers.read else None
         self.random = None if RandomState(b).same(self.random) else self.random
 
     def take_back(self, b: Tensor) -> None:
         """The block has to be run again in forward, keeping what is saved."""
         self.step.stack.__dict__["_calls_autograd"] = True
         self._look(b)
-        if self.buffers or self.unpack_input is not None:
+        if (self.buffers and self.buffers.any()) or self.unpack_input is not None:
             raise cannot_run_again(self.step)
         if self.random:
             self.random.set()

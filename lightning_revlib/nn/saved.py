@@ -39,7 +39,7 @@ class Saved(ABC):
 
     # Class attributes are what most calls have: they are not set in each.
     random: RandomState | None = None  # set if the block draws
-    buffers: Buffers | None = None  # set if it changes any
+    buffers: Buffers | None = None  # set if it meets any
     again: Any = None  # the second run's context
     calls_autograd = False  # the block does, itself
     keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
@@ -59,9 +59,9 @@ class Saved(ABC):
 
     def lend(self, b: Tensor, settings: Settings | None, scratch: Scratch) -> list[Callable[[], Any]]:
         """Have the block meet what it met in forward, `settings` if they have changed; returns what undoes that."""
-        undo = settings.lend(parts(self.step.module)) if settings else []
-        if self.buffers:
-            undo.append(self.buffers.lend(scratch))
+        undo = [self.buffers.lend(scratch)] if self.buffers else []  # it may raise
+        if settings:
+            undo += settings.lend(parts(self.step.module))
         if self.random:
             undo.append(self.random.lend(b))
         return undo

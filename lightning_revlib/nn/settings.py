@@ -60,10 +60,7 @@ class Settings:
                 what = f"parameter {name!r} of {m}"
             else:
                 what = f"an argument of shape {list(self.tensors[at].shape)}"
-            raise RuntimeError(
-                f"{what} has been modified in place since the forward of its reversible stack, which backward has to"
-                " run again; modify it, or step the optimizer, after backward"
-            )
+            raise modified(what)
         parameters = [p for m in self.owners for p in m._parameters.values() if p is not None]
         return (
             list(map(id, parameters)) != list(map(id, self.parameters))
@@ -94,6 +91,13 @@ class Settings:
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         named = zip(self.owners, self.registered, strict=True)
         return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
+
+
+def modified(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} has been modified in place since the forward of its reversible stack, which backward has to run again;"
+        " modify it, or step the optimizer, after backward"
+    )
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself

@@ -1,0 +1,177 @@
+"""Buffers that blocks read and do not change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_revlib as revlib
+
+TREATMENTS = ["reversible", "checkpoint", "selective"]
+
+
+class Masked(nn.Module):
+    """Multiplies by a mask that ordinary autograd need not save, as it is added, and one that is absent at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.randn(4, dtype=torch.float64))
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = (x + self.mask).tanh()  # type: ignore[operator]
+        return out if self.scale is None else out * self.scale
+
+
+def stacks(make: Callable[[], nn.Module], treatment: Any) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    blocks = [make() for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
+    return stack, revlib.CoupledSequential(*copy.deepcopy(blocks))
+
+
+def sample() -> Tensor:
+    return torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_buffers_of_a_functional_call(treatment: Any) -> None:
+    stack, plain = stacks(Masked, treatment)
+    x, other = sample(), {name: torch.randn_like(b) for name, b in stack.named_buffers()}
+    (expected,) = torch.autograd.grad(torch.func.functional_call(plain, other, x).square().sum(), x)
+    before = [id(b) for b in stack.buffers()]
+    (grad,) = torch.autograd.grad(torch.func.functional_call(stack, other, x).square().sum(), x)
+    assert torch.allclose(grad, expected, rtol=1e-12)
+    assert [id(b) for b in stack.buffers()] == before
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("how", ["assigned", "registered", "deleted", "None", "set", "moved"])
+def test_buffers_exchanged_between_forward_and_backward(how: str, treatment: Any) -> None:
+    stack, plain = stacks(Masked, treatment)
+    x = sample()
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    y = stack(x).square().sum()
+    for m in stack:
+        if how == "assigned":
+            m.mask = torch.randn(4, dtype=torch.float64)
+        elif how == "registered":
+            m.register_buffer("mask", torch.randn(4, dtype=torch.float64))
+        elif how == "deleted":
+            del m.mask
+        elif how == "None":
+            m.mask = None
+        elif how == "set":
+            m.scale = torch.randn(4, dtype=torch.float64)
+        else:
+            m.float()
+    now = [dict(m._buffers) for m in stack]
+    (grad,) = torch.autograd.grad(y, x)
+    assert torch.allclose(grad, expected, rtol=1e-12)
+    for m, buffers in zip(stack, now, strict=True):
+        assert m._buffers.keys() == buffers.keys()
+        assert all(m._buffers[name] is b for name, b in buffers.items())
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_buffer_modified_in_place_is_named(treatment: Any) -> None:
+    stack, _ = stacks(Masked, treatment)
+    y = stack(sample()).sum()
+    with torch.no_grad():
+        stack[1].mask.add_(1)  # type: ignore[index, operator]
+    stack.eval()  # settings to be lent and put back
+    with pytest.raises(RuntimeError, match=r"buffer 'mask' of Masked\(\) has been modified in place since the forward"):
+        y.backward()
+    assert not any(m.training for m in stack.modules())
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_batch_norm_in_evaluation_that_then_trains(treatment: Any) -> None:
+    stack, _ = stacks(lambda: nn.BatchNorm1d(4).double(), treatment)
+    x = sample()
+    y = stack.eval()(x).sum()
+    stack.train()(x)
+    with pytest.raises(RuntimeError, match=r"buffer 'num_batches_tracked' of BatchNorm1d\("):
+        y.backward()
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_batch_norm_in_evaluation_whose_statistics_are_loaded_anew(treatment: Any) -> None:
+    stack, plain = stacks(lambda: nn.BatchNorm1d(4).double(), treatment)
+    x = sample()
+    stack.eval(), plain.eval()
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    y = stack(x).square().sum()
+    state = {
+        name: t + 1 if t.is_floating_point() and "running" in name else t for name, t in stack.state_dict().items()
+    }
+    stack.load_state_dict(state, assign=True)
+    for name, p in stack.named_parameters():
+        p.data = plain.get_parameter(name).data
+    assert torch.allclose(torch.autograd.grad(y, x)[0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_buffers_that_blocks_read_are_not_copied(treatment: Any) -> None:
+    """Two forwards before the backwards; each sees the mask of its own."""
+    stack, plain = stacks(Masked, treatment)
+    xs, others = [sample(), sample()], [torch.randn(4, dtype=torch.float64) for _ in range(2)]
+    expected, losses = [], []
+    for x, mask in zip(xs, others, strict=True):
+        for model in (stack, plain):
+            for m in model.children():
+                m.mask = mask
+        expected.append(torch.autograd.grad(plain(x).square().sum(), x)[0])
+        losses.append(stack(x).square().sum())
+    grads = torch.autograd.grad(losses[0] + losses[1], xs)
+    assert all(torch.allclose(g, e, rtol=1e-12) for g, e in zip(grads, expected, strict=True))
+
+
+class Caches(nn.Module):
+    """Makes its table in its first call, as rotary embeddings do, and says so by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", None)
+        self.length = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.length:
+            self.table, self.length = torch.linspace(0, 1, len(x), dtype=x.dtype).unsqueeze(1), len(x)
+        return (x * self.table[: len(x)]).tanh()
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_table_that_a_block_makes_in_its_first_call(treatment: Any) -> None:
+    stack, plain = stacks(Caches, treatment)
+    x = sample()
+    for _ in range(2):
+        (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+        assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-12)
+
+
+class Counts(nn.Module):
+    """Has a buffer that it shares with the other blocks, and may change it."""
+
+    def __init__(self, count: Tensor, changes: bool) -> None:
+        super().__init__()
+        self.register_buffer("count", count)
+        self.changes = changes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.changes:
+            self.count += 1
+        return (x + self.count).tanh()
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_shared_buffer_that_a_block_changes_after_another_has_read_it(treatment: Any) -> None:
+    count = torch.ones((), dtype=torch.float64)
+    stack = revlib.ReversibleSequential(Counts(count, False), Counts(count, True), treatments=[treatment] * 2)
+    with pytest.raises(RuntimeError, match=r"buffer 'count' of Counts\(\) has been modified in place"):
+        stack(sample()).sum().backward()
