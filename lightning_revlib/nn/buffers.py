@@ -51,6 +51,8 @@ class Buffers:
 
     def close(self) -> None:
         """Keep the values only of the buffers that the call has changed, in place or by a new tensor."""
+        if not (self.read or self.changing):
+            return
         self.read = [met for met in self.read if met[2] is not None or _now(*met[:2]) is None]
         met, self.changing = self.changing, []
         for m, name, before, buffer, count, training in met:
@@ -80,12 +82,16 @@ class Buffers:
                     name: None if b is None else b.clone() for name, b in buffers.items() if name in STATISTICS
                 }
             m.__dict__["_buffers"] = {**buffers, **scratch[key]}
+        return partial(_put_back, norms, self._exchange() if self.read or self.changing else [])
+
+    def _exchange(self) -> list[tuple[Any, str, Any]]:
+        """Register what the call is to meet; returns what was registered, by dict and name."""
         lent = [(m, name, b) for m, name, b, _ in self.read if _now(m, name) is not b]
         lent += [(m, name, before.clone()) for m, name, before in self.changing]
         now = [(m._buffers, name, _now(m, name)) for m, name, _ in lent]
         for m, name, buffer in lent:
             m._buffers[name] = buffer
-        return partial(_put_back, norms, now)
+        return now
 
 
 ABSENT: Any = object()
