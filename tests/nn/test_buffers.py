@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.buffers import Buffers
 
 TREATMENTS = ["reversible", "checkpoint", "selective"]
 
@@ -117,8 +118,7 @@ def test_a_batch_norm_in_evaluation_whose_statistics_are_loaded_anew(treatment: 
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS)
-def test_buffers_that_blocks_read_are_not_copied(treatment: Any) -> None:
-    """Two forwards before the backwards; each sees the mask of its own."""
+def test_two_forwards_meet_buffers_of_their_own_in_backward(treatment: Any) -> None:
     stack, plain = stacks(Masked, treatment)
     xs, others = [sample(), sample()], [torch.randn(4, dtype=torch.float64) for _ in range(2)]
     expected, losses = [], []
@@ -130,6 +130,11 @@ def test_buffers_that_blocks_read_are_not_copied(treatment: Any) -> None:
         losses.append(stack(x).square().sum())
     grads = torch.autograd.grad(losses[0] + losses[1], xs)
     assert all(torch.allclose(g, e, rtol=1e-12) for g, e in zip(grads, expected, strict=True))
+
+
+def test_statistics_of_a_batch_norm_in_evaluation_are_not_copied() -> None:
+    buffers = Buffers([nn.BatchNorm1d(4).eval()])
+    assert not buffers.changing and len(buffers.read) == 3
 
 
 class Caches(nn.Module):
