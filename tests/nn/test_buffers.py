@@ -17,7 +17,7 @@ TREATMENTS = ["reversible", "checkpoint", "selective"]
 
 
 class Masked(nn.Module):
-    """Multiplies by a mask that ordinary autograd need not save, as it is added, and one that is absent at first."""
+    """Adds a mask, which ordinary autograd need not save, and multiplies by a scale, absent at first."""
 
     def __init__(self) -> None:
         super().__init__()
