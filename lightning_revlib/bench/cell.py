@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.plan import Plan
 
 OURS = "lightning_revlib"
-BUILDS = 5  # of the last series
-FINAL = (3, 16)  # rounds with each of them, at least and at most
+BUILDS = (5, 50)  # of the last series, at least and at most
+ROUNDS = 4  # with each of them
 
 
 @dataclass
@@ -95,9 +96,12 @@ def cell(
     first = measure.times(modules, x, seconds / 3, seed) if seconds else {}
     finalists = _finalists(rows, first)
     final: dict[str, list[float]] = {name: [] for name in finalists}
-    for build in range(BUILDS if finalists else 0):
+    end = time.perf_counter() + seconds
+    for build in range(BUILDS[1] if finalists else 0):
+        if build >= BUILDS[0] and time.perf_counter() > end:
+            break
         modules = {c.name: execute(c, stack, workload.draws) for c in contestants if c.name in finalists}
-        for name, more in measure.times(modules, x, seconds / BUILDS, seed + 1 + build, FINAL).items():
+        for name, more in measure.times(modules, x, 0, seed + 1 + build, (ROUNDS, ROUNDS)).items():
             final[name] += more
     for row in rows:
         times = final if row.contestant in final else first
@@ -113,7 +117,7 @@ def _finalists(rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> lis
     """Who is timed once more, in a series of their own: plain, ours, and the two fastest of the reversible peers.
 
     A contestant that empties the processor's caches slows the next one down, few rounds of many do not tell 2 % from
-    noise, and where its objects lie in memory makes 1 %, so that all are built anew several times.
+    noise, and where its objects lie in memory makes 1 %, so that all are built anew again and again.
     """
     peers = [r.contestant for r in rows if r.reversible and r.right and r.contestant in times and not r.ours]
     peers.sort(key=lambda name: statistics.median(times[name]))

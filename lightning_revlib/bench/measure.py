@@ -144,8 +144,28 @@ def times(
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """The median of a / b by rounds, and an interval that contains the true one with 95 %, from order statistics."""
-    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-    n = len(ratios)
+    return _middle(_ratios(a, b))
+
+
+def over_fastest(own: Sequence[float], others: Mapping[str, Sequence[float]]) -> tuple[float, float, float]:
+    """The same over the fastest of others.
+
+    Who that is, the other half of the rounds tells: of those that are alike, the one that was lucky would seem fastest
+    in the same rounds, and all of them slower than they are beside it.
+    """
+    half, ratios = len(own) // 2, []
+    for told, taken in (slice(half), slice(half, None)), (slice(half, None), slice(half)):
+        fastest = max(others, key=lambda name: statistics.median(_ratios(own[told], others[name][told])))
+        ratios += _ratios(own[taken], others[fastest][taken])
+    return _middle(ratios)
+
+
+def _ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def _middle(ratios: Sequence[float]) -> tuple[float, float, float]:
+    ratios, n = sorted(ratios), len(ratios)
     low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
     return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 

@@ -89,7 +89,8 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
                 f"{own.held / own.output:.2f}",
                 f"{own.peak / revlib.peak:.2f}" if revlib and revlib.peak else "-",
                 f"{own.peak / least:.2f}" if least else "-",
-                interval(measure.ratio(taken[OURS], taken[fastest.contestant])) + f" {fastest.contestant}"
+                interval(measure.over_fastest(taken[OURS], {r.contestant: taken[r.contestant] for r in timed}))
+                + f" {fastest.contestant}"
                 if fastest
                 else "-",
                 f"{own.over_plain:.2f}" if own.over_plain else "-",
@@ -101,7 +102,7 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
         "## At minimum memory, beside the reversible peers\n\n"
         + table(columns, lines)
         + "\n\nPeers whose gradients are wrong do not count. Times are medians of the ratios within rounds, with an"
-        " interval of 95 %."
+        " interval of 95 %; who is fastest is decided in the other half of the rounds."
     )
 
 

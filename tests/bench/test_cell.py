@@ -95,6 +95,13 @@ def test_times_take_turns_and_ratios_have_an_interval():
     assert 1 < low < middle == 10.5 < high < 20
 
 
+def test_luck_does_not_decide_who_is_fastest_and_by_how_much():
+    own, lucky = [1.0] * 20, [0.9] * 10 + [1.1] * 10  # each is fast in one half of the rounds
+    others = {"a": lucky, "b": lucky[::-1]}
+    assert measure.over_fastest(own, others)[0] == pytest.approx(1 / 1.1)
+    assert measure.over_fastest(own, {"slow": [4.0] * 20, "fast": [2.0] * 20}) == (0.5, 0.5, 0.5)
+
+
 def test_copies_share_the_parameters_unless_of_another_dtype():
     stack = WORKLOADS["conv"].stack(Size(2, 4, 2))
     for contestant in (c for c in CONTESTANTS if c.name in ("plain", "lightning_revlib")):
