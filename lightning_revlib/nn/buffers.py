@@ -1,4 +1,4 @@
-"""The buffers that a block's call reads or changes, as they were before it."""
+"""The buffers that a block's call reads or changes, and the numbers that it counts with, as they were before it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ class Buffers:
 
     In training a batch norm writes its statistics and reads none, so that no copy need be held, and
     those of another block are lent: `scratch`, where the blocks of one backward find each other's.
+
+    Numbers are attributes that are an int or a float, such as the length of a table or how often a block was called:
+    with `numbers` those of all modules, else of modules whose buffers the call may change.
     """
 
-    __slots__ = ("changing", "read", "written")
+    __slots__ = ("changing", "numbers", "read", "written")
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], *, numbers: bool = False) -> None:
         self.written: list[nn.Module] = []
         self.changing: list[tuple[Any, ...]] = []
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []
@@ -48,11 +51,13 @@ class Buffers:
                     self.read.append((m, name, buffer, 0 if buffer is None else version(buffer)))
                 elif not isinstance(buffer, UninitializedBuffer):
                     self.changing.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
+        holders = modules if numbers else dict.fromkeys(met[0] for met in self.changing)
+        self.numbers = [(m, {name: n for name, n in m.__dict__.items() if type(n) in NUMBER}) for m in holders]
 
-    def close(self) -> None:
-        """Keep the values only of the buffers that the call has changed, in place or by a new tensor."""
-        if not (self.read or self.changing):
-            return
+    def close(self) -> bool:
+        """Keep the values only of what the call has changed, in place or by a new one; whether there is any to lend."""
+        if self.numbers:
+            self.numbers = [(m, former) for m, before in self.numbers if (former := _former(m.__dict__, before))]
         self.read = [met for met in self.read if met[2] is not None or _now(*met[:2]) is None]
         met, self.changing = self.changing, []
         for m, name, before, buffer, count, training in met:
@@ -64,10 +69,11 @@ class Buffers:
                 self.changing.append((m, name, before))
             else:
                 self.read.append((m, name, buffer, count))
+        return self.any() or bool(self.read)
 
     def any(self) -> bool:
         """Whether the call has changed any."""
-        return bool(self.written or self.changing)
+        return bool(self.written or self.changing or self.numbers)
 
     def lend(self, scratch: Scratch) -> Callable[[], None]:
         for m, name, buffer, count in self.read:
@@ -82,19 +88,23 @@ class Buffers:
                     name: None if b is None else b.clone() for name, b in buffers.items() if name in STATISTICS
                 }
             m.__dict__["_buffers"] = {**buffers, **scratch[key]}
-        return partial(_put_back, norms, self._exchange() if self.read or self.changing else [])
+        return partial(_put_back, norms, self._exchange() if self.read or self.changing or self.numbers else [])
 
     def _exchange(self) -> list[tuple[Any, str, Any]]:
-        """Register what the call is to meet; returns what was registered, by dict and name."""
+        """Set what the call is to meet; returns what was set, by dict and name."""
         lent = [(m, name, b) for m, name, b, _ in self.read if _now(m, name) is not b]
         lent += [(m, name, before.clone()) for m, name, before in self.changing]
         now = [(m._buffers, name, _now(m, name)) for m, name, _ in lent]
         for m, name, buffer in lent:
             m._buffers[name] = buffer
+        for m, former in self.numbers:
+            now += [(m.__dict__, name, m.__dict__.get(name, ABSENT)) for name in former]
+            m.__dict__.update(former)
         return now
 
 
 ABSENT: Any = object()
+NUMBER = (int, float)
 WRITES_STATISTICS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 
@@ -122,6 +132,11 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
     if key not in known:
         known[key] = not torch.equal(before, buffer)
     return known[key]
+
+
+def _former(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Those of the numbers before that are others now."""
+    return {name: n for name, n in before.items() if type(now.get(name)) in NUMBER and now[name] != n}
 
 
 def _now(m: nn.Module, name: str) -> Any:

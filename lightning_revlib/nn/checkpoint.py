@@ -55,7 +55,8 @@ class Checkpoint(Saved):
         self.keeps_all = step.stack._calls_autograd is not False
         self.modules = parts(step.module)
         self.environment = Environment(b)
-        self.random, self.buffers = RandomState(b), Buffers(self.modules)
+        self.random = RandomState(b)
+        self.buffers = Buffers(self.modules, numbers=step.stack._counts is not False)
         self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
     def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
@@ -75,9 +76,8 @@ class Checkpoint(Saved):
 
     def _look(self, b: Tensor) -> None:
         """Keep the generators' states if the call has changed them, and the buffers if there are any."""
-        assert self.random is not None and self.buffers is not None
-        self.buffers.close()
-        self.buffers = self.buffers if self.buffers.any() or self.buffers.read else None
+        assert self.random is not None
+        self.close_buffers()
         self.random = None if RandomState(b).same(self.random) else self.random
 
     def take_back(self, b: Tensor) -> None:

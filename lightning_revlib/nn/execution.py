@@ -28,7 +28,6 @@ from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.overlap import Ahead, has_streams
 from lightning_revlib.nn.recording import Recording
 from lightning_revlib.nn.selective import keep_heavy
-from lightning_revlib.nn.settings import parts
 from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Output, Tape
 
@@ -99,9 +98,7 @@ class Execution:
                 tape.ahead = Ahead(a.device)
             elif self.stack.budget is None and self.stack.context_fn is None:
                 tape.at_once = Tape.AT_ONCE
-            self.recording = Recording(
-                tape, a, b, self.stack._draws, self.stack._calls_autograd is not False, parts(*self.stack)
-            )
+            self.recording = Recording(tape, self.stack, a, b)
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
             self.views, self.undoes = False, True
@@ -174,6 +171,8 @@ class Execution:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
         if self.stack._calls_autograd is None:
             self.stack.__dict__["_calls_autograd"] = False
+        if self.stack._counts is None:
+            self.stack.__dict__["_counts"] = False
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 

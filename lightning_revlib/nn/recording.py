@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.coupling import Streams
@@ -33,16 +33,15 @@ class Recording:
     the tape must not refer to them.
     """
 
-    def __init__(
-        self, tape: Tape, a: Tensor, b: Tensor, expect_draws: bool, keeps_all: bool, modules: list[nn.Module]
-    ) -> None:
-        self.tape, self.expect_draws = tape, expect_draws
+    def __init__(self, tape: Tape, stack: Any, a: Tensor, b: Tensor) -> None:
+        self.tape, self.stack, self.expect_draws = tape, stack, stack._draws
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
-        self.keeps_all = keeps_all
+        self.keeps_all, self.counts = stack._calls_autograd is not False, stack._counts is not False
         tape.environment = Environment(a)
-        self.modules, self.buffers = modules, any(map(BUFFERS, modules))
+        self.modules = modules = parts(*stack)
+        self.buffers = any(map(BUFFERS, modules))
         self.norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
@@ -59,10 +58,9 @@ class Recording:
         frame, self.keeps_all = self.frames.pop(), True
         if self.expect_draws:
             self.random.set()
-        if frame.buffers:
-            frame.buffers.close()
+        frame.close_buffers()
         if (frame.buffers and frame.buffers.any()) or not (self.expect_draws or RandomState(a).same(self.start)):
-            frame.step.stack.__dict__["_calls_autograd"] = True
+            self.stack.__dict__["_calls_autograd"] = True
             raise cannot_run_again(frame.step) from None
 
     def _step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
@@ -76,8 +74,8 @@ class Recording:
         if chunk is not None:
             frame.chunk = chunk
         frame.keeps_all, count = self.keeps_all, b._version
-        if self.buffers and any(map(BUFFERS, modules := parts(step.module))):
-            frame.buffers = Buffers(modules)
+        if (self.buffers or self.counts) and (any(map(BUFFERS, modules := parts(step.module))) or self.counts):
+            frame.buffers = Buffers(modules, numbers=self.counts)
         try:
             catch(frame._pack, frame._unpack)
             try:
@@ -96,7 +94,7 @@ class Recording:
         finally:
             frame.end()
         if frame.buffers:
-            frame.buffers.close()
+            frame.close_buffers()
         if self.expect_draws and not (now := RandomState(a)).same(self.random):
             frame.random, self.random, tape.drew = self.random, now, True
         return a, b

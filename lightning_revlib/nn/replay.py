@@ -3,7 +3,7 @@
 Environment   autocast, default dtype and device       one a forward
 Settings      flags, parameters and arguments          one a forward
 RandomState   generators of the CPU and the device     one a step, if it draws
-Buffers       values of the buffers that it changes    one a step, if it has buffers
+Buffers       buffers, and numbers that it changes     one a step, if it has any
 """
 
 from __future__ import annotations

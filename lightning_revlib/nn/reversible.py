@@ -29,6 +29,7 @@ class Reversible:
     _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
     _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first
+    _counts: bool | None = None  # whether any block has changed a number among its attributes; the same
 
     @property
     def drift(self) -> float | None:

@@ -97,6 +97,15 @@ class Saved(ABC):
         if list(map(VERSION, kept)) != versions:
             self.changed = next(t.shape for t, v in zip(kept, versions, strict=True) if t._version != v)
 
+    def close_buffers(self) -> None:
+        """Behind the call: keep what is to be lent to the second run, if there is any."""
+        if self.buffers is None:
+            return
+        if not self.buffers.close():
+            self.buffers = None
+        elif self.buffers.numbers:
+            self.step.stack.__dict__["_counts"] = True
+
     def _unpack(self, number: int) -> Tensor:
         caught = self.caught
         if caught is None or (tensor := caught[number]) is None:

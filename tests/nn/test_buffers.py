@@ -1,4 +1,4 @@
-"""Buffers that blocks read and do not change."""
+"""What blocks read or change besides parameters: buffers, and numbers among their attributes."""
 
 from __future__ import annotations
 
@@ -180,3 +180,48 @@ def test_a_shared_buffer_that_a_block_changes_after_another_has_read_it(treatmen
     stack = revlib.ReversibleSequential(Counts(count, False), Counts(count, True), treatments=[treatment] * 2)
     with pytest.raises(RuntimeError, match=r"buffer 'count' of Counts\(\) has been modified in place"):
         stack(sample()).sum().backward()
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_table_that_a_block_makes_anew_for_a_longer_input(treatment: Any) -> None:
+    stack, plain = stacks(Caches, treatment)
+    for length in (4, 8, 6, 8):
+        x = torch.randn(length, 8, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+        assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-12)
+        assert all(m.length == len(m.table) == max(length, 4 if length == 4 else 8) for m in stack)
+
+
+class Schedule(nn.Module):
+    """Counts its calls, within and behind another module, and depends on the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.rate = 0, 0.5
+        self.inner = nn.Tanh()
+        self.inner.calls = 0  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.rate, self.inner.calls = self.calls + 1, self.rate * 0.9, self.inner.calls + 2  # type: ignore[assignment, operator]
+        return self.inner(x * self.rate * self.inner.calls) + x / self.calls
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_blocks_that_count_their_calls(treatment: Any) -> None:
+    stack, plain = stacks(Schedule, treatment)
+    x = sample()
+    for calls in (1, 2, 3):
+        (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+        assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-9)
+        assert all((m.calls, m.inner.calls) == (calls, 2 * calls) for m in stack)  # once a step, as in plain
+    expected = torch.autograd.grad(plain(x).sum() * plain(x).sum(), x)[0]  # two forwards, then backward
+    assert torch.allclose(torch.autograd.grad(stack(x).sum() * stack(x).sum(), x)[0], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_numbers_are_looked_at_in_the_first_forward_only_if_none_change(treatment: Any) -> None:
+    stack, _ = stacks(nn.Tanh, treatment)
+    assert stack._counts is None
+    stack(sample())
+    assert stack._counts is False
+    assert not Buffers([Schedule()], numbers=False).numbers
