@@ -30,11 +30,13 @@ class Coupling(ABC):
 
     needs_grid = False  # works on the exact grid only
     other_shape = False  # `branch_shape` is another than the stream's
+    binds = False  # `at` gives another coupling
     growth = 1.0  # the factor by which a step's inverse multiplies an error; 0 if it makes none
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.other_shape = cls.branch_shape is not Coupling.branch_shape
+        cls.binds = cls.at is not Coupling.at
 
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:

@@ -64,11 +64,8 @@ class Execution:
         self.scratch: Scratch = {}  # buffers that checkpointed blocks may write into: see `Buffers`
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
-        """Run the next step."""
-        if self.uniform and self.recording is not None:
-            a, b = self.recording.step(step, a, b)
-        else:
-            a, b = self._planned_step(step, a, b)
+        """Run the next step. If all are undone, this is `Recording.step` from the second on."""
+        a, b = self._planned_step(step, a, b)
         if self.recasts:
             clear_autocast_cache()
         return a, b
@@ -98,7 +95,9 @@ class Execution:
                 tape.ahead = Ahead(a.device)
             elif self.stack.budget is None and self.stack.context_fn is None:
                 tape.at_once = Tape.AT_ONCE
-            self.recording = Recording(tape, self.stack, a, b)
+            self.recording = Recording(tape, self.stack, a, b, recasts=self.uniform and self.recasts)
+            if self.uniform:
+                self.step = self.recording.step  # type: ignore[method-assign]
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
             self.views, self.undoes = False, True

@@ -18,7 +18,6 @@ from lightning_revlib.nn.saved import Saved, collect
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk
-    from lightning_revlib.nn.step import Step
     from lightning_revlib.nn.tape import Tape
 
 
@@ -29,12 +28,12 @@ class Frame(Saved):
     below: weakref.ref[Frame] | None = None  # set if steps are undone ahead
     chunk: Chunk | None = None  # set if the step is done chunk by chunk, and this is one
     norms: Norms | None = None  # those of the second run, if its tensors are large
+    tape: Tape  # this and what follows by a `Recording`
+    index: int
+    stride: tuple[int, ...]  # stream b's
+    a_needs_grad: bool
     coupling: Coupling  # bound to this step
     saved_by_block: int  # how many of them; the coupling saved the others
-
-    def __init__(self, tape: Tape, index: int, step: Step, a: Tensor, b: Tensor) -> None:
-        super().__init__(step, b)
-        self.tape, self.index, self.stride, self.a_needs_grad = tape, index, b.stride(), a.requires_grad
 
     def replay(self, b: Tensor, out: Streams, a: Tensor | None = None) -> Tensor:
         """Run the step again on stream b, catching, and return stream a, found from the streams after the step."""
@@ -93,7 +92,10 @@ class Frame(Saved):
     def _find(self, number: int) -> Tensor:
         if self.norms and (tensor := self.norms.again(number)) is not None:
             return tensor
-        return super()._find(number)
+        if self.kept is not None:
+            return super()._find(number)
+        self.tape.rewind(self)
+        return self._unpack(number)
 
     def rewind(self) -> None:
         self.tape.rewind(self)

@@ -6,7 +6,7 @@ import weakref
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, clear_autocast_cache
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.coupling import Streams
@@ -33,8 +33,9 @@ class Recording:
     the tape must not refer to them.
     """
 
-    def __init__(self, tape: Tape, stack: Any, a: Tensor, b: Tensor) -> None:
-        self.tape, self.stack, self.expect_draws = tape, stack, stack._draws
+    def __init__(self, tape: Tape, stack: Any, a: Tensor, b: Tensor, *, recasts: bool) -> None:
+        self.recasts = recasts
+        self.tape, self.stack, self.expect_draws, self.exact = tape, stack, stack._draws, stack.grid_bits is not None
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
@@ -45,27 +46,10 @@ class Recording:
         self.norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
-        try:
-            return self._step(step, a, b, chunk)
-        except CallsAutograd as call:
-            if call.args[0] is not self.frames[-1]:  # a step round this stack's
-                raise
-            self._take_back(a)
-            return self._step(step, a, b, chunk)
-
-    def _take_back(self, a: Tensor) -> None:
-        """The last step has to be run again, keeping what is saved."""
-        frame, self.keeps_all = self.frames.pop(), True
-        if self.expect_draws:
-            self.random.set()
-        frame.close_buffers()
-        if (frame.buffers and frame.buffers.any()) or not (self.expect_draws or RandomState(a).same(self.start)):
-            self.stack.__dict__["_calls_autograd"] = True
-            raise cannot_run_again(frame.step) from None
-
-    def _step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
+        # Few calls: between two blocks the processor has forgotten each function of Python's, which costs microseconds.
         tape, frames = self.tape, self.frames
-        frame = Frame(tape, len(frames), step, a, b)
+        frame = Frame(step, b)
+        frame.tape, frame.index, frame.stride, frame.a_needs_grad = tape, len(frames), b.stride(), a.requires_grad
         if frames:
             frames[-1].above = frame
             if tape.at_once or tape.ahead is not None:
@@ -76,28 +60,48 @@ class Recording:
         frame.keeps_all, count = self.keeps_all, b._version
         if (self.buffers or self.counts) and (any(map(BUFFERS, modules := parts(step.module))) or self.counts):
             frame.buffers = Buffers(modules, numbers=self.counts)
+        catch(frame._pack, frame._unpack)
         try:
-            catch(frame._pack, frame._unpack)
-            try:
-                if tape.context_fn is None:
+            if tape.context_fn is None:
+                f, step.extra = step.branch(b, tape.compiler)
+            else:
+                first, frame.again = tape.context_fn()
+                with first:
                     f, step.extra = step.branch(b, tape.compiler)
-                else:
-                    first, frame.again = tape.context_fn()
-                    with first:
-                        f, step.extra = step.branch(b, tape.compiler)
-                step.check(b, f, count)
-                frame.saved_by_block = len(frame.saved)
-                frame.coupling = step.coupling.at(a, b, step.stack.training)
-                a, b = step.couple(frame.coupling, a, b, f)
-            finally:
-                release()
+            step.check(b, f, count)
+            frame.saved_by_block = len(frame.saved)
+            frame.coupling = coupling = step.bind(a, b) if step.coupling.binds else step.coupling
+            streams = coupling.forward(a, b, f)
+        except CallsAutograd as call:
+            if call.args[0] is not frame:  # but a step round this stack's
+                raise
+            streams = None
         finally:
+            release()
             frame.end()
+        if streams is None:
+            self._take_back(a)
+            return self.step(step, a, b, chunk)
+        a, b = streams
+        if self.exact:
+            step.check_grid(b)
         if frame.buffers:
             frame.close_buffers()
         if self.expect_draws and not (now := RandomState(a)).same(self.random):
             frame.random, self.random, tape.drew = self.random, now, True
+        if self.recasts:
+            clear_autocast_cache()
         return a, b
+
+    def _take_back(self, a: Tensor) -> None:
+        """The last step has to be run again, keeping what is saved."""
+        frame, self.keeps_all = self.frames.pop(), True
+        if self.expect_draws:
+            self.random.set()
+        frame.close_buffers()
+        if (frame.buffers and frame.buffers.any()) or not (self.expect_draws or RandomState(a).same(self.start)):
+            self.stack.__dict__["_calls_autograd"] = True
+            raise cannot_run_again(frame.step) from None
 
     def close(self) -> None:
         self.tape.depth = len(self.frames)

@@ -47,7 +47,10 @@ class Step:
         count = None if torch.compiler.is_compiling() or b.is_inference() else b._version
         f, self.extra = (branch or self.branch)(b, compiler)
         self.check(b, f, count)
-        return self.couple(self.bind(a, b), a, b, f)
+        streams = self.bind(a, b).forward(a, b, f)
+        if self.stack.grid_bits is not None:
+            self.check_grid(streams[1])
+        return streams
 
     def branch(self, b: Tensor, compiler: Any = None) -> tuple[Any, Any]:
         """The block's branch for stream b and what it returns besides, compiled if `compiler` is given.
@@ -85,12 +88,6 @@ class Step:
     def bind(self, a: Tensor, b: Tensor) -> Coupling:
         return self.coupling.at(a, b, self.stack.training)
 
-    def couple(self, coupling: Coupling, a: Tensor, b: Tensor, f: Any) -> Streams:
-        streams = coupling.forward(a, b, f)
-        if self.stack.grid_bits is not None:
-            self._check_grid(streams[1])
-        return streams
-
     def check(self, b: Tensor, f: Any, count: int | None) -> None:
         """Raise where the block did what a coupling cannot undo; `count` is b's version before it, if known."""
         plain = f.__class__ is Tensor and not f.is_nested and not self.coupling.other_shape
@@ -121,7 +118,8 @@ class Step:
         if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
 
-    def _check_grid(self, stream: Tensor) -> None:
+    def check_grid(self, stream: Tensor) -> None:
+        """Raise where an exact stream becomes too large to be exact."""
         limit = getattr(self.coupling, "limit", None)
         if limit is None or not stream.numel():  # an invertible step, an empty batch
             return

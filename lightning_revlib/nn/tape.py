@@ -138,8 +138,8 @@ class Tape:
                 self.keep = torch.is_grad_enabled()  # create_graph
                 if self.position == frame.index + 1 and not (self.keep or self.unusual or self.ahead):
                     self._undo(frame)
-                    if self.at_once:
-                        self._undo_small(frame)
+                    if self.at_once and (left := self.at_once - sum(frame.saved)) > 0:
+                        self._undo_small(frame, left)
                 else:
                     with torch.no_grad(), self.environment.again():
                         self._rewind(frame)
@@ -184,10 +184,9 @@ class Tape:
         if not frame.index:
             self.arrived(a, b)
 
-    def _undo_small(self, frame: Frame) -> None:
+    def _undo_small(self, frame: Frame, left: int) -> None:
         """Undo the steps below the frame's, too, while what all of them hold is next to nothing."""
-        left = self.at_once - sum(frame.saved)
-        if left > 0 and _is_distributed():
+        if _is_distributed():
             return
         while left > 0 and frame.below is not None and (below := frame.below()) is not None:
             assert self.streams is not None
