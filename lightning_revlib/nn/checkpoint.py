@@ -44,8 +44,6 @@ def checkpoint(step: Step, contexts: Contexts | None, scratch: Scratch, b: Tenso
 class Checkpoint(Saved):
     """A checkpointed call of a step's block on stream b."""
 
-    settings: Settings  # when the call has ended
-
     def __init__(self, step: Step, scratch: Scratch, b: Tensor, compiler: Any) -> None:
         super().__init__(step, b)
         self.scratch, self.compiler = scratch, compiler
@@ -61,6 +59,8 @@ class Checkpoint(Saved):
 
     def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
         first, self.again = contexts(self) if contexts else (NOTHING, None)
+        arguments = self.step.tensors()
+        counts = list(map(version, arguments))
         catch(self._pack, self._unpack)
         try:
             with first:
@@ -71,7 +71,8 @@ class Checkpoint(Saved):
         if self.calls_autograd:
             self.step.stack.__dict__["_calls_autograd"] = True
         self._look(b)
-        self.settings = Settings(self.modules, self.step.tensors())
+        self.settings = Settings(self.modules, arguments)
+        self.step.check_arguments(arguments, counts)
         return out
 
     def _look(self, b: Tensor) -> None:
@@ -111,7 +112,7 @@ class Checkpoint(Saved):
     def _rewind(self, b: Tensor) -> None:
         caught: list[Tensor] = []
         self.keep = torch.is_grad_enabled()  # create_graph
-        undo = self.lend(b, self.settings if self.settings.changed() else None, self.scratch)
+        undo = self.lend(b, self.settings.changed(), self.scratch)
         try:
             again = b.data.requires_grad_(self.b_needs_grad)
             self.run_again(again, self.compiler, partial(collect, caught, len(self.saved)), caught.__getitem__)

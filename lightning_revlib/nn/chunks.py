@@ -52,8 +52,9 @@ class ChunkedStep(Step):
     def record(self, recording: Recording, a: Tensor, b: Tensor) -> Streams:
         return self._each(a, b, lambda chunk, a, b: recording.step(self, a, b, chunk))
 
-    def output(self, b: Tensor) -> Any:
-        return torch.cat([super(ChunkedStep, self).output(part) for part in self._split(b)], self.dim)
+    def inverse(self, a_out: Tensor, b_out: Tensor) -> Streams:
+        done = list(map(super().inverse, self._split(a_out), self._split(b_out)))
+        return join(done, 0, self.dim), join(done, 1, self.dim)
 
     def _split(self, stream: Tensor) -> Sequence[Tensor]:
         if not -stream.ndim <= self.dim < stream.ndim:

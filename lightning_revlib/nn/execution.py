@@ -43,6 +43,7 @@ class Execution:
     planned: Sequence[Treatment] | None = None  # else each step says its own
     recording: Recording | None = None
     undoes = False  # whether there has been a recording
+    watches = False  # whether blocks have run that backward will run again
     drew = False
     convoy: Convoy | None = None  # if steps are offloaded
     parcel: Parcel | None = None  # of the last step, if it was
@@ -100,7 +101,7 @@ class Execution:
                 self.step = self.recording.step  # type: ignore[method-assign]
             if self.watched:
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
-            self.views, self.undoes = False, True
+            self.views, self.undoes, self.watches = False, True, True
             return self._record(step, a, b)
         if self.views and not self.lent:
             a, b = dense_streams(a, b)
@@ -112,6 +113,7 @@ class Execution:
             return self.parcel.run(step, a, b, self.compiler)
         contexts = keep_heavy if treatment == "selective" else self.stack.context_fn and self._contexts
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
+        self.watches |= again
         return step.run(a, b, self.compiler, partial(checkpoint, step, contexts, self.scratch) if again else None)
 
     def _contexts(self, call: Checkpoint) -> tuple[Any, Any]:
@@ -168,10 +170,9 @@ class Execution:
             self._end_offload()
         if not self.undoes:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
-        if self.stack._calls_autograd is None:
-            self.stack.__dict__["_calls_autograd"] = False
-        if self.stack._counts is None:
-            self.stack.__dict__["_counts"] = False
+        for name in ("_calls_autograd", "_counts") if self.watches else ():
+            if getattr(self.stack, name) is None:
+                self.stack.__dict__[name] = False
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 
@@ -203,8 +204,8 @@ class Execution:
     def _close(self) -> Tape:
         assert self.recording is not None
         self.recording.close()
-        if not self.stack._calls_autograd:
-            self.stack.__dict__["_calls_autograd"] = any(map(CALLS_AUTOGRAD, self.recording.frames))
+        if any(map(CALLS_AUTOGRAD, self.recording.frames)):
+            self.stack.__dict__["_calls_autograd"] = True
         tape, self.recording = self.recording.tape, None
         self.drew |= tape.drew
         return tape

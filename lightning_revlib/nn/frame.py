@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.norms import Norms
-from lightning_revlib.nn.replay import RandomState
+from lightning_revlib.nn.replay import Environment, RandomState
 from lightning_revlib.nn.saved import Saved, collect
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ class Frame(Saved):
     above: Frame | None = None
     below: weakref.ref[Frame] | None = None  # set if steps are undone ahead
     chunk: Chunk | None = None  # set if the step is done chunk by chunk, and this is one
+    environment: Environment | None = None  # set if it is another than the tape's
     norms: Norms | None = None  # those of the second run, if its tensors are large
     tape: Tape  # this and what follows by a `Recording`
     index: int
@@ -41,9 +41,10 @@ class Frame(Saved):
         caught: list[Tensor] = []
         pack: Any = partial(collect, caught, -1) if self.calls_autograd else caught.append
         unpack = caught.__getitem__
-        undo = self._lend(b) if tape.settings_changed or self.buffers or self.random else []
+        changed = self.settings.changed()
+        undo = self.lend(b, changed, tape.scratch) if changed or self.buffers or self.random else []
         norms = None
-        at_least, usual = tape.norms_from, not (tape.keep or tape.settings_changed or tape.compiler)
+        at_least, usual = tape.norms_from, not (tape.keep or changed or tape.compiler)
         if at_least is not None and usual and sum(self.saved) > at_least:
             norms = Norms(step.module)
             undo.append(norms.watch())
@@ -53,7 +54,13 @@ class Frame(Saved):
             again = same.data.requires_grad_(self.b_needs_grad)  # which counts its changes by itself
             f, _ = self.run_again(again, tape.compiler, pack, unpack)
             if a is None:
+                counts = out[0]._version, out[1]._version
                 a = self.coupling.inverse(*out, b, f)
+                if (out[0]._version, out[1]._version) != counts:
+                    raise RuntimeError(
+                        f"{step.name}: the inverse of its coupling, {self.coupling}, changes a stream in place, which"
+                        " the next block may still need; use the operation that is not in-place, such as out - f"
+                    )
                 if a.requires_grad:  # it is f itself
                     a = a.detach()
             if len(self.saved) > self.saved_by_block:  # the coupling saves tensors, too
@@ -74,7 +81,7 @@ class Frame(Saved):
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
         """The step's forward again, without graph or trace, to learn whether it draws."""
-        random, undo = RandomState(b), self._lend(b)
+        random, undo = RandomState(b), self.lend(b, self.settings.changed(), self.tape.scratch)
         try:
             f, _ = self.step.branch(b, self.tape.compiler)
             self.step.bind(a, b)  # it may draw, too
@@ -84,10 +91,6 @@ class Frame(Saved):
                 undo.pop()()
         self.random = None if RandomState(b).same(random) else random
         return streams
-
-    def _lend(self, b: Tensor) -> list[Callable[[], Any]]:
-        tape = self.tape
-        return self.lend(b, tape.settings if tape.settings_changed else None, tape.scratch)
 
     def _find(self, number: int) -> Tensor:
         if self.norms and (tensor := self.norms.again(number)) is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.execution import Execution
+from lightning_revlib.nn.settings import version
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.modulelist import Layerwise
@@ -52,14 +53,14 @@ class Run:
         self.a: Tensor
         self.b: Tensor
         self.handed: Any = None
-        self.count = 0  # its version
+        self.counts: tuple[int, int]  # the versions of that and of stream a, which the model was handed before
         self.guard: Any = None
 
     def hand(self, dtype: torch.dtype, name: str) -> Tensor:
         """Stream b for the model: in a graph, a node of its own, through which gradients come only if it is read."""
         b = self.b
         self.handed = b.to(dtype) if b.dtype is not dtype else b.view_as(b) if self.execution else b
-        self.count = 0 if self.handed.is_inference() else self.handed._version
+        self.counts = version(self.handed), version(self.a)
         if self.execution and self.execution.recording and self.handed.requires_grad:
             self.guard = self.handed.register_hook(partial(_read_between, name))
         return self.handed
@@ -78,10 +79,10 @@ class Run:
         else:
             self.handed = handed
             return False
-        if not x.is_inference() and x._version != self.count:
+        if (version(x), version(self.a)) != self.counts:
             raise RuntimeError(
                 f"a hidden state of shape {list(x.shape)} was modified in place between two layers of a reversible"
-                " list; such a model cannot be swapped"
+                " list, where later layers still need it; modify a copy, as in total = h.clone() for total = h"
             )
         return True
 

@@ -52,6 +52,7 @@ class Layerwise(Reversible):
     OPTIONS = (*CoupledSequential.OPTIONS, "_runs")
     _step: type[Step] = _LayerStep
     path = "layers"
+    listed = True
     couplings: tuple[Coupling, ...]
     treatments: tuple[Treatment, ...]
     ordinary: int
@@ -63,6 +64,13 @@ class Layerwise(Reversible):
             raise ValueError(
                 f"split_dim={options['split_dim']!r}: layers that their model calls see the whole stream; leave it out"
             )
+        for layer in self:
+            stand_in = layer.__dict__.get("forward")
+            if isinstance(stand_in, Layer) and stand_in.owner is not self:
+                raise ValueError(
+                    f"{self._name(layer)} is a layer of {stand_in.owner.path}, too, which runs it reversibly; a layer"
+                    " can be in one reversible list only: leave one of them as it is, or give it copies of the layers"
+                )
         template = CoupledSequential(OrderedDict(self._modules), **{**options, "split_dim": None})
         self.__dict__.update({name: template.__dict__[name] for name in CoupledSequential.OPTIONS})
         self._runs: dict[int, Run] = {}  # by thread

@@ -6,6 +6,7 @@ import weakref
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, clear_autocast_cache
 
 from lightning_revlib.nn.buffers import Buffers
@@ -14,7 +15,7 @@ from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Environment, RandomState
 from lightning_revlib.nn.saved import CallsAutograd, cannot_run_again, catch, release
-from lightning_revlib.nn.settings import Settings, parts
+from lightning_revlib.nn.settings import Settings, parts, version
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk
@@ -28,20 +29,22 @@ class Recording:
     """One forward onto a tape, step by step, for a stack whose steps may be called by others.
 
     If steps are expected to draw random numbers, the generators are looked at after each; else at the end only: if they
-    have drawn unexpectedly, the entrance is kept this once, for backward to find out where. What autograd wants to save
-    is let go at once, unless blocks need it, as they call autograd themselves. The frames live here until `close`, as
-    the tape must not refer to them.
+    have drawn unexpectedly, the entrance is kept this once, for backward to find out where. Between the layers of a
+    list its model's code runs: what that changes, generators or autocast, a layer meets again. What autograd wants to
+    save is let go at once, unless blocks need it, as they call autograd themselves. The frames live here until `close`,
+    as the tape must not refer to them.
     """
 
     def __init__(self, tape: Tape, stack: Any, a: Tensor, b: Tensor, *, recasts: bool) -> None:
         self.recasts = recasts
-        self.tape, self.stack, self.expect_draws, self.exact = tape, stack, stack._draws, stack.grid_bits is not None
+        self.tape, self.stack, self.exact, self.listed = tape, stack, stack.grid_bits is not None, stack.listed
+        self.expect_draws = stack._draws or stack.listed
         self.start = self.random = RandomState(a)
         self.entrance = a.detach(), b.detach()
         self.frames: list[Frame] = []
         self.keeps_all, self.counts = stack._calls_autograd is not False, stack._counts is not False
         tape.environment = Environment(a)
-        self.modules = modules = parts(*stack)
+        modules = parts(*stack)
         self.buffers = any(map(BUFFERS, modules))
         self.norms = Norms.matter(modules, a)
 
@@ -58,8 +61,12 @@ class Recording:
         if chunk is not None:
             frame.chunk = chunk
         frame.keeps_all, count = self.keeps_all, b._version
-        if (self.buffers or self.counts) and (any(map(BUFFERS, modules := parts(step.module))) or self.counts):
+        modules, arguments = parts(step.module), step.tensors() if step.args or step.kwargs else ()
+        if self.counts or (self.buffers and any(map(BUFFERS, modules))):
             frame.buffers = Buffers(modules, numbers=self.counts)
+        if self.listed:
+            self._begin(frame, a)
+        counts = list(map(version, arguments))
         catch(frame._pack, frame._unpack)
         try:
             if tape.context_fn is None:
@@ -85,6 +92,9 @@ class Recording:
         a, b = streams
         if self.exact:
             step.check_grid(b)
+        frame.settings = Settings(modules, arguments)
+        if arguments:
+            step.check_arguments(arguments, counts)
         if frame.buffers:
             frame.close_buffers()
         if self.expect_draws and not (now := RandomState(a)).same(self.random):
@@ -92,6 +102,12 @@ class Recording:
         if self.recasts:
             clear_autocast_cache()
         return a, b
+
+    def _begin(self, frame: Frame, a: Tensor) -> None:
+        """Behind a model's own code: note what the layer meets."""
+        self.random, frame.records = RandomState(a), torch.is_grad_enabled()
+        if (environment := Environment(a)).then != self.tape.environment.then:
+            frame.environment, self.tape.varied = environment, True
 
     def _take_back(self, a: Tensor) -> None:
         """The last step has to be run again, keeping what is saved."""
@@ -105,11 +121,6 @@ class Recording:
 
     def close(self) -> None:
         self.tape.depth = len(self.frames)
-        arguments: dict[int, Tensor] = {}
-        for frame in self.frames:
-            if frame.step.args or frame.step.kwargs:
-                arguments.update((id(t), t) for t in frame.step.tensors())
-        self.tape.settings = Settings(self.modules, list(arguments.values()))
         if self.norms:  # they matter where a step saves most; a plan counts on them in all
             planned = self.frames[0].step.stack.budget is not None
             most = 0 if planned else max(sum(frame.saved) for frame in self.frames)

@@ -26,6 +26,7 @@ class Reversible:
     budget: Budget | None
     offload: bool
     overlap: bool
+    listed = False  # a model calls its layers, and may do something else between them
     _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
     _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first

@@ -38,11 +38,13 @@ class Saved(ABC):
     """One call of a step's block. `catch(call._pack, call._unpack)` before it, `call.end()` behind it."""
 
     # Class attributes are what most calls have: they are not set in each.
+    settings: Settings  # when the call has ended
     random: RandomState | None = None  # set if the block draws
     buffers: Buffers | None = None  # set if it meets any
     again: Any = None  # the second run's context
     calls_autograd = False  # the block does, itself
     keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
+    records = True  # forward ran in grad mode, where autograd saves
     keep = False  # what is caught is not given away
     changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
     caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
@@ -57,20 +59,20 @@ class Saved(ABC):
     def rewind(self) -> None:
         """Run the block a second time, and have caught what it saves. Raises RuntimeError if that is not possible."""
 
-    def lend(self, b: Tensor, settings: Settings | None, scratch: Scratch) -> list[Callable[[], Any]]:
-        """Have the block meet what it met in forward, `settings` if they have changed; returns what undoes that."""
+    def lend(self, b: Tensor, changed: bool, scratch: Scratch) -> list[Callable[[], Any]]:
+        """Have the block meet what it met in forward, settings if they have `changed`; returns what undoes that."""
         undo = [self.buffers.lend(scratch)] if self.buffers else []  # it may raise
-        if settings:
-            undo += settings.lend(parts(self.step.module))
+        if changed:
+            undo += self.settings.lend()
         if self.random:
             undo.append(self.random.lend(b))
         return undo
 
     def run_again(self, b: Tensor, compiler: Any, pack: Any, unpack: Any) -> tuple[Any, Any]:
-        """The block's second run, in grad mode, of which `pack` gets what autograd saves."""
+        """The block's second run, in grad mode as the first, of which `pack` gets what autograd saves."""
         grad = torch.is_grad_enabled()
         catch(pack, unpack)
-        set_grad_enabled(True)
+        set_grad_enabled(self.records)
         try:
             if self.again is None:
                 return self.step.branch(b, compiler)

@@ -200,9 +200,7 @@ class CoupledSequential(nn.Sequential):
             raise ValueError("inverse with split_dim=None: one output does not determine two streams; set a split_dim")
         a, b = self._split(y, "output")
         for step in reversed(build_steps(self, y.dtype, args, kwargs, layerwise)):
-            a_out, b_out = a, b
-            b = step.coupling.recover(a_out, b_out)
-            a = step.coupling.inverse(a_out, b_out, b, step.output(b))
+            a, b = step.inverse(a, b)
         return self._join(a, b).to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.options import Treatment
+from lightning_revlib.nn.settings import version
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.sequence import CoupledSequential
@@ -73,9 +74,12 @@ class Step:
             f = f - x
         return f, extra
 
-    def output(self, b: Tensor) -> Any:
-        """The block's branch for stream b, uncompiled."""
-        return self.branch(b)[0]
+    def inverse(self, a_out: Tensor, b_out: Tensor) -> Streams:
+        """The streams before the step, from those behind it."""
+        b = self.coupling.recover(a_out, b_out)
+        f, _ = self.branch(b)
+        self.check(b, f, None)
+        return self.coupling.inverse(a_out, b_out, b, f), b
 
     def tensors(self) -> list[Tensor]:
         """Those among the call's arguments."""
@@ -98,6 +102,15 @@ class Step:
                 f"{self.name} changes its input in place, and with it the stream that the next block sees;"
                 " use inplace=False in its first operation"
             )
+
+    def check_arguments(self, arguments: Sequence[Tensor], counts: Sequence[int]) -> None:
+        """Raise where the block has changed an argument in place, which its second run would do again."""
+        for t, count in zip(arguments, counts, strict=True):
+            if version(t) != count:
+                raise RuntimeError(
+                    f"{self.name} changes an argument of shape {list(t.shape)} in place, and backward has to run it"
+                    " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
+                )
 
     def _check_branch(self, b: Tensor, f: Any) -> None:
         if f is None and type(self.coupling) is Invertible:

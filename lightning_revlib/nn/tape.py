@@ -45,9 +45,8 @@ from lightning_revlib.nn.chunks import Undoing, join
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.overlap import Ahead
-from lightning_revlib.nn.replay import Environment, RandomState
+from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
 from lightning_revlib.nn.saved import set_grad_enabled
-from lightning_revlib.nn.settings import Settings
 
 HAS_DISTRIBUTED = torch.distributed.is_available()
 
@@ -61,7 +60,6 @@ class Tape:
 
     # Class attributes are what most tapes have: they are not set in each.
     unusual = False  # the environment has changed, or it is not known which steps draw
-    settings_changed = False  # since the forward
     streams: Streams | None = None
     position = depth = 0  # the streams are those before the frame of this index
     at_once = 0  # that number, or 0: one by one
@@ -73,8 +71,8 @@ class Tape:
     task = -1  # the backward that has come to the output
     looked = -1  # the one for which it is known what has changed
     ahead: Ahead | None = None  # if steps are undone before autograd asks for them
-    environment: Environment  # this and the next by a `Recording`
-    settings: Settings
+    varied = False  # the environment has changed from one step to the next
+    environment: Environment  # of the first step; by a `Recording`
 
     def __init__(
         self,
@@ -118,12 +116,12 @@ class Tape:
         self.position, self.undoing, self.passed = self.depth, None, {}
         if self.ahead is not None:
             self.ahead.start()
-        self._look(torch._C._current_graph_task_id())
+        self.task = torch._C._current_graph_task_id()
+        self._look(self.task)
 
     def _look(self, task: int) -> None:
         """See, once in each backward, what is otherwise than in forward."""
-        self.settings_changed = self.settings.changed()
-        self.unusual = self.surprise is not None or self.environment.changed()
+        self.unusual = self.varied or self.surprise is not None or self.environment.changed()
         self.looked = task
 
     def rewind(self, frame: Frame) -> None:
@@ -152,9 +150,11 @@ class Tape:
             self._find_draws(*self.surprise)
         if self.ahead is None or not self.ahead.take(frame):
             if (before := self._before(frame)) is not None:  # all was caught and given away: it is asked a second time
-                frame.replay(before[1], before, before[0])
+                with frame.environment.again() if frame.environment else NOTHING:
+                    frame.replay(before[1], before, before[0])
             for each in reversed(self._between(frame)):
-                self._undo(each)
+                with each.environment.again() if each.environment else NOTHING:
+                    self._undo(each)
         if self.ahead is not None and self.position == frame.index and not self.keep:
             self.ahead.begin(self, frame)
 
@@ -243,6 +243,5 @@ def _arrive(tape: weakref.ref[Tape], output: Output, grads: Any) -> None:
     held, task = tape(), torch._C._current_graph_task_id()
     if held is not None and held.task != task:
         held.start()
-        held.task = task
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         output.clear()
