@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_not, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,19 +16,20 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+# By `map`, attributes of many objects are read without interpreting a line for each.
+TRAINING, PARAMETERS, MODULES = attrgetter("training"), attrgetter("_parameters"), attrgetter("_modules")
+REQUIRES_GRAD, VERSION = attrgetter("requires_grad"), attrgetter("_version")
+VALUES, IS_ANY = methodcaller("values"), partial(is_not, None)
+
+
 def parts(*modules: nn.Module) -> list[nn.Module]:
     """The modules and all that is in them; `module.modules()`, but fast and with what is shared twice."""
     found: list[nn.Module] = []
     level: Sequence[nn.Module] = modules
     while level:
         found += level
-        level = [child for m in level if m._modules for child in m._modules.values() if child is not None]
+        level = list(filter(IS_ANY, chain.from_iterable(map(VALUES, map(MODULES, level)))))
     return found
-
-
-# By `map`, attributes of many objects are read without interpreting a line for each.
-TRAINING, PARAMETERS = attrgetter("training"), attrgetter("_parameters")
-REQUIRES_GRAD, VERSION = attrgetter("requires_grad"), attrgetter("_version")
 
 
 class Settings:
@@ -43,15 +45,22 @@ class Settings:
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules = modules
         self.training = list(map(TRAINING, modules))
-        self.owners = [m for m in modules if m._parameters]
+        self.owners = list(filter(PARAMETERS, modules))
         self.registered = list(map(dict, map(PARAMETERS, self.owners)))
-        self.parameters = [p for named in self.registered for p in named.values() if p is not None]
+        self.parameters = list(filter(IS_ANY, chain.from_iterable(map(VALUES, self.registered))))
         self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
         self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
-        self.versions = _versions(self.tensors)
+        try:
+            self.versions = list(map(VERSION, self.tensors))
+        except RuntimeError:  # an inference tensor among them
+            self.versions = list(map(version, self.tensors))
 
     def changed(self) -> bool:
-        if (versions := _versions(self.tensors)) != self.versions:
+        try:
+            versions = list(map(VERSION, self.tensors))
+        except RuntimeError:
+            versions = list(map(version, self.tensors))
+        if versions != self.versions:
             at = [x == y for x, y in zip(versions, self.versions, strict=True)].index(False)
             if at < len(self.parameters):
                 m, name, _ = list(self._named())[at]
@@ -59,7 +68,7 @@ class Settings:
             else:
                 what = f"an argument of shape {list(self.tensors[at].shape)}"
             raise modified(what)
-        parameters = [p for m in self.owners for p in m._parameters.values() if p is not None]
+        parameters = filter(IS_ANY, chain.from_iterable(map(VALUES, map(PARAMETERS, self.owners))))
         return (
             list(map(id, parameters)) != list(map(id, self.parameters))
             or list(map(TRAINING, self.modules)) != self.training
@@ -94,10 +103,3 @@ def modified(what: str) -> RuntimeError:
 
 
 PLAIN = (Tensor, nn.Parameter)  # FSDP exchanges a module's parameters for others itself
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(VERSION, tensors))
-    except RuntimeError:  # an inference tensor among them
-        return [version(t) for t in tensors]
