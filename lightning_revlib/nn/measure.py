@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.drift import Sentinel
+from lightning_revlib.nn.gathered import gathered
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.options import Treatment
 from lightning_revlib.nn.overlap import has_streams
@@ -68,13 +69,14 @@ class Measuring:
         streams = [(t.shape, t.stride(), t.requires_grad) for t in (a, b)]
         kind = (last, *streams, *_description(step))
         if kind not in self._known:
-            self._known[kind] = {
-                treatment: measure(
-                    partial(self.alone, step, treatment, last), step.module, a, b, last=last,
-                    selective=treatment == "selective",
-                )
-                for treatment in self._possible(step, a.device)
-            }  # fmt: skip
+            with gathered(step.module):
+                self._known[kind] = {
+                    treatment: measure(
+                        partial(self.alone, step, treatment, last), step.module, a, b, last=last,
+                        selective=treatment == "selective",
+                    )
+                    for treatment in self._possible(step, a.device)
+                }  # fmt: skip
             figures = self._known[kind]
             if "offload" in figures:
                 figures["offload"] = carried(figures["offload"], figures["store"])

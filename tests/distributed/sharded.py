@@ -13,7 +13,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import lightning_revlib as revlib
@@ -109,6 +111,50 @@ def resumed(out: Path) -> dict[str, bool]:
     return equal
 
 
+def budgets() -> dict[str, Any]:
+    """A stack with a budget and a head behind it, sharded by hand: ten first forwards, and steps after the last."""
+    mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
+    x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def build(cls: Any, **options: Any) -> Any:
+        torch.manual_seed(3)
+        blocks = [nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8)) for _ in range(4)]
+        return nn.Sequential(cls(*blocks, **options), nn.Linear(16, 1)).double()
+
+    whole, plain = build(revlib.ReversibleSequential, memory_budget=0.7), build(revlib.CoupledSequential)
+    whole(x[rank])
+    plans, as_before = [whole[0].plan], []
+    for _ in range(10):
+        net = build(revlib.ReversibleSequential, memory_budget=0.7)
+        for part in (*net[0], net):
+            fully_shard(part, mesh=mesh)
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (net, plain)]
+        loss = net(x[rank]).square().mean()
+        plans.append(net[0].plan)
+        order = [group.modules for group in net._get_fsdp_state()._comm_ctx.post_forward_order]
+        as_before.append(order == [(part,) for part in (*net[0], net)])
+        as_before.append(all(isinstance(p, DTensor) for p in net[0].parameters()))
+    everyones: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everyones, plans)
+
+    apart = []
+    for _ in range(4):
+        loss.backward()
+        plain(x.flatten(0, 1)).square().mean().backward()
+        pairs = zip(net.parameters(), plain.parameters(), strict=True)
+        apart += [((p.grad.full_tensor() - q.grad).norm() / q.grad.norm()).item() for p, q in pairs]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        loss = net(x[rank]).square().mean()
+    return {
+        "plans of a budget": all(plan == plans[0] for each in everyones for plan in each),
+        "a mixture": len(set(plans[0].treatments["stack"])) > 1,
+        "sharded as before after measuring": all(as_before),
+        "gradients under a budget": max(apart),
+    }
+
+
 def main(out: Path) -> None:
     found: dict[str, Any] = {}
     _, reference = fit(out, "reversible")
@@ -139,6 +185,8 @@ def main(out: Path) -> None:
     found["kept after forward"] = distance(fit(out, kept)[1], reference)
     offload = revlib.ReversibleFSDPStrategy(offload_policy=CPUOffloadPolicy(pin_memory=False))
     found["offload policy"] = distance(fit(out, offload)[1], reference)
+    found["budget"] = distance(fit(out, revlib.ReversibleFSDPStrategy(memory_budget=0.7))[1], reference)
+    found.update(budgets())
 
     net, _ = fit(out, "reversible_fsdp", Invertible)
     errors = trainer(out, strategy="reversible_fsdp", devices=2).predict(net, data())
