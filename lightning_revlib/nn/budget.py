@@ -24,9 +24,10 @@ class Signature(NamedTuple):
 
     def covers(self, other: Signature) -> bool:
         """Whether the other takes no more bytes."""
-        return self.rest == other.rest and all(
-            len(x) == len(y) and all(m >= n for m, n in zip(x, y, strict=True))
-            for x, y in zip(self.shapes, other.shapes, strict=True)
+        return (
+            self.rest == other.rest
+            and [len(x) for x in self.shapes] == [len(y) for y in other.shapes]
+            and all(m >= n for x, y in zip(self.shapes, other.shapes, strict=True) for m, n in zip(x, y, strict=True))
         )
 
 
@@ -75,8 +76,12 @@ class Budget:
         if all(each in self._last for each in self.paths):
             try:
                 self._follow()
-            except ValueError:
-                del self._known[path][signature]  # the next forward is to fail as well
+            except (
+                ValueError
+            ):  # larger figures cover smaller ones: all are measured anew, the next forward fails as well
+                for each, last in self._last.items():
+                    self._known.get(each, {}).pop(last, None)
+                self._last.clear()
                 raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,7 +100,7 @@ class Budget:
                 ],
             }
             for path, known in self._known.items()
-            if self._last[path] in known  # and was not too large for the budget
+            if self._last.get(path) in known  # and was not too large for the budget
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -256,6 +256,29 @@ def test_figures_that_fit_no_budget_are_not_saved() -> None:
     assert stack.budget is not None and stack.budget.state_dict() == {}
 
 
+def test_a_smaller_batch_after_one_that_fits_no_budget() -> None:
+    model = nn.Sequential(*[revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
+    x = torch.randn(512, 32)
+    least, _ = peak(model, x[:256])
+    share_budget(dict(model.named_children()), Budget(least + 4096))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="take a smaller batch"):
+            model(x)
+    model(x[:64])
+    assert peak(model, x[:64])[0] <= least + 4096 and set(model[0].plan.treatments) == {"0", "1"}  # type: ignore[union-attr]
+
+
+def test_a_call_with_another_number_of_tensors_is_measured() -> None:
+    class Block(nn.Linear):
+        def forward(self, x: Tensor, *masks: Tensor) -> Tensor:
+            return super().forward(x) * masks[0] if masks else super().forward(x)
+
+    stack, x = revlib.ReversibleSequential(*[Block(8, 8) for _ in range(4)], memory_budget="1MiB"), torch.randn(4, 16)
+    for masks in ((), (torch.ones(4, 1),), ()):
+        assert stack(x, *masks).shape == x.shape
+    assert stack.budget is not None and len(stack.budget._known["stack"]) == 2
+
+
 def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_revlib.nn import measure as module
 
