@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Budget:
     _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
+    _checked: set[str] = field(default_factory=set)  # whose digest is that of the stack that runs
     _loaded: dict[str, tuple[str, dict[Signature, tuple[list[Measured], int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,19 +56,39 @@ class Budget:
 
     def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[Treatment, ...] | None:
         """The plan's for this stack; None if it has to be measured first."""
-        if path not in self._digests:
-            self._digests[path] = digest(stack)
-            of, figures = self._loaded.pop(path, ("", {}))
-            if of == self._digests[path]:
-                self._known[path] = figures
-            else:
-                self._last.pop(path, None)
+        if path not in self._checked:
+            self._check(path, digest(stack))
         known = self._known.get(path, {})
         covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
         if covering is None:
             return None
         self._last[path] = covering
         return self._follow().treatments[path]
+
+    def _check(self, path: str, now: str) -> None:
+        of, figures = self._loaded.pop(path, (self._digests.get(path), self._known.get(path, {})))
+        if of == now:
+            self._known[path] = figures
+        else:
+            self.forget(path)
+        self._digests[path] = now
+        self._checked.add(path)
+
+    def forget(self, path: str) -> None:
+        """All that is known of a stack, and the plans that follow from it."""
+        for known in (self._known, self._last, self._digests, self._loaded):
+            known.pop(path, None)
+        self._checked.discard(path)
+        self._plans = {key: plan for key, plan in self._plans.items() if path not in plan.treatments}
+        if self.plan is not None and path in self.plan.treatments:
+            self.plan = None
+
+    def share(self, paths: Iterable[str]) -> None:
+        """Be that of these stacks from now on, which may be others than before under the same paths."""
+        self.paths = tuple(paths)
+        for path in {*self._last, *self._digests} - {*self.paths}:
+            self.forget(path)
+        self._checked.clear()
 
     def add(self, path: str, signature: Signature, steps: list[Measured], output: int) -> None:
         """Note a stack's figures; with the last stack's, make a plan. ValueError if the budget is too small."""
@@ -76,9 +97,7 @@ class Budget:
         if all(each in self._last for each in self.paths):
             try:
                 self._follow()
-            except (
-                ValueError
-            ):  # larger figures cover smaller ones: all are measured anew, the next forward fails as well
+            except ValueError:  # larger figures cover smaller ones, and the next forward is to fail as well
                 for each, last in self._last.items():
                     self._known.get(each, {}).pop(last, None)
                 self._last.clear()
@@ -110,9 +129,8 @@ class Budget:
                 Signature(*s): ([Measured(a, b, {t: Figures(*f) for t, f in by.items()}) for a, b, by in steps], output)
                 for s, steps, output in saved["figures"]
             }
+            self.forget(path)
             self._loaded[path] = saved["digest"], figures
-            self._known.pop(path, None)
-            self._digests.pop(path, None)
             self._last[path] = list(figures)[saved["last"]]
 
     def _follow(self) -> Plan:
@@ -144,6 +162,6 @@ def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
         if (stack.budget is None or stack.budget.paths) and set(stack.treatments) == {"reversible"}
     }
     if budget is not None:
-        budget.paths = tuple(sharing)
+        budget.share(sharing)
     for path, stack in sharing.items():
         stack.budget, stack.path = budget, path

@@ -249,6 +249,41 @@ def test_figures_go_through_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Non
         assert change != "none" or again[0].plan == model[0].plan
 
 
+def test_a_budget_that_goes_on_with_other_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_revlib.nn import measure as module
+
+    def net(*hidden: int) -> nn.Module:
+        torch.manual_seed(0)
+        stacks = [
+            revlib.ReversibleSequential(*[nn.Sequential(nn.Linear(16, h), nn.Linear(h, 16)) for _ in range(4)])
+            for h in hidden
+        ]
+        return nn.Sequential(*stacks)
+
+    def fit(model: nn.Module, budget: Budget) -> Plan | None:
+        share_budget(dict(model.named_children()), budget)
+        for _ in range(2):
+            model(torch.randn(32, 32, requires_grad=True))
+        return budget.plan
+
+    count: list[int] = []
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
+    first, other, budget = net(16, 16), net(16, 64), Budget("60KB", announce=list)
+    plan = fit(first, budget)
+    for model, measured in ((first, 0), (net(16, 16), 0), (other, 12), (net(16), 0)):
+        count.clear()
+        assert fit(model, budget) == fit(model, Budget("60KB", announce=list))
+        assert len(count) - measured == 12 * len(model), "the second budget's own, and those of what has changed"
+    assert plan is not None and budget.plan is not None and set(budget.plan.treatments) == {"0"}
+    fit(first, budget)
+    count.clear()
+    resumed = Budget("60KB", announce=list)
+    resumed.load_state_dict(budget.state_dict())
+    assert fit(other, resumed) == fit(other, Budget("60KB", announce=list))
+    assert len(count) == 12 + 24
+
+
 def test_figures_that_fit_no_budget_are_not_saved() -> None:
     stack = revlib.ReversibleSequential(*[mlp(16) for _ in range(4)], memory_budget=100)
     with pytest.raises(ValueError, match="memory_budget=100"):
