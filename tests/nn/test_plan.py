@@ -371,6 +371,25 @@ def test_several_stacks_share_a_budget() -> None:
     assert model[0].plan is model[1].plan and set(model[0].plan.treatments) == {"0", "1"}
 
 
+def test_stacks_that_share_a_budget_and_batches_that_alternate() -> None:
+    model = nn.Sequential(*[revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
+    told: list[str] = []
+    budget, x = Budget("600KiB", announce=told.append), torch.randn(256, 32, requires_grad=True)
+    share_budget(dict(model.named_children()), budget)
+    for rows in (16, 16, 256, 256, 256, 16, 256, 256, 16, 256):
+        assert peak(model, x[:rows])[0] <= 600 << 10, rows
+        assert budget.plan is not None and budget.plan.peak <= 600 << 10
+    assert len(told) == 2
+    planned = budget.plan.treatments["0"]
+    model[0](x)  # together with 256 rows in the second stack, which are 16 now
+    model[1](x[:16])
+    assert budget.plan.treatments["0"] == planned != ("store",) * 4 == budget.plan.treatments["1"]
+    model[0](x[:16])  # and the other way round
+    model[1](x)
+    assert budget.plan.treatments["0"] == ("store",) * 4 != budget.plan.treatments["1"]
+    assert budget.plan.peak <= 600 << 10 < budget.plan.plain
+
+
 def test_layers_that_a_model_calls() -> None:
     layers = revlib.ReversibleModuleList([mlp(32) for _ in range(6)], coupling="midpoint", memory_budget=0.5)
     x = torch.randn(64, 32, requires_grad=True)
