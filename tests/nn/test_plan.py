@@ -420,7 +420,8 @@ def test_budgets_are_read(value: Any, bytes_: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "error"),
     [(0, ValueError), (-5, ValueError), (1.5, ValueError), (0.0, ValueError), ("2 GiBs", ValueError), ("", ValueError),
-     ("0", ValueError), ("1.2.3MB", ValueError), (True, TypeError), ([1], TypeError), (float("nan"), ValueError)],
+     ("0", ValueError), ("0.5", ValueError), ("9" * 400, ValueError),
+     ("1.2.3MB", ValueError), (True, TypeError), ([1], TypeError), (float("nan"), ValueError)],
 )  # fmt: skip
 def test_bad_budgets_are_named(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="memory_budget="):
