@@ -19,7 +19,7 @@ from lightning_revlib.nn.budget import Signature
 from lightning_revlib.nn.buffers import Scratch
 from lightning_revlib.nn.checkpoint import Checkpoint, checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
-from lightning_revlib.nn.coupling import Streams
+from lightning_revlib.nn.coupling import Streams, has_gaps
 from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
@@ -227,4 +227,4 @@ def dense(stream: Tensor) -> Tensor:
 
     Kernels, what they save and how they round, depend on how memory is laid out.
     """
-    return stream if stream.is_contiguous() else stream.clone()
+    return stream.clone() if has_gaps(stream) else stream

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_revlib.nn.coupling import has_gaps
 from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.meter import MemoryMeter
@@ -209,7 +210,7 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, a: Tensor, b: Tensor, needs_grad: tuple[bool, bool]) -> Any:
-        streams = tuple(t.clone() if t.is_contiguous() else t.view_as(t) for t in (a, b))
+        streams = tuple(t.view_as(t) if has_gaps(t) else t.clone() for t in (a, b))
         ctx.mark_non_differentiable(*[t for t, needed in zip(streams, needs_grad, strict=True) if not needed])
         return streams
 

@@ -173,6 +173,17 @@ def test_gradients_and_buffers_are_those_of_autograd(kind: str, fraction: float)
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("split_dim", [1, None])
+def test_streams_in_channels_last_are_counted(split_dim: int | None) -> None:
+    options: dict[str, Any] = {"split_dim": split_dim, "coupling": "additive" if split_dim else "momentum"}
+    blocks = [nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(6)]
+    stack = revlib.ReversibleSequential(*blocks, memory_budget=0.9, **options).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 16 if split_dim else 8, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    peak(stack, x)
+    assert stack.plan is not None
+    assert peak(stack, x)[0] <= stack.plan.limit
+
+
 def test_measuring_leaves_no_trace() -> None:
     stack = revlib.ReversibleSequential(*pyramid(), memory_budget=0.9)
     fired: list[Any] = []
