@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lightning_revlib as revlib
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Budget, share_budget
-from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
+from lightning_revlib.nn.measure import CPU, DEVICE, _Meter, digest
 from lightning_revlib.nn.options import read_budget
 from lightning_revlib.nn.plan import Plan, lay_out, walk
 
@@ -210,6 +210,54 @@ def test_alike_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
         torch.randn(8, 32, requires_grad=True)
     )
     assert len(count) == 12  # four treatments, of the first, the last and the others
+
+
+class Applies(nn.Module):
+    def __init__(self, does: Any) -> None:
+        super().__init__()
+        self.up, self.does, self.down = nn.Linear(16, 64), does, nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, does = self.up(x), self.does
+        if isinstance(does, dict):
+            does = does["what"][0]
+        return self.down(getattr(does, "of", does)(x))
+
+
+class Method:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def of(self, x: Tensor) -> Tensor:
+        for _ in range(self.count):
+            x = x.tanh()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("light", "heavy"),
+    [(torch.relu, torch.logit), (lambda: Method(1), lambda: Method(5)),
+     (lambda: {"what": [torch.tanh]}, lambda: {"what": [lambda x: x.tanh().sin() * x.sigmoid()]})],
+)  # fmt: skip
+def test_blocks_that_differ_in_an_attribute_are_measured_each(light: Any, heavy: Any) -> None:
+    made = [what if what in (torch.relu, torch.logit) else what() for what in [light] * 4 + [heavy] * 4]
+    stack, x = revlib.ReversibleSequential(*map(Applies, made), memory_budget=0.8), torch.randn(64, 32)
+    peak(stack, x.requires_grad_())
+    assert stack.plan is not None and stack.budget is not None
+    assert peak(stack, x)[0] <= stack.plan.limit
+    ((measured, _),) = stack.budget._known["stack"].values()
+    assert len({id(m.figures) for m in measured}) == 4  # one of either kind, the first, on views, and the last
+
+
+def test_a_digest_does_not_depend_on_addresses() -> None:
+    def of(count: int) -> str:
+        does = [Method(count), {"what": [torch.relu, lambda x: x]}, {"a", "b"}, object(), (torch.relu, Method)]
+        stack = revlib.ReversibleSequential(*map(Applies, does), coupling_forward=torch.add, coupling_inverse=torch.sub)
+        kept.append(stack)
+        return digest(stack)
+
+    kept: list[Any] = []
+    assert of(1) == of(1) != of(2)
 
 
 def test_replans_for_larger_shapes_only() -> None:
