@@ -125,7 +125,8 @@ class Execution:
 
     def _begin_plan(self, step: Step, a: Tensor, b: Tensor) -> None:
         """Take the treatments from the memory plan, or measure for it, running all steps reversibly meanwhile."""
-        tensors = [t for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
+        arguments = tree_leaves((step.args, step.kwargs))
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
         kind = a.device.type
         environment = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.signature = Signature(
@@ -137,7 +138,10 @@ class Execution:
                 b.requires_grad,
                 kind,
                 environment,
-                self.stack.training,
+                self.views and self.lent,
+                *[t.dtype for t in tensors],
+                *[x for x in arguments if isinstance(x, (bool, str, type(None)))],  # a number may count steps
+                *[m.training for m in self.stack.modules()],
                 *[p.requires_grad for p in self.stack.parameters()],
             ),
         )

@@ -373,6 +373,46 @@ def test_a_call_with_another_number_of_tensors_is_measured() -> None:
     assert stack.budget is not None and len(stack.budget._known["stack"]) == 2
 
 
+class Called(nn.Module):
+    """With what it is called decides on what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.drop, self.down = nn.Linear(16, 64), nn.Dropout(0.1), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, act: str = "relu", often: bool = False) -> Tensor:
+        x = getattr(self.drop(self.up(x)), act)()
+        for _ in range(4 if often else 0):
+            x = x.tanh()
+        return self.down(x if mask is None else (x.to(mask.dtype) * mask).to(x.dtype))
+
+
+@pytest.mark.parametrize("how", ["dtype", "text", "flag", "nothing", "mode", "lent"])
+def test_a_call_that_takes_more_is_measured(how: str) -> None:
+    stack, x = revlib.ReversibleSequential(*[Called() for _ in range(4)], memory_budget=1.0), torch.randn(64, 32)
+    x.requires_grad_()
+    ways: dict[str, list[Any]] = {
+        "dtype": [{"mask": torch.ones(64, 64)}, {"mask": torch.ones(64, 64, dtype=torch.float64)}],
+        "text": [{"act": "relu"}, {"act": "cos"}],
+        "flag": [{"often": False}, {"often": True}],
+        "nothing": [{"mask": None}, {}],
+    }
+    plans = []
+    for second in (False, True):
+        if how == "mode":
+            for block in stack:
+                block.train(second)
+        given = x.view_as(x) if how == "lent" and second else x
+        for _ in range(2):
+            stack(given, **ways.get(how, [{}, {}])[second])
+        plans.append(stack.plan)
+    assert stack.budget is not None and len(stack.budget._known["stack"]) == 2
+    assert how == "nothing" or plans[0] != plans[1]
+    for step in range(3):  # a number may be another in each step
+        stack(x, often=step)
+    assert len(stack.budget._known["stack"]) <= 3
+
+
 def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_revlib.nn import measure as module
 
