@@ -154,17 +154,14 @@ class Execution:
         """The step as in a stack that has it alone, or with steps behind it."""
         execution = Execution(self.stack, None, 1, watched=False)
         execution.views, execution.lent = self.views, self.lent
-        try:
-            clear_autocast_cache()
-            a, b = execution._step(step, treatment, a, b)
-            clear_autocast_cache()
-            execution._end_offload()
-            if last and self.stack.split_dim is not None:
-                return (execution.close_joined(a, b),)
-            a, b = execution.close(a, b)
-            return (self.stack._join(a, b),) if last else (a, b)
-        finally:
-            step.extra = None
+        clear_autocast_cache()
+        a, b = execution._step(step, treatment, a, b)
+        clear_autocast_cache()
+        execution._end_offload()
+        if last and self.stack.split_dim is not None:
+            return (execution.close_joined(a, b),)
+        a, b = execution.close(a, b)
+        return (self.stack._join(a, b),) if last else (a, b)
 
     def end(self, y: Tensor) -> None:
         """Behind the last step, with the stack's output: make the plan, if its figures were measured."""

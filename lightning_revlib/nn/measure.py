@@ -47,6 +47,7 @@ class Figures(NamedTuple):
     forward: int  # at most in forward, the streams before and after included
     backward: int  # at most in backward, the gradients of the streams and what was held included
     work: int
+    kept: int = 0  # behind backward, by further outputs that somebody holds
 
 
 class Measured(NamedTuple):
@@ -73,12 +74,8 @@ class Measuring:
         kind = (last, *streams, *_description(step))
         if kind not in self._known:
             self._known[kind] = {
-                treatment: measure(
-                    partial(self.alone, step, treatment, last), step.module, a, b, last=last,
-                    selective=treatment == "selective",
-                )
-                for treatment in self._possible(step, a.device)
-            }  # fmt: skip
+                treatment: self._measure(step, treatment, a, b, last) for treatment in self._possible(step, a.device)
+            }
             figures = self._known[kind]
             if "offload" in figures:
                 figures["offload"] = carried(figures["offload"], figures["store"])
@@ -87,6 +84,14 @@ class Measuring:
                 # What comes out, and is held, are the next step's streams, or the output.
                 figures["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
         self.steps.append(Measured(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind]))
+
+    def _measure(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor, last: bool) -> Figures:
+        run = partial(self.alone, step, treatment, last)
+        try:
+            figures = measure(run, step.module, a, b, last=last, selective=treatment == "selective")
+            return figures if step.extra is not None else figures._replace(kept=0)
+        finally:
+            step.extra = None  # until then it is held, as it will be by the caller
 
     def _possible(self, step: Step, device: torch.device) -> list[Treatment]:
         block = not isinstance(step.coupling, Invertible)
@@ -179,7 +184,8 @@ def measure(
                 within = torch.is_autocast_enabled(meter.kind)  # backward is called outside of it
                 with torch.autocast(meter.kind, enabled=False) if within else nullcontext():
                     torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
-            return Figures(held, forward, meter.peak, meter.work(selective))
+            given.clear()
+            return Figures(held, forward, meter.peak, meter.work(selective), meter.live - end.nbytes)
     finally:
         for hook in hooks:
             hook.remove()
@@ -193,6 +199,7 @@ def carried(offload: Figures, store: Figures) -> Figures:
         offload.forward + moved,
         offload.backward + moved,
         max(store.work, 2 * moved * FLOPS_A_CARRIED_BYTE),
+        offload.kept,
     )
 
 

@@ -105,7 +105,7 @@ def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[
     """The steps of all stacks, each with the bytes that live outside of it.
 
     They are all outputs, the gradient of its stack's output, unless the last step's figures contain it, and what later
-    steps hold when they are undone, since their frames refer to each other.
+    steps hold when they are undone, since their frames refer to each other, or keep for their further outputs.
     """
     outside = sum(output for _, output in stacks.values())
     steps: list[tuple[Measured, int]] = []
@@ -113,9 +113,11 @@ def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[
         for step in reversed(measured):
             last = step is measured[-1]
             steps.insert(0, (step, outside + (0 if last else output)))
+            kept = [figures.kept for figures in step.figures.values() if figures.kept]
             if "reversible" in step.figures:
                 held = step.figures["reversible"].held
-                outside += held - step.streams if last and held >= step.streams else held  # without what comes out
+                kept.append(held - step.streams if last and held >= step.streams else held)  # without what comes out
+            outside += max(kept, default=0)
     return steps
 
 

@@ -184,6 +184,29 @@ def test_streams_in_channels_last_are_counted(split_dim: int | None) -> None:
     assert peak(stack, x)[0] <= stack.plan.limit
 
 
+class Further(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.further = mlp(16), nn.Linear(16, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.branch(x), self.further(x).softmax(-1)
+
+
+def test_further_outputs_are_counted_while_they_are_held() -> None:
+    blocks, x = [Further() for _ in range(5)], torch.randn(128, 32, requires_grad=True)
+    for value in (0.9, 0.95, 1.0):
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=value)
+        stack(x)
+        for p in [x, *stack.parameters()]:
+            p.grad = torch.zeros_like(p)
+        with revlib.MemoryMeter() as meter:
+            y, further = stack(x)
+            y.backward(torch.ones_like(y))
+        assert stack.plan is not None and len(further) == 5
+        assert meter.peak <= stack.plan.peak <= stack.plan.limit, value
+
+
 def test_measuring_leaves_no_trace() -> None:
     stack = revlib.ReversibleSequential(*pyramid(), memory_budget=0.9)
     fired: list[Any] = []
