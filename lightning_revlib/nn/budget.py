@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ class Signature(NamedTuple):
 
     def covers(self, other: Signature) -> bool:
         """Whether the other takes no more bytes."""
-        return self.rest == other.rest and all(
-            len(x) == len(y) and all(m >= n for m, n in zip(x, y, strict=True))
-            for x, y in zip(self.shapes, other.shapes, strict=True)
+        return (
+            self.rest == other.rest
+            and [len(x) for x in self.shapes] == [len(y) for y in other.shapes]
+            and all(m >= n for x, y in zip(self.shapes, other.shapes, strict=True) for m, n in zip(x, y, strict=True))
         )
 
 
@@ -44,9 +45,12 @@ class Budget:
     announce: Callable[[str], Any] = log.info
     plan: Plan | None = None  # the last that was followed or made
     _known: dict[str, dict[Signature, tuple[list[Measured], int]]] = field(default_factory=dict)
-    _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run
+    _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run, or is expected to
+    _ran: dict[str, tuple[Treatment, ...]] = field(default_factory=dict)  # what stacks have done in this step
+    _together: dict[tuple[str, Signature], dict[str, Signature]] = field(default_factory=dict)  # in a step with this
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
+    _checked: set[str] = field(default_factory=set)  # whose digest is that of the stack that runs
     _loaded: dict[str, tuple[str, dict[Signature, tuple[list[Measured], int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,30 +58,67 @@ class Budget:
 
     def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[Treatment, ...] | None:
         """The plan's for this stack; None if it has to be measured first."""
-        if path not in self._digests:
-            self._digests[path] = digest(stack)
-            of, figures = self._loaded.pop(path, ("", {}))
-            if of == self._digests[path]:
-                self._known[path] = figures
-            else:
-                self._last.pop(path, None)
+        if path not in self._checked:
+            self._check(path, digest(stack))
         known = self._known.get(path, {})
         covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
         if covering is None:
             return None
-        self._last[path] = covering
-        return self._follow().treatments[path]
+        self._arrive(path, covering)
+        taken = {each: treatments for each, treatments in self._ran.items() if each != path}
+        plan = self._follow()
+        if plan is not None and not taken.items() <= plan.treatments.items():
+            plan = self._plan(taken)
+        self._ran[path] = _undone(known[covering][0]) if plan is None else plan.treatments[path]
+        return self._ran[path]
+
+    def _check(self, path: str, now: str) -> None:
+        of, figures = self._loaded.pop(path, (self._digests.get(path), self._known.get(path, {})))
+        if of == now:
+            self._known[path] = figures
+        else:
+            self.forget(path)
+        self._digests[path] = now
+        self._checked.add(path)
+
+    def forget(self, path: str) -> None:
+        """All that is known of a stack, and the plans that follow from it."""
+        for known in (self._known, self._last, self._digests, self._loaded, self._ran, *self._together.values()):
+            known.pop(path, None)  # type: ignore[attr-defined]
+        self._together = {key: step for key, step in self._together.items() if key[0] != path}
+        self._checked.discard(path)
+        self._plans = {key: plan for key, plan in self._plans.items() if path not in plan.treatments}
+        if self.plan is not None and path in self.plan.treatments:
+            self.plan = None
+
+    def share(self, paths: Iterable[str]) -> None:
+        """Be that of these stacks from now on, which may be others than before under the same paths."""
+        self.paths = tuple(paths)
+        for path in {*self._last, *self._digests} - {*self.paths}:
+            self.forget(path)
+        self._checked.clear()
+        self._ran.clear()
 
     def add(self, path: str, signature: Signature, steps: list[Measured], output: int) -> None:
         """Note a stack's figures; with the last stack's, make a plan. ValueError if the budget is too small."""
         self._known.setdefault(path, {})[signature] = steps, output
+        self._arrive(path, signature)
+        self._ran[path] = _undone(steps)
+        if all(each in self._ran for each in self.paths):
+            self._follow()
+
+    def _arrive(self, path: str, signature: Signature) -> None:
+        """Note that a stack runs; those behind it are expected by what they have run by with it."""
+        if path in self._ran:  # a new step
+            step = {each: self._last[each] for each in self._ran}
+            for run in step.items():
+                self._together.setdefault(run, {}).update(step)
+            self._ran.clear()
+        for each, expected in self._together.get((path, signature), {}).items():
+            if each not in self._ran and expected in self._figures(each):
+                self._last[each] = expected
         self._last[path] = signature
-        if all(each in self._last for each in self.paths):
-            try:
-                self._follow()
-            except ValueError:
-                del self._known[path][signature]  # the next forward is to fail as well
-                raise
+        self._ran[path] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """The figures of all stacks that have run, as plain data, from which the same plans follow."""
@@ -95,7 +136,7 @@ class Budget:
                 ],
             }
             for path, known in self._known.items()
-            if self._last[path] in known  # and was not too large for the budget
+            if self._last.get(path) in known  # and was not too large for the budget
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -105,21 +146,42 @@ class Budget:
                 Signature(*s): ([Measured(a, b, {t: Figures(*f) for t, f in by.items()}) for a, b, by in steps], output)
                 for s, steps, output in saved["figures"]
             }
+            self.forget(path)
             self._loaded[path] = saved["digest"], figures
-            self._known.pop(path, None)
-            self._digests.pop(path, None)
             self._last[path] = list(figures)[saved["last"]]
 
-    def _follow(self) -> Plan:
-        """The plan for the stacks that have run, as they have run last."""
+    def _figures(self, path: str) -> dict[Signature, tuple[list[Measured], int]]:
+        return self._known.get(path) or self._loaded.get(path, ("", {}))[1]
+
+    def _follow(self) -> Plan | None:
+        """The plan for the stacks that have run in this step and those that are expected; None if these do not fit."""
+        try:
+            return self._plan({})
+        except ValueError:
+            expected = self._last.keys() - self._ran.keys()
+            for path in expected or self._ran:
+                signature = self._last.pop(path)
+                if not expected:  # figures that cover smaller ones; and the next forward is to fail as well
+                    del self._known[path][signature]
+            if expected:
+                return None
+            self._ran.clear()
+            raise
+
+    def _plan(self, taken: Mapping[str, tuple[Treatment, ...]]) -> Plan:
         combination = tuple(self._last.items())
-        if combination not in self._plans:
-            known = {**{path: figures for path, (_, figures) in self._loaded.items()}, **self._known}
-            plan = make_plan({path: known[path][signature] for path, signature in combination}, self.value)
-            self._plans[combination] = plan
-            self.announce(str(plan))
-        self.plan = self._plans[combination]
+        key = combination, tuple(taken.items())
+        if key not in self._plans:
+            figures = {path: self._figures(path)[signature] for path, signature in combination}
+            self._plans[key] = make_plan(figures, self.value, taken)
+            self.announce(str(self._plans[key]))
+        self.plan = self._plans[key]
         return self.plan
+
+
+def _undone(steps: Sequence[Measured]) -> tuple[Treatment, ...]:
+    """What steps do that are all to be undone."""
+    return tuple("reversible" if "reversible" in step.figures else "store" for step in steps)
 
 
 def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
@@ -139,6 +201,6 @@ def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
         if (stack.budget is None or stack.budget.paths) and set(stack.treatments) == {"reversible"}
     }
     if budget is not None:
-        budget.paths = tuple(sharing)
+        budget.share(sharing)
     for path, stack in sharing.items():
         stack.budget, stack.path = budget, path

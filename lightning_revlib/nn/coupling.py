@@ -21,6 +21,13 @@ from torch import Tensor
 Streams: TypeAlias = tuple[Tensor, Tensor]
 
 
+def has_gaps(stream: Tensor) -> bool:
+    """Whether its memory, in whatever order of dimensions, holds more than its elements."""
+    if stream.is_contiguous():
+        return False
+    return sum((n - 1) * stride for n, stride in zip(stream.shape, stream.stride(), strict=True)) + 1 != stream.numel()
+
+
 class Coupling(ABC):
     """Base of all couplings; subclass it, or `Alternating`, for your own.
 

@@ -19,7 +19,7 @@ from lightning_revlib.nn.budget import Signature
 from lightning_revlib.nn.buffers import Scratch
 from lightning_revlib.nn.checkpoint import Checkpoint, checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
-from lightning_revlib.nn.coupling import Streams
+from lightning_revlib.nn.coupling import Streams, has_gaps
 from lightning_revlib.nn.couplings import Additive, Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.measure import Measuring
@@ -127,7 +127,8 @@ class Execution:
 
     def _begin_plan(self, step: Step, a: Tensor, b: Tensor) -> None:
         """Take the treatments from the memory plan, or measure for it, running all steps reversibly meanwhile."""
-        tensors = [t for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
+        arguments = tree_leaves((step.args, step.kwargs))
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
         kind = a.device.type
         environment = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.signature = Signature(
@@ -139,7 +140,10 @@ class Execution:
                 b.requires_grad,
                 kind,
                 environment,
-                self.stack.training,
+                self.views and self.lent,
+                *[t.dtype for t in tensors],
+                *[x for x in arguments if isinstance(x, (bool, str, type(None)))],  # a number may count steps
+                *[m.training for m in self.stack.modules()],
                 *[p.requires_grad for p in self.stack.parameters()],
             ),
         )
@@ -152,17 +156,14 @@ class Execution:
         """The step as in a stack that has it alone, or with steps behind it."""
         execution = Execution(self.stack, None, 1, watched=False)
         execution.views, execution.lent = self.views, self.lent
-        try:
-            clear_autocast_cache()
-            a, b = execution._step(step, treatment, a, b)
-            clear_autocast_cache()
-            execution._end_offload()
-            if last and self.stack.split_dim is not None:
-                return (execution.close_joined(a, b),)
-            a, b = execution.close(a, b)
-            return (self.stack._join(a, b),) if last else (a, b)
-        finally:
-            step.extra = None
+        clear_autocast_cache()
+        a, b = execution._step(step, treatment, a, b)
+        clear_autocast_cache()
+        execution._end_offload()
+        if last and self.stack.split_dim is not None:
+            return (execution.close_joined(a, b),)
+        a, b = execution.close(a, b)
+        return (self.stack._join(a, b),) if last else (a, b)
 
     def end(self, y: Tensor) -> None:
         """Behind the last step, with the stack's output: make the plan, if its figures were measured."""
@@ -228,4 +229,4 @@ def dense(stream: Tensor) -> Tensor:
 
     Kernels, what they save and how they round, depend on how memory is laid out.
     """
-    return stream if stream.is_contiguous() else stream.clone()
+    return stream.clone() if has_gaps(stream) else stream

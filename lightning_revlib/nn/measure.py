@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Set
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_revlib.nn.coupling import has_gaps
 from lightning_revlib.nn.couplings import Invertible
 from lightning_revlib.nn.drift import Sentinel
 from lightning_revlib.nn.gathered import gathered
@@ -34,6 +36,8 @@ class Prices(NamedTuple):
 CPU = Prices(10, 100_000, 500_000)
 # A GPU in half precision: from what store, checkpoint and selective checkpointing took on one, docs/cuda.md.
 DEVICE = Prices(500, 4 * 10**9, 14 * 10**9)
+PLAIN = bool, int, float, str, type(None)
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
 FLOPS_A_CARRIED_BYTE = 8_000  # to the host or back; with it, not after it
 
 
@@ -44,6 +48,7 @@ class Figures(NamedTuple):
     forward: int  # at most in forward, the streams before and after included
     backward: int  # at most in backward, the gradients of the streams and what was held included
     work: int
+    kept: int = 0  # behind backward, by further outputs that somebody holds
 
 
 class Measured(NamedTuple):
@@ -71,12 +76,9 @@ class Measuring:
         if kind not in self._known:
             with gathered(step.module):
                 self._known[kind] = {
-                    treatment: measure(
-                        partial(self.alone, step, treatment, last), step.module, a, b, last=last,
-                        selective=treatment == "selective",
-                    )
+                    treatment: self._measure(step, treatment, a, b, last)
                     for treatment in self._possible(step, a.device)
-                }  # fmt: skip
+                }
             figures = self._known[kind]
             if "offload" in figures:
                 figures["offload"] = carried(figures["offload"], figures["store"])
@@ -85,6 +87,14 @@ class Measuring:
                 # What comes out, and is held, are the next step's streams, or the output.
                 figures["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
         self.steps.append(Measured(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind]))
+
+    def _measure(self, step: Step, treatment: Treatment, a: Tensor, b: Tensor, last: bool) -> Figures:
+        run = partial(self.alone, step, treatment, last)
+        try:
+            figures = measure(run, step.module, a, b, last=last, selective=treatment == "selective")
+            return figures if step.extra is not None else figures._replace(kept=0)
+        finally:
+            step.extra = None  # until then it is held, as it will be by the caller
 
     def _possible(self, step: Step, device: torch.device) -> list[Treatment]:
         block = not isinstance(step.coupling, Invertible)
@@ -100,26 +110,50 @@ class Measuring:
 
 def _description(step: Step) -> tuple[Any, ...]:
     """What two steps agree in that take the same bytes and work, as far as can be told."""
-    arguments = [getattr(x, "shape", repr(x)) for x in tree_leaves((step.args, step.kwargs))]
+    arguments = [_text(x) for x in tree_leaves((step.args, step.kwargs))]
     branch = step.key.partition(".")[2]
     chunks = getattr(step, "count", 1)
-    return branch, chunks, *_of_module(step.module), repr(step.coupling), repr(arguments)
+    return branch, chunks, *_of_module(step.module), _text(step.coupling), repr(arguments)
 
 
 def _of_module(module: nn.Module, but: str = "") -> tuple[Any, ...]:
-    plain = (bool, int, float, str, tuple, type(None))
     settings = [
-        sorted((k, repr(v)) for k, v in vars(m).items() if isinstance(v, plain) and k != but) for m in module.modules()
+        sorted((k, _text(v)) for k, v in vars(m).items() if _is_setting(k, v) and k != but) for m in module.modules()
     ]
     parameters = [(p.shape, p.dtype, p.requires_grad) for p in module.parameters()]
     return repr(module), repr(settings), tuple(parameters)
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    if isinstance(value, (*PLAIN, tuple)):
+        return True
+    return not name.startswith("_") and name != "forward" and not isinstance(value, (Tensor, nn.Module))
+
+
+def _text(value: Any, depth: int = 4) -> str:
+    """What it says of what a block does, the same for alike blocks and in each process: without addresses."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    kind, inner = type(value).__qualname__, depth - 1
+    if isinstance(value, nn.Module) or not depth:
+        return kind
+    if isinstance(value, Mapping):
+        return f"{kind} {[(_text(k, inner), _text(v, inner)) for k, v in value.items()]}"
+    if isinstance(value, (list, tuple, Set)):
+        leaves = [_text(v, inner) for v in value]
+        return f"{kind} {sorted(leaves) if isinstance(value, Set) else leaves}"
+    if type(value).__repr__ is object.__repr__:
+        return f"{kind} {_text(getattr(value, '__dict__', None), min(inner, 2))}"
+    return f"{ADDRESS.sub('', repr(value))} {getattr(getattr(value, '__code__', None), 'co_firstlineno', '')}"
 
 
 def digest(stack: Any) -> str:
     """Of all that figures depend on besides their signature: they hold for another stack with the same one."""
     options = [stack.couplings, stack.branches, stack.chunks, stack.chunk_dim, stack.stream_dtype, stack.residual]
     more = [stack.grid_bits, stack.split_dim, stack.ordinary, stack.offload, stack.context_fn]
-    text = repr([torch.__version__, options, more, *[_of_module(m, but="training") for m in stack]])
+    text = repr([torch.__version__, _text(options), _text(more), *[_of_module(m, but="training") for m in stack]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,7 +187,8 @@ def measure(
                 within = torch.is_autocast_enabled(meter.kind)  # backward is called outside of it
                 with torch.autocast(meter.kind, enabled=False) if within else nullcontext():
                     torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
-            return Figures(held, forward, meter.peak, meter.work(selective))
+            given.clear()
+            return Figures(held, forward, meter.peak, meter.work(selective), meter.live - end.nbytes)
     finally:
         for hook in hooks:
             hook.remove()
@@ -167,6 +202,7 @@ def carried(offload: Figures, store: Figures) -> Figures:
         offload.forward + moved,
         offload.backward + moved,
         max(store.work, 2 * moved * FLOPS_A_CARRIED_BYTE),
+        offload.kept,
     )
 
 
@@ -211,7 +247,7 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, a: Tensor, b: Tensor, needs_grad: tuple[bool, bool]) -> Any:
-        streams = tuple(t.clone() if t.is_contiguous() else t.view_as(t) for t in (a, b))
+        streams = tuple(t.view_as(t) if has_gaps(t) else t.clone() for t in (a, b))
         ctx.mark_non_differentiable(*[t for t, needed in zip(streams, needs_grad, strict=True) if not needed])
         return streams
 

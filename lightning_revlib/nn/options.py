@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
@@ -69,13 +70,13 @@ def read_budget(value: MemoryBudget) -> int | float | None:
         if value == "auto":
             return None
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", value.lower())
-        if match and match[2] in {"", *UNITS} and float(match[1]) > 0:
-            return int(float(match[1]) * UNITS[match[2] or "b"])
+        if match and match[2] in {"", *UNITS} and 1 <= (count := float(match[1]) * UNITS[match[2] or "b"]) < math.inf:
+            return int(count)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"memory_budget={value!r}: pass bytes, a text such as '2GiB', a fraction, or 'auto'")
     elif (isinstance(value, int) and value > 0) or 0 < value <= 1:
         return value
     raise ValueError(
         f"memory_budget={value!r}: pass a positive number of bytes as an int or a text such as '2GiB' or '800MB', a"
-        " fraction of ordinary autograd's peak between 0.0 and 1.0, or 'auto' on a CUDA device"
+        " fraction of ordinary autograd's peak between 0.0 and 1.0 as a float, not a text, or 'auto' on a CUDA device"
     )

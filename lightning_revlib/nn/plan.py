@@ -52,11 +52,17 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: MemoryBudget) -> Plan:
-    """The plan with the least work for stacks of so many output bytes. Raises ValueError if none fits."""
+def make_plan(
+    stacks: Mapping[str, tuple[Sequence[Measured], int]],
+    value: MemoryBudget,
+    taken: Mapping[str, Sequence[Treatment]] | None = None,
+) -> Plan:
+    """The plan with the least work for stacks of so many output bytes. Raises ValueError if none fits.
+
+    With some treatments `taken` already, it is the plan for the rest; if none fits then, the one with the fewest bytes.
+    """
     steps = lay_out(stacks)
-    choices = list({treatment: None for step, _ in steps for treatment in step.figures})
-    alike = {t: [t if t in step.figures else next(iter(step.figures)) for step, _ in steps] for t in choices}
+    alike = _alike(steps)
     minimum, plain = min(walk(steps, treatments)[0] for treatments in alike.values()), walk(steps, alike["store"])
     limit = _limit(value, plain[0])
     if limit < minimum:
@@ -64,23 +70,42 @@ def make_plan(stacks: Mapping[str, tuple[Sequence[Measured], int]], value: Memor
             f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
             f" {format_bytes(minimum)} for this input; take a smaller batch, or a larger budget"
         )
+    if taken:
+        steps = lay_out({path: (_only(each, taken.get(path)), output) for path, (each, output) in stacks.items()})
+        alike = _alike(steps)
     best = [min(reversed(list(step.figures)), key=lambda t: step.figures[t].work) for step, _ in steps]
     if walk(steps, best)[0] > limit:
         fitting = [treatments for treatments in alike.values() if walk(steps, treatments)[0] <= limit]
         if (found := _search(steps, limit)) is not None:
             fitting.append(found)
-        best = min(fitting, key=lambda treatments: walk(steps, treatments)[1])
+        best = (
+            min(fitting, key=lambda treatments: walk(steps, treatments)[1])
+            if fitting
+            else min(alike.values(), key=lambda treatments: walk(steps, treatments)[0])
+        )
     peak, work = walk(steps, best)
     chosen = iter(best)
     treatments = {path: tuple(next(chosen) for _ in measured) for path, (measured, _) in stacks.items()}
     return Plan(treatments, limit, peak, minimum, plain[0], work / max(plain[1], 1))
 
 
+def _alike(steps: Sequence[tuple[Measured, int]]) -> dict[Treatment, list[Treatment]]:
+    """All steps under one treatment, by it, as far as they can."""
+    choices = list({treatment: None for step, _ in steps for treatment in step.figures})
+    return {t: [t if t in step.figures else next(iter(step.figures)) for step, _ in steps] for t in choices}
+
+
+def _only(measured: Sequence[Measured], taken: Sequence[Treatment] | None) -> Sequence[Measured]:
+    if taken is None:
+        return measured
+    return [m._replace(figures={t: m.figures[t]}) for m, t in zip(measured, taken, strict=True)]
+
+
 def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[Measured, int]]:
     """The steps of all stacks, each with the bytes that live outside of it.
 
     They are all outputs, the gradient of its stack's output, unless the last step's figures contain it, and what later
-    steps hold when they are undone, since their frames refer to each other.
+    steps hold when they are undone, since their frames refer to each other, or keep for their further outputs.
     """
     outside = sum(output for _, output in stacks.values())
     steps: list[tuple[Measured, int]] = []
@@ -88,9 +113,11 @@ def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[
         for step in reversed(measured):
             last = step is measured[-1]
             steps.insert(0, (step, outside + (0 if last else output)))
+            kept = [figures.kept for figures in step.figures.values() if figures.kept]
             if "reversible" in step.figures:
                 held = step.figures["reversible"].held
-                outside += held - step.streams if last and held >= step.streams else held  # without what comes out
+                kept.append(held - step.streams if last and held >= step.streams else held)  # without what comes out
+            outside += max(kept, default=0)
     return steps
 
 

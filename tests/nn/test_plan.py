@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lightning_revlib as revlib
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Budget, share_budget
-from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
+from lightning_revlib.nn.measure import CPU, DEVICE, _Meter, digest
 from lightning_revlib.nn.options import read_budget
 from lightning_revlib.nn.plan import Plan, lay_out, walk
 
@@ -173,6 +173,40 @@ def test_gradients_and_buffers_are_those_of_autograd(kind: str, fraction: float)
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("split_dim", [1, None])
+def test_streams_in_channels_last_are_counted(split_dim: int | None) -> None:
+    options: dict[str, Any] = {"split_dim": split_dim, "coupling": "additive" if split_dim else "momentum"}
+    blocks = [nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)) for _ in range(6)]
+    stack = revlib.ReversibleSequential(*blocks, memory_budget=0.9, **options).to(memory_format=torch.channels_last)
+    x = torch.randn(8, 16 if split_dim else 8, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    peak(stack, x)
+    assert stack.plan is not None
+    assert peak(stack, x)[0] <= stack.plan.limit
+
+
+class Further(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.further = mlp(16), nn.Linear(16, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.branch(x), self.further(x).softmax(-1)
+
+
+def test_further_outputs_are_counted_while_they_are_held() -> None:
+    blocks, x = [Further() for _ in range(5)], torch.randn(128, 32, requires_grad=True)
+    for value in (0.9, 0.95, 1.0):
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=value)
+        stack(x)
+        for p in [x, *stack.parameters()]:
+            p.grad = torch.zeros_like(p)
+        with revlib.MemoryMeter() as meter:
+            y, further = stack(x)
+            y.backward(torch.ones_like(y))
+        assert stack.plan is not None and len(further) == 5
+        assert meter.peak <= stack.plan.peak <= stack.plan.limit, value
+
+
 def test_measuring_leaves_no_trace() -> None:
     stack = revlib.ReversibleSequential(*pyramid(), memory_budget=0.9)
     fired: list[Any] = []
@@ -199,6 +233,54 @@ def test_alike_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
         torch.randn(8, 32, requires_grad=True)
     )
     assert len(count) == 12  # four treatments, of the first, the last and the others
+
+
+class Applies(nn.Module):
+    def __init__(self, does: Any) -> None:
+        super().__init__()
+        self.up, self.does, self.down = nn.Linear(16, 64), does, nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, does = self.up(x), self.does
+        if isinstance(does, dict):
+            does = does["what"][0]
+        return self.down(getattr(does, "of", does)(x))
+
+
+class Method:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def of(self, x: Tensor) -> Tensor:
+        for _ in range(self.count):
+            x = x.tanh()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("light", "heavy"),
+    [(torch.relu, torch.logit), (lambda: Method(1), lambda: Method(5)),
+     (lambda: {"what": [torch.tanh]}, lambda: {"what": [lambda x: x.tanh().sin() * x.sigmoid()]})],
+)  # fmt: skip
+def test_blocks_that_differ_in_an_attribute_are_measured_each(light: Any, heavy: Any) -> None:
+    made = [what if what in (torch.relu, torch.logit) else what() for what in [light] * 4 + [heavy] * 4]
+    stack, x = revlib.ReversibleSequential(*map(Applies, made), memory_budget=0.8), torch.randn(64, 32)
+    peak(stack, x.requires_grad_())
+    assert stack.plan is not None and stack.budget is not None
+    assert peak(stack, x)[0] <= stack.plan.limit
+    ((measured, _),) = stack.budget._known["stack"].values()
+    assert len({id(m.figures) for m in measured}) == 4  # one of either kind, the first, on views, and the last
+
+
+def test_a_digest_does_not_depend_on_addresses() -> None:
+    def of(count: int) -> str:
+        does = [Method(count), {"what": [torch.relu, lambda x: x]}, {"a", "b"}, object(), (torch.relu, Method)]
+        stack = revlib.ReversibleSequential(*map(Applies, does), coupling_forward=torch.add, coupling_inverse=torch.sub)
+        kept.append(stack)
+        return digest(stack)
+
+    kept: list[Any] = []
+    assert of(1) == of(1) != of(2)
 
 
 def test_replans_for_larger_shapes_only() -> None:
@@ -249,11 +331,109 @@ def test_figures_go_through_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Non
         assert change != "none" or again[0].plan == model[0].plan
 
 
+def test_a_budget_that_goes_on_with_other_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_revlib.nn import measure as module
+
+    def net(*hidden: int) -> nn.Module:
+        torch.manual_seed(0)
+        stacks = [
+            revlib.ReversibleSequential(*[nn.Sequential(nn.Linear(16, h), nn.Linear(h, 16)) for _ in range(4)])
+            for h in hidden
+        ]
+        return nn.Sequential(*stacks)
+
+    def fit(model: nn.Module, budget: Budget) -> Plan | None:
+        share_budget(dict(model.named_children()), budget)
+        for _ in range(2):
+            model(torch.randn(32, 32, requires_grad=True))
+        return budget.plan
+
+    count: list[int] = []
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: count.append(1) or measure(*args, **kwargs))
+    first, other, budget = net(16, 16), net(16, 64), Budget("60KB", announce=list)
+    plan = fit(first, budget)
+    for model, measured in ((first, 0), (net(16, 16), 0), (other, 12), (net(16), 0)):
+        count.clear()
+        assert fit(model, budget) == fit(model, Budget("60KB", announce=list))
+        assert len(count) - measured == 12 * len(model), "the second budget's own, and those of what has changed"
+    assert plan is not None and budget.plan is not None and set(budget.plan.treatments) == {"0"}
+    fit(first, budget)
+    count.clear()
+    resumed = Budget("60KB", announce=list)
+    resumed.load_state_dict(budget.state_dict())
+    assert fit(other, resumed) == fit(other, Budget("60KB", announce=list))
+    assert len(count) == 12 + 24
+
+
 def test_figures_that_fit_no_budget_are_not_saved() -> None:
     stack = revlib.ReversibleSequential(*[mlp(16) for _ in range(4)], memory_budget=100)
     with pytest.raises(ValueError, match="memory_budget=100"):
         stack(torch.randn(8, 32))
     assert stack.budget is not None and stack.budget.state_dict() == {}
+
+
+def test_a_smaller_batch_after_one_that_fits_no_budget() -> None:
+    model = nn.Sequential(*[revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
+    x = torch.randn(512, 32)
+    least, _ = peak(model, x[:256])
+    share_budget(dict(model.named_children()), Budget(least + 4096))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="take a smaller batch"):
+            model(x)
+    model(x[:64])
+    assert peak(model, x[:64])[0] <= least + 4096 and set(model[0].plan.treatments) == {"0", "1"}  # type: ignore[union-attr]
+
+
+def test_a_call_with_another_number_of_tensors_is_measured() -> None:
+    class Block(nn.Linear):
+        def forward(self, x: Tensor, *masks: Tensor) -> Tensor:
+            return super().forward(x) * masks[0] if masks else super().forward(x)
+
+    stack, x = revlib.ReversibleSequential(*[Block(8, 8) for _ in range(4)], memory_budget="1MiB"), torch.randn(4, 16)
+    for masks in ((), (torch.ones(4, 1),), ()):
+        assert stack(x, *masks).shape == x.shape
+    assert stack.budget is not None and len(stack.budget._known["stack"]) == 2
+
+
+class Called(nn.Module):
+    """With what it is called decides on what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.drop, self.down = nn.Linear(16, 64), nn.Dropout(0.1), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, act: str = "relu", often: bool = False) -> Tensor:
+        x = getattr(self.drop(self.up(x)), act)()
+        for _ in range(4 if often else 0):
+            x = x.tanh()
+        return self.down(x if mask is None else (x.to(mask.dtype) * mask).to(x.dtype))
+
+
+@pytest.mark.parametrize("how", ["dtype", "text", "flag", "nothing", "mode", "lent"])
+def test_a_call_that_takes_more_is_measured(how: str) -> None:
+    stack, x = revlib.ReversibleSequential(*[Called() for _ in range(4)], memory_budget=1.0), torch.randn(64, 32)
+    x.requires_grad_()
+    ways: dict[str, list[Any]] = {
+        "dtype": [{"mask": torch.ones(64, 64)}, {"mask": torch.ones(64, 64, dtype=torch.float64)}],
+        "text": [{"act": "relu"}, {"act": "cos"}],
+        "flag": [{"often": False}, {"often": True}],
+        "nothing": [{"mask": None}, {}],
+    }
+    plans = []
+    for second in (False, True):
+        if how == "mode":
+            for block in stack:
+                block.train(second)
+        given = x.view_as(x) if how == "lent" and second else x
+        for _ in range(2):
+            stack(given, **ways.get(how, [{}, {}])[second])
+        plans.append(stack.plan)
+    assert stack.budget is not None and len(stack.budget._known["stack"]) == 2
+    assert how == "nothing" or plans[0] != plans[1]
+    for step in range(3):  # a number may be another in each step
+        stack(x, often=step)
+    assert len(stack.budget._known["stack"]) <= 3
 
 
 def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +493,25 @@ def test_several_stacks_share_a_budget() -> None:
     assert model[0].plan is model[1].plan and set(model[0].plan.treatments) == {"0", "1"}
 
 
+def test_stacks_that_share_a_budget_and_batches_that_alternate() -> None:
+    model = nn.Sequential(*[revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)])
+    told: list[str] = []
+    budget, x = Budget("600KiB", announce=told.append), torch.randn(256, 32, requires_grad=True)
+    share_budget(dict(model.named_children()), budget)
+    for rows in (16, 16, 256, 256, 256, 16, 256, 256, 16, 256):
+        assert peak(model, x[:rows])[0] <= 600 << 10, rows
+        assert budget.plan is not None and budget.plan.peak <= 600 << 10
+    assert len(told) == 2
+    planned = budget.plan.treatments["0"]
+    model[0](x[:256])  # together with 256 rows in the second stack, which are 16 now
+    model[1](x[:16])
+    assert budget.plan.treatments["0"] == planned != ("store",) * 4 == budget.plan.treatments["1"]
+    model[0](x[:16])  # and the other way round
+    model[1](x[:256])
+    assert budget.plan.treatments["0"] == ("store",) * 4 != budget.plan.treatments["1"]
+    assert budget.plan.peak <= 600 << 10 < budget.plan.plain
+
+
 def test_layers_that_a_model_calls() -> None:
     layers = revlib.ReversibleModuleList([mlp(32) for _ in range(6)], coupling="midpoint", memory_budget=0.5)
     x = torch.randn(64, 32, requires_grad=True)
@@ -343,7 +542,8 @@ def test_budgets_are_read(value: Any, bytes_: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "error"),
     [(0, ValueError), (-5, ValueError), (1.5, ValueError), (0.0, ValueError), ("2 GiBs", ValueError), ("", ValueError),
-     ("0", ValueError), ("1.2.3MB", ValueError), (True, TypeError), ([1], TypeError), (float("nan"), ValueError)],
+     ("0", ValueError), ("0.5", ValueError), ("9" * 400, ValueError),
+     ("1.2.3MB", ValueError), (True, TypeError), ([1], TypeError), (float("nan"), ValueError)],
 )  # fmt: skip
 def test_bad_budgets_are_named(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="memory_budget="):
