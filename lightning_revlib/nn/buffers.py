@@ -51,13 +51,16 @@ class Buffers:
                     self.read.append((m, name, buffer, 0 if buffer is None else version(buffer)))
                 elif not isinstance(buffer, UninitializedBuffer):
                     self.changing.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
-        holders = modules if numbers else dict.fromkeys(met[0] for met in self.changing)
-        self.numbers = [(m, {name: n for name, n in m.__dict__.items() if type(n) in NUMBER}) for m in holders]
+        self.numbers: list[tuple[nn.Module, dict[str, Any]]] = []
+        if numbers or self.changing:
+            holders = modules if numbers else dict.fromkeys(met[0] for met in self.changing)
+            self.numbers = [(m, {name: n for name, n in m.__dict__.items() if type(n) in NUMBER}) for m in holders]
 
     def close(self) -> bool:
         """Keep the values only of what the call has changed, in place or by a new one; whether there is any to lend."""
-        if self.numbers:
-            self.numbers = [(m, former) for m, before in self.numbers if (former := _former(m.__dict__, before))]
+        if not (self.read or self.changing or self.numbers):
+            return bool(self.written)
+        self.numbers = [(m, former) for m, before in self.numbers if (former := _former(m.__dict__, before))]
         self.read = [met for met in self.read if met[2] is not None or _now(*met[:2]) is None]
         met, self.changing = self.changing, []
         for m, name, before, buffer, count, training in met:

@@ -59,8 +59,7 @@ class Checkpoint(Saved):
 
     def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
         first, self.again = contexts(self) if contexts else (NOTHING, None)
-        arguments = self.step.tensors()
-        counts = list(map(version, arguments))
+        arguments = [(t, version(t)) for t in self.step.tensors()]
         catch(self._pack, self._unpack)
         try:
             with first:
@@ -71,8 +70,8 @@ class Checkpoint(Saved):
         if self.calls_autograd:
             self.step.stack.__dict__["_calls_autograd"] = True
         self._look(b)
-        self.settings = Settings(self.modules, arguments)
-        self.step.check_arguments(arguments, counts)
+        self.step.check_arguments(arguments)
+        self.settings = Settings(self.modules, [t for t, _ in arguments])
         return out
 
     def _look(self, b: Tensor) -> None:
@@ -112,7 +111,8 @@ class Checkpoint(Saved):
     def _rewind(self, b: Tensor) -> None:
         caught: list[Tensor] = []
         self.keep = torch.is_grad_enabled()  # create_graph
-        undo = self.lend(b, self.settings.changed(), self.scratch)
+        assert self.settings is not None
+        undo = self.lend(b, self.settings if self.settings.changed() else None, self.scratch)
         try:
             again = b.data.requires_grad_(self.b_needs_grad)
             self.run_again(again, self.compiler, partial(collect, caught, len(self.saved)), caught.__getitem__)

@@ -44,8 +44,9 @@ class Recording:
         self.frames: list[Frame] = []
         self.keeps_all, self.counts = stack._calls_autograd is not False, stack._counts is not False
         tape.environment = Environment(a)
-        modules = parts(*stack)
+        self.modules = modules = parts(*stack)
         self.buffers = any(map(BUFFERS, modules))
+        self.arguments: dict[int, Tensor] = {}  # of all steps, by identity
         self.norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
@@ -61,12 +62,11 @@ class Recording:
         if chunk is not None:
             frame.chunk = chunk
         frame.keeps_all, count = self.keeps_all, b._version
-        modules, arguments = parts(step.module), step.tensors() if step.args or step.kwargs else ()
-        if self.counts or (self.buffers and any(map(BUFFERS, modules))):
+        if (self.buffers or self.counts) and (any(map(BUFFERS, modules := parts(step.module))) or self.counts):
             frame.buffers = Buffers(modules, numbers=self.counts)
         if self.listed:
             self._begin(frame, a)
-        counts = list(map(version, arguments))
+        arguments = [(t, version(t)) for t in step.tensors()] if step.args or step.kwargs else []
         catch(frame._pack, frame._unpack)
         try:
             if tape.context_fn is None:
@@ -92,9 +92,11 @@ class Recording:
         a, b = streams
         if self.exact:
             step.check_grid(b)
-        frame.settings = Settings(modules, arguments)
         if arguments:
-            step.check_arguments(arguments, counts)
+            step.check_arguments(arguments)
+            self.arguments.update((id(t), t) for t, _ in arguments)
+        if self.listed:
+            frame.settings = Settings(parts(step.module), [t for t, _ in arguments])
         if frame.buffers:
             frame.close_buffers()
         if self.expect_draws and not (now := RandomState(a)).same(self.random):
@@ -121,6 +123,8 @@ class Recording:
 
     def close(self) -> None:
         self.tape.depth = len(self.frames)
+        if not self.listed:
+            self.tape.settings = Settings(self.modules, list(self.arguments.values()))
         if self.norms:  # they matter where a step saves most; a plan counts on them in all
             planned = self.frames[0].step.stack.budget is not None
             most = 0 if planned else max(sum(frame.saved) for frame in self.frames)

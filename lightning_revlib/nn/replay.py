@@ -1,7 +1,7 @@
 """What a block's call depends on besides its input, and how to meet the same again in backward.
 
 Environment   autocast, default dtype and device       one a forward, or a layer that a model calls
-Settings      flags, parameters and arguments          one a step
+Settings      flags, parameters and arguments          the same
 RandomState   generators of the CPU and the device     one a step, if it draws
 Buffers       buffers, and numbers that it changes     one a step, if it has any
 """

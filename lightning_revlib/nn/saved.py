@@ -38,7 +38,7 @@ class Saved(ABC):
     """One call of a step's block. `catch(call._pack, call._unpack)` before it, `call.end()` behind it."""
 
     # Class attributes are what most calls have: they are not set in each.
-    settings: Settings  # when the call has ended
+    settings: Settings | None = None  # when the call has ended
     random: RandomState | None = None  # set if the block draws
     buffers: Buffers | None = None  # set if it meets any
     again: Any = None  # the second run's context
@@ -59,11 +59,11 @@ class Saved(ABC):
     def rewind(self) -> None:
         """Run the block a second time, and have caught what it saves. Raises RuntimeError if that is not possible."""
 
-    def lend(self, b: Tensor, changed: bool, scratch: Scratch) -> list[Callable[[], Any]]:
-        """Have the block meet what it met in forward, settings if they have `changed`; returns what undoes that."""
+    def lend(self, b: Tensor, changed: Settings | None, scratch: Scratch) -> list[Callable[[], Any]]:
+        """Have the block meet what it met in forward, settings that have `changed`, too; returns what undoes that."""
         undo = [self.buffers.lend(scratch)] if self.buffers else []  # it may raise
         if changed:
-            undo += self.settings.lend()
+            undo += changed.lend(parts(self.step.module))
         if self.random:
             undo.append(self.random.lend(b))
         return undo

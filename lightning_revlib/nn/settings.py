@@ -33,17 +33,19 @@ def parts(*modules: nn.Module) -> list[nn.Module]:
 
 
 class Settings:
-    """Training flags and parameters of a block's modules, and the arguments of its call.
+    """Training flags and parameters of modules, and the arguments of their calls.
 
-    Made when the call has ended. `changed` tells whether modules are set otherwise now; if so, `lend`
-    sets what was then, and returns calls that put back, in reverse order, what was just before. Tensors
-    that have been modified in place cannot be lent, and are an error.
+    Made when forward ends, or a block's call. `changed` tells whether modules are set otherwise now; if so,
+    `lend` sets what was then for some of them, and returns calls that put back, in reverse order, what was
+    just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("modules", "owners", "parameters", "registered", "requires_grad", "tensors", "training", "versions")
+    __slots__ = ("by_module", "modules", "owners", "parameters", "registered", "requires_grad", "tensors", "training",
+                 "versions")  # fmt: skip
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
         self.modules = modules
+        self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
         self.training = list(map(TRAINING, modules))
         self.owners = list(filter(PARAMETERS, modules))
         self.registered = list(map(dict, map(PARAMETERS, self.owners)))
@@ -75,19 +77,24 @@ class Settings:
             or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
         )
 
-    def lend(self) -> list[Callable[[], Any]]:
+    def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
         undo: list[Callable[[], Any]] = []
-        for m, training in zip(self.modules, self.training, strict=True):
+        if self.by_module is None:
+            self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
+            for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
+                self.by_module[m][1].append((name, p, requires_grad))
+        for m in filter(self.by_module.__contains__, modules):  # not those that have been added since
+            training, parameters = self.by_module[m]
             undo.append(partial(setattr, m, "training", m.training))
             m.training = training
-        for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
-            now = m._parameters[name] if name in m._parameters else None
-            if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
-                undo.append(partial(m._parameters.__setitem__, name, now))
-                m._parameters[name] = p  # type: ignore[assignment]
-            if p.is_leaf and p.requires_grad != requires_grad:
-                undo.append(partial(p.requires_grad_, p.requires_grad))
-                p.requires_grad_(requires_grad)
+            for name, p, requires_grad in parameters:
+                now = m._parameters[name] if name in m._parameters else None
+                if now is not p and type(p) in PLAIN and type(now) in PLAIN:  # torch.func.functional_call lent p
+                    undo.append(partial(m._parameters.__setitem__, name, now))
+                    m._parameters[name] = p  # type: ignore[assignment]
+                if p.is_leaf and p.requires_grad != requires_grad:
+                    undo.append(partial(p.requires_grad_, p.requires_grad))
+                    p.requires_grad_(requires_grad)
         return undo
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -103,9 +103,9 @@ class Step:
                 " use inplace=False in its first operation"
             )
 
-    def check_arguments(self, arguments: Sequence[Tensor], counts: Sequence[int]) -> None:
-        """Raise where the block has changed an argument in place, which its second run would do again."""
-        for t, count in zip(arguments, counts, strict=True):
+    def check_arguments(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
+        """Raise where the block has changed an argument in place, given its version before, and would do so again."""
+        for t, count in arguments:
             if version(t) != count:
                 raise RuntimeError(
                     f"{self.name} changes an argument of shape {list(t.shape)} in place, and backward has to run it"

@@ -47,6 +47,7 @@ from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.overlap import Ahead
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
 from lightning_revlib.nn.saved import set_grad_enabled
+from lightning_revlib.nn.settings import Settings
 
 HAS_DISTRIBUTED = torch.distributed.is_available()
 
@@ -71,8 +72,10 @@ class Tape:
     task = -1  # the backward that has come to the output
     looked = -1  # the one for which it is known what has changed
     ahead: Ahead | None = None  # if steps are undone before autograd asks for them
+    changed: Settings | None = None  # the settings of all steps, if they are others than in forward
     varied = False  # the environment has changed from one step to the next
-    environment: Environment  # of the first step; by a `Recording`
+    environment: Environment  # of the first step; this and the next by a `Recording`
+    settings: Settings | None = None  # when forward ended, if steps have none of their own
 
     def __init__(
         self,
@@ -121,6 +124,7 @@ class Tape:
 
     def _look(self, task: int) -> None:
         """See, once in each backward, what is otherwise than in forward."""
+        self.changed = self.settings if self.settings is not None and self.settings.changed() else None
         self.unusual = self.varied or self.surprise is not None or self.environment.changed()
         self.looked = task
 
