@@ -18,8 +18,8 @@ from lightning_revlib.nn.swap import Targets, stacks
 from lightning_revlib.swapping import (
     explain_memory,
     make_budget,
-    memory_figures,
     read_targets,
+    save_memory_plan,
     swap_module,
     take_memory_figures,
 )
@@ -62,8 +62,7 @@ class ReversibleCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if figures := memory_figures(pl_module):
-            checkpoint["memory_figures"] = figures
+        save_memory_plan(checkpoint, self.budget, pl_module)
 
     @override
     def on_load_checkpoint(

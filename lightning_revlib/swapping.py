@@ -85,10 +85,8 @@ class Swapping(Strategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.budget is not None and self.budget.plan is not None:
-            checkpoint["memory_plan"] = asdict(self.budget.plan)
-        if self.lightning_module is not None and (figures := memory_figures(self.lightning_module)):
-            checkpoint["memory_figures"] = figures
+        if self.lightning_module is not None:
+            save_memory_plan(checkpoint, self.budget, self.lightning_module)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -150,13 +148,16 @@ def make_budget(memory_budget: MemoryBudget | None) -> Budget | None:
     return None if memory_budget is None else Budget(memory_budget, announce=rank_zero_info)
 
 
-def memory_figures(module: nn.Module) -> dict[str, Any]:
-    """What the memory plans of its stacks follow from, by path, as plain data."""
+def save_memory_plan(checkpoint: dict[str, Any], budget: Budget | None, module: nn.Module) -> None:
+    """Put into a checkpoint the budget's plan, to read, and what the plans of all stacks follow from, by path."""
+    if budget is not None and budget.plan is not None:
+        checkpoint["memory_plan"] = asdict(budget.plan)
     figures: dict[str, Any] = {}
     for stack in stacks(module).values():
         if stack.budget is not None:
             figures.update(stack.budget.state_dict())
-    return figures
+    if figures:
+        checkpoint["memory_figures"] = figures
 
 
 def take_memory_figures(module: nn.Module, figures: Mapping[str, Any]) -> None:

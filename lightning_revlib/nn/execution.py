@@ -5,6 +5,7 @@ Both kinds of stack use it, `ReversibleSequential` in one call and `ReversibleMo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Signature
 from lightning_revlib.nn.buffers import Scratch
-from lightning_revlib.nn.checkpoint import Checkpoint, checkpoint
+from lightning_revlib.nn.checkpoint import Checkpoint, around, checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams, has_gaps
 from lightning_revlib.nn.couplings import Additive, Invertible
@@ -73,7 +74,14 @@ class Execution:
 
     def _planned_step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         if self.index == 0 and self.stack.budget is not None and set(self.stack.treatments) == {"reversible"}:
-            self._begin_plan(step, a, b)
+            if around(False) is None:
+                self._begin_plan(step, a, b)
+            else:
+                warnings.warn(
+                    f"{self.stack.path}: within a block that backward runs again, or other saved-tensor hooks, its"
+                    f" memory_budget={self.stack.budget.value!r} is not followed: all steps are reversible",
+                    stacklevel=2,
+                )
         if self.measuring is not None:
             self.measuring.add(step, a, b, last=self.index == self.count - 1)
         treatment = self.planned[self.index] if self.planned else step.treatment

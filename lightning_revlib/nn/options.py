@@ -49,8 +49,8 @@ def read_couplings(
 
 def read_treatments(treatments: Sequence[Treatment] | None, store_last: int, count: int) -> tuple[Treatment, ...]:
     """A treatment for each of `count` blocks. Raises ValueError."""
-    if not 0 <= store_last <= count:
-        raise ValueError(f"store_last={store_last}: the stack has {count} blocks; take a number from 0 to {count}")
+    if not isinstance(store_last, int) or not 0 <= store_last <= count:
+        raise ValueError(f"store_last={store_last!r}: the stack has {count} blocks; take a number from 0 to {count}")
     if treatments is None:
         treatments = [*["reversible"] * (count - store_last), *["store"] * store_last]  # type: ignore[list-item]
         return tuple(treatments)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, get_device_module
 
+from lightning_revlib.nn.replay import NOTHING
+
 if TYPE_CHECKING:
     from lightning_revlib.nn.frame import Frame
     from lightning_revlib.nn.norms import Norms
@@ -51,7 +53,7 @@ class Ahead:
         assert tape.streams is not None
         self.main, tape.passed = main, {frame.index: tape.streams}
         self.side.wait_stream(main)
-        with self.module.stream(self.side):
+        with self.module.stream(self.side), below.environment.again() if below.environment else NOTHING:
             tape._undo(below, ahead=True)
         self.index, self.caught, self.norms = below.index, below.caught, below.norms
         below.caught = below.norms = None  # until autograd asks, and main waits

@@ -596,3 +596,22 @@ def test_a_host_starts_operations_while_its_device_does_others() -> None:
             both = done, 100 * price
             assert meters[kind].work(selective) == (sum(both) if kind == "cpu" else max(both))
     assert meters["cuda"].work(True) > meters["cuda"].work(False)  # it is the host that is waited for
+
+
+@pytest.mark.parametrize("around", ["stack", "checkpoint"])
+def test_a_stack_that_is_run_again_follows_no_plan(around: str) -> None:
+    def make() -> nn.Module:
+        return revlib.ReversibleSequential(*[nn.Linear(8, 8).double() for _ in range(4)], memory_budget="1MiB")
+
+    def run(x: Tensor) -> Tensor:
+        return inner(x).tanh()
+
+    torch.manual_seed(0)
+    inner, x = make(), torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
+    outer = revlib.ReversibleSequential(nn.Sequential(inner, nn.Linear(16, 16).double()), make())
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="its memory_budget='1MiB' is not followed"):
+            if around == "stack":
+                outer(x).square().sum().backward()
+            else:
+                torch.utils.checkpoint.checkpoint(run, x[:, :16], use_reentrant=False).sum().backward()
