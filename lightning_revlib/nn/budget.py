@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_revlib.nn.measure import Figures, Measured, digest
+from lightning_revlib.nn.alike import digest
+from lightning_revlib.nn.measure import Figures, Measured
 from lightning_revlib.nn.options import MemoryBudget, Treatment, read_budget
 from lightning_revlib.nn.plan import Plan, make_plan
 

@@ -161,7 +161,7 @@ class Execution:
         self.planned = treatments or ["reversible"] * self.count
 
     def _alone(self, step: Step, treatment: Treatment, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        """The step as in a stack that has it alone, or with steps behind it."""
+        """The step as in a stack that has it alone, or with steps behind it; `step.extra` is left to the caller."""
         execution = Execution(self.stack, None, 1, watched=False)
         execution.views, execution.lent = self.views, self.lent
         clear_autocast_cache()

@@ -14,7 +14,6 @@ from lightning_revlib.nn.coupling import Coupling, Streams
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Environment, RandomState
 from lightning_revlib.nn.saved import Saved, collect
-from lightning_revlib.nn.settings import Settings
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk
@@ -42,7 +41,8 @@ class Frame(Saved):
         caught: list[Tensor] = []
         pack: Any = partial(collect, caught, -1) if self.calls_autograd else caught.append
         unpack = caught.__getitem__
-        changed = tape.changed if self.settings is None else self._changed()
+        settings = self.settings
+        changed = tape.changed if settings is None else settings if settings.changed() else None
         undo = self.lend(b, changed, tape.scratch) if changed or self.buffers or self.random else []
         norms = None
         at_least, usual = tape.norms_from, not (tape.keep or changed or tape.compiler)
@@ -82,7 +82,7 @@ class Frame(Saved):
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
         """The step's forward again, without graph or trace, to learn whether it draws."""
-        random, undo = RandomState(b), self.lend(b, self._changed(), self.tape.scratch)
+        random, undo = RandomState(b), self.lend(b, self.tape.changed, self.tape.scratch)
         try:
             f, _ = self.step.branch(b, self.tape.compiler)
             self.step.bind(a, b)  # it may draw, too
@@ -92,12 +92,6 @@ class Frame(Saved):
                 undo.pop()()
         self.random = None if RandomState(b).same(random) else random
         return streams
-
-    def _changed(self) -> Settings | None:
-        """The settings to lend, if they are others now."""
-        if self.settings is None:
-            return self.tape.changed
-        return self.settings if self.settings.changed() else None
 
     def _find(self, number: int) -> Tensor:
         if self.norms and (tensor := self.norms.again(number)) is not None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import lightning_revlib as revlib
 from lightning_revlib.nn import alone
+from lightning_revlib.nn.alike import digest
 from lightning_revlib.nn.budget import Budget, share_budget
-from lightning_revlib.nn.measure import CPU, DEVICE, _Meter, digest
+from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
 from lightning_revlib.nn.options import read_budget
 from lightning_revlib.nn.plan import Plan, lay_out, walk
 
