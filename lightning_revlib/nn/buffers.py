@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from functools import partial
-from typing import Any, TypeAlias
+from operator import attrgetter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.settings import modified, version
 
-Scratch: TypeAlias = dict[Any, dict[str, Tensor | None]]
+BUFFERS = attrgetter("_buffers")
 
 
 class Buffers:
@@ -26,29 +27,26 @@ class Buffers:
     a call that puts the buffers back untouched. What was read and has been modified in place is an error.
 
     In training a batch norm writes its statistics and reads none, so that no copy need be held, and
-    those of another block are lent: `scratch`, where the blocks of one backward find each other's.
+    it is lent others to write into: `_scratch`.
 
     Numbers are attributes that are an int or a float, such as the length of a table or how often a block was called:
     with `numbers` those of all modules, else of modules whose buffers the call may change.
     """
 
-    __slots__ = ("changing", "numbers", "read", "written")
+    __slots__ = ("changing", "norms", "numbers", "read", "written")
 
     def __init__(self, modules: list[nn.Module], *, numbers: bool = False) -> None:
         self.written: list[nn.Module] = []
+        self.norms: list[tuple[nn.Module, int | None]] = []
         self.changing: list[tuple[Any, ...]] = []
-        self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []
-        for m in modules:
-            if not m._buffers:
-                continue
-            statistics = getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m)
-            if statistics and m.training:
-                if m._buffers["running_mean"] is not None:
-                    self.written.append(m)
+        self.read: list[tuple[nn.Module, str, Tensor | None, int | None]] = []
+        for m in filter(BUFFERS, modules):
+            if getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m):
+                self.norms.append((m, _batches(m)))
                 continue
             for name, buffer in m._buffers.items():
-                if buffer is None or statistics:
-                    self.read.append((m, name, buffer, 0 if buffer is None else version(buffer)))
+                if buffer is None:
+                    self.read.append((m, name, None, 0))
                 elif not isinstance(buffer, UninitializedBuffer):
                     self.changing.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
         self.numbers: list[tuple[nn.Module, dict[str, Any]]] = []
@@ -58,8 +56,17 @@ class Buffers:
 
     def close(self) -> bool:
         """Keep the values only of what the call has changed, in place or by a new one; whether there is any to lend."""
-        if not (self.read or self.changing or self.numbers):
-            return bool(self.written)
+        if self.read or self.changing or self.numbers:
+            self._close_changing()
+        for m, batches in self.norms:  # a block may set a norm's training in its call, so that its flag does not tell
+            if m.training if batches is None else _batches(m) != batches:
+                if m._buffers["running_mean"] is not None:
+                    self.written.append(m)
+            elif not m.training:
+                self.read += [(m, name, b, 0 if b is None else version(b)) for name, b in m._buffers.items()]
+        return self.any() or bool(self.read)
+
+    def _close_changing(self) -> None:
         self.numbers = [(m, former) for m, before in self.numbers if (former := _former(m.__dict__, before))]
         self.read = [met for met in self.read if met[2] is not None or _now(*met[:2]) is None]
         met, self.changing = self.changing, []
@@ -72,25 +79,18 @@ class Buffers:
                 self.changing.append((m, name, before))
             else:
                 self.read.append((m, name, buffer, count))
-        return self.any() or bool(self.read)
 
     def any(self) -> bool:
         """Whether the call has changed any."""
         return bool(self.written or self.changing or self.numbers)
 
-    def lend(self, scratch: Scratch) -> Callable[[], None]:
+    def lend(self) -> Callable[[], None]:
         for m, name, buffer, count in self.read:
             if buffer is not None and version(buffer) != count:
                 raise modified(f"buffer {name!r} of {m}")
         norms = [(m, m._buffers) for m in self.written]
         for number, (m, buffers) in enumerate(norms):  # some of its own for each of a block's
-            mean: Any = buffers["running_mean"]
-            key = number, mean.shape, mean.dtype, mean.device
-            if key not in scratch:
-                scratch[key] = {
-                    name: None if b is None else b.clone() for name, b in buffers.items() if name in STATISTICS
-                }
-            m.__dict__["_buffers"] = {**buffers, **scratch[key]}
+            m.__dict__["_buffers"] = {**buffers, **_scratch(number, buffers)}
         return partial(_put_back, norms, self._exchange() if self.read or self.changing or self.numbers else [])
 
     def _exchange(self) -> list[tuple[Any, str, Any]]:
@@ -108,8 +108,29 @@ class Buffers:
 
 ABSENT: Any = object()
 NUMBER = (int, float)
-WRITES_STATISTICS = (_BatchNorm.forward, _InstanceNorm.forward, nn.SyncBatchNorm.forward)
+COUNTS_BATCHES = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+WRITES_STATISTICS = (*COUNTS_BATCHES, _InstanceNorm.forward)
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+SCRATCH: dict[tuple[Any, ...], dict[str, Tensor | None]] = {}  # statistics that norms write into, and nobody reads
+
+
+def _scratch(number: int, statistics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Others like these for the norm of that number in a block: the same for all norms and blocks that are alike."""
+    mean: Any = statistics["running_mean"]
+    key = number, mean.shape, mean.dtype, mean.device
+    if (found := SCRATCH.get(key)) is None:
+        found = {n: None if (b := statistics.get(n)) is None else b.clone() for n in STATISTICS}
+        if type(mean) is Tensor:  # not one that a mode has made, which ends with the mode
+            SCRATCH[key] = found
+    return {n: b if b is None else b.data for n, b in found.items()}  # as if they had never been changed in place
+
+
+def _batches(norm: nn.Module) -> int | None:
+    """How often a batch norm has counted a batch in training, more or less; None if it does not."""
+    counter = norm._buffers.get("num_batches_tracked")
+    if counter is None or counter.is_inference() or type(norm).forward not in COUNTS_BATCHES:
+        return None
+    return counter._version
 
 
 def _is_usual(norm: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.buffers import Buffers, Scratch
+from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
 from lightning_revlib.nn.saved import CallsAutograd, Enough, Saved, cannot_run_again, catch, collect, release
 from lightning_revlib.nn.settings import Settings, parts, version
@@ -26,27 +26,24 @@ around = torch._C._autograd._top_saved_tensors_default_hooks  # the saved-tensor
 Contexts: TypeAlias = Callable[["Checkpoint"], tuple[Any, Any]]
 
 
-def checkpoint(step: Step, contexts: Contexts | None, scratch: Scratch, b: Tensor, compiler: Any) -> tuple[Any, Any]:
-    """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs.
-
-    `scratch` is for the buffers of all steps of a forward: see `Buffers`.
-    """
-    call = Checkpoint(step, scratch, b, compiler)
+def checkpoint(step: Step, contexts: Contexts | None, b: Tensor, compiler: Any) -> tuple[Any, Any]:
+    """What `step.branch(b, compiler)` returns, checkpointed; `contexts` makes those of its two runs."""
+    call = Checkpoint(step, b, compiler)
     try:
         return call.run(b, contexts)
     except CallsAutograd as unexpected:
         if unexpected.args[0] is not call:  # but a call round this one
             raise
         call.take_back(b)
-        return Checkpoint(step, scratch, b, compiler).run(b, contexts)
+        return Checkpoint(step, b, compiler).run(b, contexts)
 
 
 class Checkpoint(Saved):
     """A checkpointed call of a step's block on stream b."""
 
-    def __init__(self, step: Step, scratch: Scratch, b: Tensor, compiler: Any) -> None:
+    def __init__(self, step: Step, b: Tensor, compiler: Any) -> None:
         super().__init__(step, b)
-        self.scratch, self.compiler = scratch, compiler
+        self.compiler = compiler
         # What surrounds the stack says how its input is kept: `save_on_cpu`, or a block that is run again itself.
         pack, self.unpack_input = around(False) or (None, None)
         self.input, self.version = (b.detach(), version(b)) if pack is None else (pack(b.detach()), 0)
@@ -112,7 +109,7 @@ class Checkpoint(Saved):
         caught: list[Tensor] = []
         self.keep = torch.is_grad_enabled()  # create_graph
         assert self.settings is not None
-        undo = self.lend(b, self.settings if self.settings.changed() else None, self.scratch)
+        undo = self.lend(b, self.settings if self.settings.changed() else None)
         try:
             again = b.data.requires_grad_(self.b_needs_grad)
             self.run_again(again, self.compiler, partial(collect, caught, len(self.saved)), caught.__getitem__)

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn import alone
 from lightning_revlib.nn.budget import Signature
-from lightning_revlib.nn.buffers import Scratch
 from lightning_revlib.nn.checkpoint import Checkpoint, around, checkpoint
 from lightning_revlib.nn.chunks import ChunkedStep
 from lightning_revlib.nn.coupling import Streams, has_gaps
@@ -63,7 +62,6 @@ class Execution:
         # that steps share are added up in another precision, and are not the same to the last bit.
         self.recasts = stack.grid_bits is None or stack.budget is not None
         self.rebuilt: dict[Sentinel, Streams] = {}
-        self.scratch: Scratch = {}  # buffers that checkpointed blocks may write into: see `Buffers`
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step. If all are undone, this is `Recording.step` from the second on."""
@@ -102,7 +100,7 @@ class Execution:
             tape = Tape(_pair, _ignore, self.compiler, self.stack.context_fn)
             if self.stack.overlap and has_streams(a.device):
                 tape.ahead = Ahead(a.device)
-            elif self.stack.budget is None and self.stack.context_fn is None:
+            elif self.stack.budget is None and self.stack.context_fn is None and a.nbytes < Tape.AT_ONCE:
                 tape.at_once = Tape.AT_ONCE
             self.recording = Recording(tape, self.stack, a, b, recasts=self.uniform and self.recasts)
             if self.uniform:
@@ -122,7 +120,7 @@ class Execution:
         contexts = keep_heavy if treatment == "selective" else self.stack.context_fn and self._contexts
         again = treatment in ("checkpoint", "selective") and not isinstance(step.coupling, Invertible)
         self.watches |= again
-        return step.run(a, b, self.compiler, partial(checkpoint, step, contexts, self.scratch) if again else None)
+        return step.run(a, b, self.compiler, partial(checkpoint, step, contexts) if again else None)
 
     def _contexts(self, call: Checkpoint) -> tuple[Any, Any]:
         return self.stack.context_fn()

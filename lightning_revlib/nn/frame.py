@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling import Coupling, Streams
+from lightning_revlib.nn.couplings import Additive
 from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Environment, RandomState
 from lightning_revlib.nn.saved import Saved, collect
@@ -43,10 +44,10 @@ class Frame(Saved):
         unpack = caught.__getitem__
         settings = self.settings
         changed = tape.changed if settings is None else settings if settings.changed() else None
-        undo = self.lend(b, changed, tape.scratch) if changed or self.buffers or self.random else []
+        undo = self.lend(b, changed) if changed or self.buffers or self.random else []
         norms = None
-        at_least, usual = tape.norms_from, not (tape.keep or changed or tape.compiler)
-        if at_least is not None and usual and sum(self.saved) > at_least:
+        at_least, afresh = tape.norms_from, not (tape.keep or changed or tape.compiler)
+        if at_least is not None and afresh and sum(self.saved) > at_least:
             norms = Norms(step.module)
             undo.append(norms.watch())
         try:
@@ -55,9 +56,10 @@ class Frame(Saved):
             again = same.data.requires_grad_(self.b_needs_grad)  # which counts its changes by itself
             f, _ = self.run_again(again, tape.compiler, pack, unpack)
             if a is None:
-                counts = out[0]._version, out[1]._version
+                usual = type(self.coupling) is Additive  # which is known to change none in place
+                counts = None if usual else (out[0]._version, out[1]._version)
                 a = self.coupling.inverse(*out, b, f)
-                if (out[0]._version, out[1]._version) != counts:
+                if counts is not None and (out[0]._version, out[1]._version) != counts:
                     raise RuntimeError(
                         f"{step.name}: the inverse of its coupling, {self.coupling}, changes a stream in place, which"
                         " the next block may still need; use the operation that is not in-place, such as out - f"
@@ -82,7 +84,7 @@ class Frame(Saved):
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
         """The step's forward again, without graph or trace, to learn whether it draws."""
-        random, undo = RandomState(b), self.lend(b, self.tape.changed, self.tape.scratch)
+        random, undo = RandomState(b), self.lend(b, self.tape.changed)
         try:
             f, _ = self.step.branch(b, self.tape.compiler)
             self.step.bind(a, b)  # it may draw, too

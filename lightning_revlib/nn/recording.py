@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, clear_autocast_cache
+from torch import Tensor, clear_autocast_cache, nn
 
-from lightning_revlib.nn.buffers import Buffers
+from lightning_revlib.nn.buffers import BUFFERS, Buffers
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import Frame
 from lightning_revlib.nn.norms import Norms
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk
     from lightning_revlib.nn.step import Step
     from lightning_revlib.nn.tape import Tape
-
-BUFFERS = attrgetter("_buffers")
 
 
 class Recording:
@@ -36,7 +33,6 @@ class Recording:
     """
 
     def __init__(self, tape: Tape, stack: Any, a: Tensor, b: Tensor, *, recasts: bool) -> None:
-        self.recasts = recasts
         self.tape, self.stack, self.exact, self.listed = tape, stack, stack.grid_bits is not None, stack.listed
         self.expect_draws = stack._draws or stack.listed
         self.start = self.random = RandomState(a)
@@ -44,8 +40,11 @@ class Recording:
         self.frames: list[Frame] = []
         self.keeps_all, self.counts = stack._calls_autograd is not False, stack._counts is not False
         tape.environment = Environment(a)
+        self.recasts = recasts and (tape.environment.casts or stack.listed)  # a block's own autocast clears its cache
         self.modules = modules = parts(*stack)
-        self.buffers = any(map(BUFFERS, modules))
+        self.buffered: dict[nn.Module, list[nn.Module]] = {}  # of each block, those that may change buffers or numbers
+        if self.counts or any(map(BUFFERS, modules)):
+            self.buffered = {m: parts(m) if self.counts else list(filter(BUFFERS, parts(m))) for m in stack}
         self.arguments: dict[int, Tensor] = {}  # of all steps, by identity
         self.norms = Norms.matter(modules, a)
 
@@ -62,7 +61,7 @@ class Recording:
         if chunk is not None:
             frame.chunk = chunk
         frame.keeps_all, count = self.keeps_all, b._version
-        if (self.buffers or self.counts) and (any(map(BUFFERS, modules := parts(step.module))) or self.counts):
+        if self.buffered and (modules := self.buffered.get(step.module)):
             frame.buffers = Buffers(modules, numbers=self.counts)
         if self.listed:
             self._begin(frame, a)

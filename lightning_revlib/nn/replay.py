@@ -28,6 +28,11 @@ class Environment:
         self.kind = None if tensor.is_cpu else tensor.device.type
         self.then = _environment(self.kind)
 
+    @property
+    def casts(self) -> bool:
+        """Whether autocast is on."""
+        return any(self.then[3::2])
+
     def changed(self) -> bool:
         return self.then != _environment(self.kind)
 

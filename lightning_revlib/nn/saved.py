@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from operator import attrgetter
+from itertools import compress
+from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch._dynamo.eval_frame import skip_code
 from lightning_revlib.nn.settings import VERSION, Settings, parts
 
 if TYPE_CHECKING:
-    from lightning_revlib.nn.buffers import Buffers, Scratch
+    from lightning_revlib.nn.buffers import Buffers
     from lightning_revlib.nn.replay import RandomState
     from lightning_revlib.nn.step import Step
 
@@ -59,9 +60,9 @@ class Saved(ABC):
     def rewind(self) -> None:
         """Run the block a second time, and have caught what it saves. Raises RuntimeError if that is not possible."""
 
-    def lend(self, b: Tensor, changed: Settings | None, scratch: Scratch) -> list[Callable[[], Any]]:
+    def lend(self, b: Tensor, changed: Settings | None) -> list[Callable[[], Any]]:
         """Have the block meet what it met in forward, settings that have `changed`, too; returns what undoes that."""
-        undo = [self.buffers.lend(scratch)] if self.buffers else []  # it may raise
+        undo = [self.buffers.lend()] if self.buffers else []  # it may raise
         if changed:
             undo += changed.lend(parts(self.step.module))
         if self.random:
@@ -130,9 +131,9 @@ class Saved(ABC):
         """Raise RuntimeError if the second run has not saved what the first has."""
         if list(map(NBYTES, tensors)) != self.saved:
             self._complain(tensors)
-        if list(map(VERSION, tensors)) != self.versions:  # of what was fresh; buffers may be others than in forward
-            pairs = zip(tensors, self.versions, strict=True)
-            self.changed = next((t.shape for t, v in pairs if t._version and not v), self.changed)
+        now = list(map(VERSION, tensors))
+        if now != self.versions and any(compress(now, map(not_, self.versions))):  # what was fresh is not any more
+            self.changed = next(t.shape for t, v in zip(tensors, self.versions, strict=True) if t._version and not v)
         if self.changed is not None:
             self._complain(tensors)
 

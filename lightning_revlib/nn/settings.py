@@ -16,9 +16,10 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# By `map`, attributes of many objects are read without interpreting a line for each.
-TRAINING, PARAMETERS, MODULES = attrgetter("training"), attrgetter("_parameters"), attrgetter("_modules")
-REQUIRES_GRAD, VERSION = attrgetter("requires_grad"), attrgetter("_version")
+# By `map`, attributes of many objects are read without interpreting a line for each; those of one object at once, as
+# what takes time is to fetch the object from memory.
+STATE, MODULES = attrgetter("training", "_parameters"), attrgetter("_modules")
+FLAGS, VERSION = attrgetter("requires_grad", "_version"), attrgetter("_version")
 VALUES, IS_ANY = methodcaller("values"), partial(is_not, None)
 
 
@@ -40,48 +41,44 @@ class Settings:
     just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("by_module", "modules", "owners", "parameters", "registered", "requires_grad", "tensors", "training",
-                 "versions")  # fmt: skip
+    __slots__ = ("arguments", "by_module", "flags", "modules", "parameters", "registered", "training", "versions")
 
     def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
-        self.modules = modules
+        self.modules, self.arguments = modules, arguments
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.training = list(map(TRAINING, modules))
-        self.owners = list(filter(PARAMETERS, modules))
-        self.registered = list(map(dict, map(PARAMETERS, self.owners)))
-        self.parameters = list(filter(IS_ANY, chain.from_iterable(map(VALUES, self.registered))))
-        self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
-        self.tensors = [*self.parameters, *arguments] if arguments else self.parameters
-        try:
-            self.versions = list(map(VERSION, self.tensors))
-        except RuntimeError:  # an inference tensor among them
-            self.versions = list(map(version, self.tensors))
+        self.training, registered = _states(modules)
+        self.registered = list(map(dict, registered))
+        self.parameters = _values(registered)
+        self.flags = _flags(self.parameters)
+        self.versions = list(map(version, arguments))
 
     def changed(self) -> bool:
-        try:
-            versions = list(map(VERSION, self.tensors))
-        except RuntimeError:
-            versions = list(map(version, self.tensors))
-        if versions != self.versions:
-            at = [x == y for x, y in zip(versions, self.versions, strict=True)].index(False)
-            if at < len(self.parameters):
-                m, name, _ = list(self._named())[at]
-                what = f"parameter {name!r} of {m}"
-            else:
-                what = f"an argument of shape {list(self.tensors[at].shape)}"
-            raise modified(what)
-        parameters = filter(IS_ANY, chain.from_iterable(map(VALUES, map(PARAMETERS, self.owners))))
+        training, registered = _states(self.modules)
+        flags = _flags(self.parameters)
+        if flags != self.flags or list(map(version, self.arguments)) != self.versions:
+            self._check_versions()
+        parameters = _values(registered)
         return (
-            list(map(id, parameters)) != list(map(id, self.parameters))
-            or list(map(TRAINING, self.modules)) != self.training
-            or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
+            training != self.training
+            or flags != self.flags
+            or len(parameters) != len(self.parameters)
+            or any(map(is_not, parameters, self.parameters))
         )
+
+    def _check_versions(self) -> None:
+        """Raise RuntimeError if a tensor has been modified in place."""
+        for t, count in zip(self.arguments, self.versions, strict=True):
+            if version(t) != count:
+                raise modified(f"an argument of shape {list(t.shape)}")
+        for (m, name, p), (_, count) in zip(self._named(), self.flags, strict=True):
+            if version(p) != count:
+                raise modified(f"parameter {name!r} of {m}")
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
         undo: list[Callable[[], Any]] = []
         if self.by_module is None:
             self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
-            for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
+            for (m, name, p), (requires_grad, _) in zip(self._named(), self.flags, strict=True):
                 self.by_module[m][1].append((name, p, requires_grad))
         for m in filter(self.by_module.__contains__, modules):  # not those that have been added since
             training, parameters = self.by_module[m]
@@ -98,8 +95,26 @@ class Settings:
         return undo
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        named = zip(self.owners, self.registered, strict=True)
+        named = zip(self.modules, self.registered, strict=True)
         return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
+
+
+def _states(modules: list[nn.Module]) -> tuple[list[bool], list[dict[str, Tensor | None]]]:
+    """Training flags and registered parameters, module by module."""
+    states = list(map(STATE, modules))
+    return [training for training, _ in states], [parameters for _, parameters in states]
+
+
+def _values(registered: list[dict[str, Tensor | None]]) -> list[Tensor]:
+    return list(filter(IS_ANY, chain.from_iterable(map(VALUES, filter(None, registered)))))
+
+
+def _flags(parameters: list[Tensor]) -> list[tuple[bool, int]]:
+    """Whether each requires a gradient, and its version."""
+    try:
+        return list(map(FLAGS, parameters))
+    except RuntimeError:  # an inference tensor among them
+        return [(p.requires_grad, version(p)) for p in parameters]
 
 
 def modified(what: str) -> RuntimeError:

@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.buffers import Scratch
 from lightning_revlib.nn.chunks import Undoing, join
 from lightning_revlib.nn.coupling import Streams
 from lightning_revlib.nn.frame import Frame
@@ -89,7 +88,6 @@ class Tape:
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn
         self.passed: dict[int, Streams] = {}  # those before others that backward has come to
-        self.scratch: Scratch = {}  # buffers that a block may write into: see `Buffers`
         self.output: Output = []  # what came out, until backward comes to it
         self.lock = RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 

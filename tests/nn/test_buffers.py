@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.buffers import Buffers
+from lightning_revlib.nn.buffers import SCRATCH, Buffers
 
 TREATMENTS = ["reversible", "checkpoint", "selective"]
 
@@ -132,9 +132,81 @@ def test_two_forwards_meet_buffers_of_their_own_in_backward(treatment: Any) -> N
     assert all(torch.allclose(g, e, rtol=1e-12) for g, e in zip(grads, expected, strict=True))
 
 
+class Sets(nn.Module):
+    """Sets its norm's training itself, and back again if it is a passing mood."""
+
+    def __init__(self, kind: type[nn.Module], training: bool, passing: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.norm = kind(4, track_running_stats=True, dtype=torch.float64)
+        self.norm.running_mean.normal_()  # type: ignore[union-attr, operator]
+        self.set, self.passing = training, passing
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.norm.training
+        self.norm.train(self.set)
+        out = self.norm(self.linear(x).tanh())
+        if self.passing:
+            self.norm.train(before)
+        return out  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+@pytest.mark.parametrize("passing", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_that_sets_the_training_of_its_norm(
+    training: bool, passing: bool, kind: type[nn.Module], treatment: Any
+) -> None:
+    if kind is nn.InstanceNorm1d and passing:
+        pytest.skip("an instance norm does not tell in which mode it was called")
+    stack, plain = stacks(lambda: Sets(kind, training, passing), treatment)
+    x = torch.randn(8, 8, 4, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        (expected,) = torch.autograd.grad(plain.train(not training)(x).square().sum(), x)
+        (grad,) = torch.autograd.grad(stack.train(not training)(x).square().sum(), x)
+        assert torch.allclose(grad, expected, rtol=1e-12)
+        for b, other in zip(stack.buffers(), plain.buffers(), strict=True):
+            assert torch.allclose(b, other, rtol=1e-12)
+
+
+def test_what_statistics_are_lent_is_written_by_the_second_runs_of_all_steps() -> None:
+    stack, _ = stacks(lambda: nn.BatchNorm1d(4, dtype=torch.float64), "reversible")
+    made: list[int] = []
+    for _ in range(3):
+        stack(sample()).sum().backward()
+        made.append(len(SCRATCH))
+    assert made[0] == made[2]
+
+
+def test_norms_of_two_kinds_and_one_shape() -> None:
+    norms = [nn.InstanceNorm1d(4, track_running_stats=True), nn.BatchNorm1d(4)] * 2
+    stack = revlib.ReversibleSequential(*[nn.Sequential(norm, nn.Tanh()) for norm in norms]).double()
+    x = torch.randn(8, 8, 4, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(revlib.CoupledSequential(*stack)(x).square().sum(), x)
+    (grad,) = torch.autograd.grad(stack(x).square().sum(), x)
+    assert torch.allclose(grad, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_batch_norm_without_a_counter_of_batches(treatment: Any) -> None:
+    def make() -> nn.Module:
+        norm = nn.BatchNorm1d(4, dtype=torch.float64)
+        norm.num_batches_tracked = None
+        return norm
+
+    stack, plain = stacks(make, treatment)
+    for module in (stack, plain):
+        torch.manual_seed(0)
+        module(sample()).sum().backward()
+    for b, other in zip(stack.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(b, other, rtol=1e-12)
+
+
 def test_statistics_of_a_batch_norm_in_evaluation_are_not_copied() -> None:
     buffers = Buffers([nn.BatchNorm1d(4).eval()])
-    assert not buffers.changing and len(buffers.read) == 3
+    assert not buffers.changing
+    assert buffers.close() and len(buffers.read) == 3
 
 
 class Caches(nn.Module):
