@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import compress
-from operator import attrgetter, not_
+from operator import attrgetter, ne, not_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,19 +85,18 @@ class Saved(ABC):
             clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
 
     def _pack(self, tensor: Tensor) -> int:
-        assert self.kept is not None
         self.saved.append(tensor.nbytes)
         self.versions.append(version := tensor._version)
         if version or self.keeps_all:
-            self.kept.append(tensor)
+            self.kept.append(tensor)  # type: ignore[union-attr]
         return len(self.saved) - 1
 
     def end(self) -> None:
         """Look whether what is kept has been changed. What was fresh: in the second run."""
-        kept, self.kept = self.kept, None
-        assert kept is not None
+        kept: Any = self.kept
+        self.kept = None
         versions = self.versions if self.keeps_all else list(filter(None, self.versions))
-        if list(map(VERSION, kept)) != versions:
+        if any(map(ne, map(VERSION, kept), versions)):
             self.changed = next(t.shape for t, v in zip(kept, versions, strict=True) if t._version != v)
 
     def close_buffers(self) -> None:

@@ -94,9 +94,7 @@ class Step:
 
     def check(self, b: Tensor, f: Any, count: int | None) -> None:
         """Raise where the block did what a coupling cannot undo; `count` is b's version before it, if known."""
-        plain = f.__class__ is Tensor and not f.is_nested and not self.coupling.other_shape
-        if not plain or f.shape != b.shape or f.dtype is not b.dtype:
-            self._check_branch(b, f)
+        self._check_branch(b, f)
         if count is not None and b._version != count:
             raise RuntimeError(
                 f"{self.name} changes its input in place, and with it the stream that the next block sees;"

@@ -201,12 +201,12 @@ class Tape:
 
     def leave(self, frame: Frame) -> None:
         """Backward comes to the frame: what is left above it was saved for outputs that nobody uses."""
-        above = None if self.keep else frame.above
-        for _ in range(len(self.passed) + 1):
-            if above is not None:
-                above.caught = above.norms = None
-                above = above.above
-        self.passed = {}
+        above, more = None if self.keep else frame.above, len(self.passed)
+        while above is not None:
+            above.caught = above.norms = None
+            above, more = above.above if more else None, more - 1
+        if self.passed:
+            self.passed = {}
 
     def _between(self, frame: Frame) -> list[Frame]:
         """The frames from `frame` up to the tape's position."""
