@@ -17,7 +17,8 @@ class Sentinel:
     """A small sample of both streams at a stack's entrance, to be compared with their reconstruction.
 
     `error(taken)` gives |taken - sample| / |sample| in the 2-norm for what `take` took from the reconstruction, as a
-    tensor on the streams' device. What is taken is joined there only, as most drifts are never asked for.
+    tensor on the streams' device; |taken| if the sample is zero. What is taken is joined there only, as most drifts are
+    never asked for.
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
@@ -25,7 +26,8 @@ class Sentinel:
 
     def error(self, taken: Streams) -> Tensor:
         sample, rebuilt = torch.stack(self.sample), torch.stack(taken)
-        return (rebuilt - sample).norm() / sample.norm().clamp_min(torch.finfo(sample.dtype).tiny)
+        size = sample.norm()
+        return (rebuilt - sample).norm() / torch.where(size == 0, 1, size)
 
     @staticmethod
     def bytes(stream: Tensor) -> int:

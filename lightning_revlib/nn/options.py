@@ -15,7 +15,7 @@ from lightning_revlib.nn.couplings import CouplingSpec, Pair, get_coupling
 CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Treatment: TypeAlias = Literal["reversible", "checkpoint", "selective", "offload", "store"]
 MemoryBudget: TypeAlias = int | float | str
-OnDrift: TypeAlias = Literal["ignore", "warn", "raise"]
+OnDrift: TypeAlias = Literal["ignore", "warn_once", "warn", "raise"]
 UNITS = {"b": 1} | {
     prefix + unit: base**power
     for unit, base in (("b", 1000), ("ib", 1024))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,8 @@ class Reversible:
     offload: bool
     overlap: bool
     listed = False  # a model calls its layers, and may do something else between them
+    _backwards = 0  # how many have rebuilt an entrance
+    _warned = False  # of the drift, if that is to be done once
     _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
     _draws = True  # whether the last forward has drawn random numbers
     _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first
@@ -53,15 +56,31 @@ class Reversible:
 
     def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
         """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
+        if not rebuilt:  # the first part of this backward
+            self.__dict__["_backwards"] = (
+                self._backwards + 1
+            )  # nn.Module's own way is ten times as long, here and below
         rebuilt[sentinel] = take(a, b)
-        self.__dict__["_rebuilt"] = rebuilt  # nn.Module's own way is ten times as long, here and below
-        if self.on_drift == "ignore" or (drift := self.drift) is None or drift <= self.drift_tolerance:
+        self.__dict__["_rebuilt"] = rebuilt
+        if self.on_drift == "ignore" or (self.on_drift == "warn_once" and not self._looks(a)):
+            return
+        drift = self.drift
+        if drift is None or drift <= self.drift_tolerance or (self.on_drift == "warn_once" and math.isnan(drift)):
             return
         message = (
             f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
             f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
-            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`"
+            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`; or a block computes something else"
+            " when it runs again, from a generator of its own or attributes that it changes: store that one"
         )
         if self.on_drift == "raise":
             raise RuntimeError(message)
+        if self.on_drift == "warn_once":
+            self.__dict__["_warned"] = True
         warnings.warn(message, stacklevel=2)
+
+    def _looks(self, a: Tensor) -> bool:
+        """Whether this backward is one of the few whose drift is waited for."""
+        if self._warned or self._backwards & (self._backwards - 1) or type(a) is not Tensor or a.is_meta:
+            return False
+        return not (a.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -90,7 +90,8 @@ class CoupledSequential(nn.Sequential):
         context_fn: as in `torch.utils.checkpoint`: makes two contexts for each run again of a block,
             such as those of selective checkpointing.
         on_drift: what to do when backward's reconstruction of the input is off by more than
-            `drift_tolerance`, relative: "ignore", "warn" or "raise".
+            `drift_tolerance`, relative: "ignore", "warn" or "raise", which wait for the device in each backward;
+            or "warn_once", which looks in the first backward, the second, the fourth, the eighth and so on.
 
     The last eight say how a reversible stack is executed; this class keeps them for the swap.
 
@@ -128,7 +129,7 @@ class CoupledSequential(nn.Sequential):
         offload: bool = False,
         overlap: bool = False,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
-        on_drift: OnDrift = "ignore",
+        on_drift: OnDrift = "warn_once",
         drift_tolerance: float = 1e-2,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "blocks", "__class__")}

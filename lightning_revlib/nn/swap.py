@@ -121,7 +121,16 @@ def restore(model: nn.Module) -> list[str]:
                 continue
             module.release()
         original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
-        for name in (*Layerwise.OPTIONS, "path", "_rebuilt", "_draws", "_calls_autograd", "_counts"):
+        for name in (
+            *Layerwise.OPTIONS,
+            "path",
+            "_rebuilt",
+            "_backwards",
+            "_warned",
+            "_draws",
+            "_calls_autograd",
+            "_counts",
+        ):
             module.__dict__.pop(name, None)
         module.__class__, options = original
         module.__dict__.update(options)

@@ -100,7 +100,7 @@ def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dt
             "coupling_forward has 2 entries and coupling_inverse 1",
         ),
         ({"split_dim": 1.0}, TypeError, "split_dim=1.0"),
-        ({"on_drift": "shout"}, ValueError, "on_drift='shout' is none of 'ignore', 'warn', 'raise'"),
+        ({"on_drift": "shout"}, ValueError, "on_drift='shout' is none of 'ignore', 'warn_once', 'warn', "),
         ({"store_last": 5}, ValueError, "store_last=5: the stack has 4 blocks"),
         ({"store_last": 1, "treatments": ["store"] * 4}, ValueError, "say the same"),
         ({"treatments": ["store"] * 3}, ValueError, "for each of 4 blocks"),
@@ -212,6 +212,39 @@ def test_on_drift(on_drift: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loss.backward()
+
+
+def test_by_default_drift_is_looked_at_ever_more_rarely_and_told_once() -> None:
+    right = True
+    stack = revlib.ReversibleSequential(
+        *blocks(), coupling_forward=torch.add, coupling_inverse=lambda out, f: out - f if right else _wrong(out, f)
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(1, 33):
+            right = step < 9
+            stack(torch.randn(64, 8)).sum().backward()
+            assert len(told) == (step >= 16)
+
+
+def test_a_block_that_draws_from_a_generator_of_its_own_is_told_of() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.randn(x.shape, generator=self.generator)
+
+    loss = revlib.ReversibleSequential(Noisy(), Noisy())(torch.randn(64, 8, requires_grad=True)).sum()
+    with pytest.warns(UserWarning, match="relative error of .* a block computes something else when it runs again"):
+        loss.backward()
+
+
+def test_an_input_of_zeros_has_no_drift_that_is_worth_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        revlib.ReversibleSequential(*blocks())(torch.zeros(64, 8)).sum().backward()
 
 
 def test_stored_and_checkpointed_blocks_end_the_drift() -> None:
