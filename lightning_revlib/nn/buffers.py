@@ -1,4 +1,4 @@
-"""The buffers that a block's call reads or changes, and the numbers that it counts with, as they were before it."""
+"""What a block's call reads or changes besides parameters, as it was before it: buffers, numbers, generators."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Buffers:
     it is lent others to write into: `_scratch`.
 
     Numbers are attributes that are an int or a float, such as the length of a table or how often a block was called:
-    with `numbers` those of all modules, else of modules whose buffers the call may change.
+    with `numbers` those of all modules, else of modules whose buffers the call may change. And with `numbers`, too, the
+    generators among the attributes.
     """
 
-    __slots__ = ("changing", "norms", "numbers", "read", "written")
+    __slots__ = ("changing", "generators", "norms", "numbers", "read", "written")
 
     def __init__(self, modules: list[nn.Module], *, numbers: bool = False) -> None:
         self.written: list[nn.Module] = []
@@ -53,11 +54,16 @@ class Buffers:
         if numbers or self.changing:
             holders = modules if numbers else dict.fromkeys(met[0] for met in self.changing)
             self.numbers = [(m, {name: n for name, n in m.__dict__.items() if type(n) in NUMBER}) for m in holders]
+        self.generators: list[tuple[torch.Generator, Tensor]] = []
+        if numbers:
+            found = (g for m in modules for g in m.__dict__.values() if type(g) is torch.Generator)
+            self.generators = [(g, g.get_state()) for g in dict.fromkeys(found)]
 
     def close(self) -> bool:
         """Keep the values only of what the call has changed, in place or by a new one; whether there is any to lend."""
         if self.read or self.changing or self.numbers:
             self._close_changing()
+        self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
         for m, batches in self.norms:  # a block may set a norm's training in its call, so that its flag does not tell
             if m.training if batches is None else _batches(m) != batches:
                 if m._buffers["running_mean"] is not None:
@@ -82,7 +88,12 @@ class Buffers:
 
     def any(self) -> bool:
         """Whether the call has changed any."""
-        return bool(self.written or self.changing or self.numbers)
+        return bool(self.written or self.changing or self.counts)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has changed a number, or drawn from a generator of its own."""
+        return bool(self.numbers or self.generators)
 
     def lend(self) -> Callable[[], None]:
         for m, name, buffer, count in self.read:
@@ -91,7 +102,10 @@ class Buffers:
         norms = [(m, m._buffers) for m in self.written]
         for number, (m, buffers) in enumerate(norms):  # some of its own for each of a block's
             m.__dict__["_buffers"] = {**buffers, **_scratch(number, buffers)}
-        return partial(_put_back, norms, self._exchange() if self.read or self.changing or self.numbers else [])
+        drawn = [(g, g.get_state()) for g, _ in self.generators]
+        for g, state in self.generators:
+            g.set_state(state)
+        return partial(_put_back, norms, self._exchange() if self.read or self.changing or self.numbers else [], drawn)
 
     def _exchange(self) -> list[tuple[Any, str, Any]]:
         """Set what the call is to meet; returns what was set, by dict and name."""
@@ -168,7 +182,13 @@ def _now(m: nn.Module, name: str) -> Any:
     return buffers[name] if name in buffers else ABSENT  # a scripted module has no dict of them
 
 
-def _put_back(norms: list[tuple[nn.Module, Any]], now: list[tuple[dict[str, Any], str, Any]]) -> None:
+def _put_back(
+    norms: list[tuple[nn.Module, Any]],
+    now: list[tuple[dict[str, Any], str, Any]],
+    drawn: list[tuple[torch.Generator, Tensor]],
+) -> None:
+    for g, state in drawn:
+        g.set_state(state)
     for m, buffers in norms:
         m.__dict__["_buffers"] = buffers
     for buffers, name, buffer in reversed(now):

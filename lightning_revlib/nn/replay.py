@@ -3,7 +3,7 @@
 Environment   autocast, default dtype and device       one a forward, or a layer that a model calls
 Settings      flags, parameters and arguments          the same
 RandomState   generators of the CPU and the device     one a step, if it draws
-Buffers       buffers, and numbers that it changes     one a step, if it has any
+Buffers       buffers; numbers, generators of its own    one a step, if it has any
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Reversible:
             f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
             f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
             " float32 streams, grid_bits, or checkpoint some blocks by `treatments`; or a block computes something else"
-            " when it runs again, from a generator of its own or attributes that it changes: store that one"
+            " when it runs again, from random numbers of Python's or attributes that it changes: store that one"
         )
         if self.on_drift == "raise":
             raise RuntimeError(message)

@@ -105,7 +105,7 @@ class Saved(ABC):
             return
         if not self.buffers.close():
             self.buffers = None
-        elif self.buffers.numbers:
+        elif self.buffers.counts:
             self.step.stack.__dict__["_counts"] = True
 
     def _unpack(self, number: int) -> Tensor:

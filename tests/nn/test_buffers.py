@@ -290,6 +290,33 @@ def test_blocks_that_count_their_calls(treatment: Any) -> None:
     assert torch.allclose(torch.autograd.grad(stack(x).sum() * stack(x).sum(), x)[0], expected, rtol=1e-9)
 
 
+class Draws(nn.Module):
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(4, 4, dtype=torch.float64), generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_blocks_that_draw_from_generators_of_their_own(treatment: Any) -> None:
+    torch.manual_seed(0)
+    x, found = sample(), []
+    for kind in (revlib.ReversibleSequential, revlib.CoupledSequential):
+        torch.manual_seed(0)
+        shared, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+        stack = kind(Draws(shared), Draws(own), Draws(shared), treatments=[treatment] * 3)
+        found.append([])
+        for _ in range(2):
+            y = stack(x).square().sum()
+            torch.rand(1, generator=shared)
+            found[-1] += torch.autograd.grad(y, [x, *stack.parameters()])
+        found[-1] += [shared.get_state(), own.get_state()]
+    for grad, expected in zip(*found, strict=True):
+        assert torch.allclose(grad, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_numbers_are_looked_at_in_the_first_forward_only_if_none_change(treatment: Any) -> None:
     stack, _ = stacks(nn.Tanh, treatment)
