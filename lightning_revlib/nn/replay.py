@@ -1,9 +1,9 @@
 """What a block's call depends on besides its input, and how to meet the same again in backward.
 
-Environment   autocast, default dtype and device       one a forward, or a layer that a model calls
-Settings      flags, parameters and arguments          the same
-RandomState   generators of the CPU and the device     one a step, if it draws
-Buffers       buffers; numbers, generators of its own    one a step, if it has any
+Environment   autocast, default dtype and device         one a forward, or a layer that a model calls
+Settings      flags, parameters and arguments            the same
+RandomState   generators of the CPU and the device       one a step, if it draws
+Buffers       buffers, numbers, generators of its own    one a step, if it has any
 """
 
 from __future__ import annotations
