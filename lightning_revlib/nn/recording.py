@@ -74,8 +74,8 @@ class Recording:
                 first, frame.again = tape.context_fn()
                 with first:
                     f, step.extra = step.branch(b, tape.compiler)
-            usual = f.__class__ is Tensor and f.shape == b.shape and f.dtype is b.dtype and b._version == count
-            if not usual or f.is_nested or step.coupling.other_shape:
+            usual = f.__class__ is Tensor and not f.is_nested and f.shape == b.shape and f.dtype is b.dtype
+            if not usual or b._version != count or step.coupling.other_shape:
                 step.check(b, f, count)
             frame.saved_by_block = len(frame.saved)
             frame.coupling = coupling = step.bind(a, b) if step.coupling.binds else step.coupling
