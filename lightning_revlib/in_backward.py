@@ -5,6 +5,7 @@ backward:  for each parameter, as soon as its gradient is complete:  p <- step(p
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,9 @@ class InBackward:
     Lightning calls after backward finds no gradient left. Reversible stacks allow it: a block's
     parameters get their gradients when the block has been run for the last time.
 
-    `on_before_optimizer_step` and metrics of gradients come too late to see any. Clipping by value
-    is done parameter by parameter.
+    `on_before_optimizer_step`, `on_after_backward` and metrics of gradients come too late to see any, and an
+    `optimizer_step` of the module's own decides nothing but learning rates: a warning says so. Clipping by
+    value is done parameter by parameter.
 
     Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html
 
@@ -33,29 +35,41 @@ class InBackward:
     """
 
     def __init__(self) -> None:
-        self._hooks: list[Any] = []
-        self._clip: float | None = None
+        self._hooks: dict[Tensor, Any] = {}
+        self.clip: float | None = None
         self._trainer: pl.Trainer | None = None  # while it has lent us its clipping
 
     def attach(self, trainer: pl.Trainer) -> None:
-        """Hook the parameters of the Trainer's optimizer; it must have been set up."""
+        """Take over from the Trainer, which must have been set up."""
         self.detach()
         if why := _obstacle(trainer):
             raise ValueError(f"optimizer_in_backward=True does not go with {why}")
-        self._trainer, self._clip = trainer, trainer.gradient_clip_val
+        if late := _late(trainer.lightning_module):
+            hook = f"{type(trainer.lightning_module).__name__}.{late[0]}"
+            warnings.warn(
+                f"optimizer_in_backward=True: when {hook} runs, parameters have been stepped and their gradients freed;"
+                " changing gradients there, or not stepping, has no effect",
+                stacklevel=2,
+            )
+        self._trainer, self.clip = trainer, trainer.gradient_clip_val
         trainer.gradient_clip_val = None
-        (optimizer,) = trainer.strategy.optimizers
+        self.hook()
+
+    def hook(self) -> None:
+        """Hook the parameters of the optimizer that have none yet, such as what has been unfrozen."""
+        assert self._trainer is not None
+        (optimizer,) = self._trainer.strategy.optimizers
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    self._hooks.append(parameter.register_post_accumulate_grad_hook(_Step(self, optimizer, group)))
+            for p in group["params"]:
+                if p.requires_grad and p not in self._hooks:
+                    self._hooks[p] = p.register_post_accumulate_grad_hook(_Step(self, optimizer, group))
 
     def detach(self) -> None:
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
         if self._trainer is not None:
-            self._trainer.gradient_clip_val, self._trainer = self._clip, None
+            self._trainer.gradient_clip_val, self._trainer = self.clip, None
 
 
 class _Step:
@@ -65,8 +79,8 @@ class _Step:
         self.owner, self.optimizer, self.group = owner, optimizer, group
 
     def __call__(self, parameter: Tensor) -> None:
-        if self.owner._clip:
-            torch.nn.utils.clip_grad_value_([parameter], self.owner._clip)
+        if self.owner.clip:
+            torch.nn.utils.clip_grad_value_([parameter], self.owner.clip)
         optimizer, group = self.optimizer, self.group
         groups, parameters, before = optimizer.param_groups, group["params"], dict(group)
         group["params"] = [parameter]
@@ -83,6 +97,14 @@ class _Step:
                 f"optimizer_in_backward=True: {type(optimizer).__name__} counts in {', '.join(changed)} for a whole"
                 " group of parameters; take an optimizer that counts for each parameter, such as those of torch.optim"
             )
+
+
+def _late(module: pl.LightningModule) -> list[str]:
+    """The hooks of the module that find neither gradients nor a step to make."""
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    hooks = ("on_after_backward", "on_before_optimizer_step", "optimizer_step")
+    return [name for name in hooks if is_overridden(name, module)]
 
 
 def _obstacle(trainer: pl.Trainer) -> str | None:

@@ -84,6 +84,12 @@ class Swapping(Strategy):
             self.in_backward.attach(trainer)
 
     @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.in_backward is not None:
+            self.in_backward.hook()
+        return super().training_step(*args, **kwargs)
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.lightning_module is not None:
             save_memory_plan(checkpoint, self.budget, self.lightning_module)

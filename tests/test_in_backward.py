@@ -127,6 +127,29 @@ class Counts(Net):
         return Counting(self.parameters(), lr=0.1)
 
 
+def test_hooks_that_come_too_late_are_told_of(tmp_path: Path) -> None:
+    class Late(Net):
+        def on_after_backward(self) -> None: ...
+
+    with pytest.warns(UserWarning, match=r"when Late\.on_after_backward runs, parameters have been stepped"):
+        fit(tmp_path, True, Late)
+
+
+def test_what_is_unfrozen_later_is_clipped_as_well(tmp_path: Path) -> None:
+    class Unfreezes(Net):
+        def configure_optimizers(self) -> Any:
+            self.stem.requires_grad_(False)
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def on_train_epoch_start(self) -> None:
+            self.stem.requires_grad_(True)
+
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    nets = [fit(tmp_path, in_backward, Unfreezes, **options)[0] for in_backward in (True, False)]
+    for p, q in zip(*[net.parameters() for net in nets], strict=True):
+        assert torch.allclose(p, q, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [

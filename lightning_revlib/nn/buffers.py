@@ -27,23 +27,25 @@ class Buffers:
     a call that puts the buffers back untouched. What was read and has been modified in place is an error.
 
     In training a batch norm writes its statistics and reads none, so that no copy need be held, and
-    it is lent others to write into: `_scratch`.
+    it is lent others to write into: `_scratch`. Where it cannot be told whether a norm writes them or reads them, as a
+    block sets its training in the call, or hands them to functions itself, it is lent copies of what there is then.
 
     Numbers are attributes that are an int or a float, such as the length of a table or how often a block was called:
     with `numbers` those of all modules, else of modules whose buffers the call may change. And with `numbers`, too, the
     generators among the attributes.
     """
 
-    __slots__ = ("changing", "generators", "norms", "numbers", "read", "written")
+    __slots__ = ("changing", "copied", "generators", "norms", "numbers", "read", "written")
 
     def __init__(self, modules: list[nn.Module], *, numbers: bool = False) -> None:
         self.written: list[nn.Module] = []
-        self.norms: list[tuple[nn.Module, int | None]] = []
+        self.copied: list[nn.Module] = []
+        self.norms: list[tuple[nn.Module, bool, int | None]] = []
         self.changing: list[tuple[Any, ...]] = []
         self.read: list[tuple[nn.Module, str, Tensor | None, int | None]] = []
         for m in filter(BUFFERS, modules):
             if getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m):
-                self.norms.append((m, _batches(m)))
+                self.norms.append((m, m.training, _batches(m)))
                 continue
             for name, buffer in m._buffers.items():
                 if buffer is None:
@@ -64,11 +66,15 @@ class Buffers:
         if self.read or self.changing or self.numbers:
             self._close_changing()
         self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
-        for m, batches in self.norms:  # a block may set a norm's training in its call, so that its flag does not tell
-            if m.training if batches is None else _batches(m) != batches:
-                if m._buffers["running_mean"] is not None:
-                    self.written.append(m)
-            elif not m.training:
+        for m, training, batches in self.norms:
+            counted = batches is not None and _batches(m) != batches
+            if m._buffers["running_mean"] is None:
+                continue
+            if training and m.training and counted:
+                self.written.append(m)
+            elif counted or m.training:
+                self.copied.append(m)
+            else:
                 self.read += [(m, name, b, 0 if b is None else version(b)) for name, b in m._buffers.items()]
         return self.any() or bool(self.read)
 
@@ -88,7 +94,7 @@ class Buffers:
 
     def any(self) -> bool:
         """Whether the call has changed any."""
-        return bool(self.written or self.changing or self.counts)
+        return bool(self.written or self.copied or self.changing or self.counts)
 
     @property
     def counts(self) -> bool:
@@ -99,9 +105,11 @@ class Buffers:
         for m, name, buffer, count in self.read:
             if buffer is not None and version(buffer) != count:
                 raise modified(f"buffer {name!r} of {m}")
-        norms = [(m, m._buffers) for m in self.written]
-        for number, (m, buffers) in enumerate(norms):  # some of its own for each of a block's
-            m.__dict__["_buffers"] = {**buffers, **_scratch(number, buffers)}
+        norms = [(m, m._buffers) for m in (*self.written, *self.copied)]
+        for number, m in enumerate(self.written):  # some of its own for each of a block's
+            m.__dict__["_buffers"] = {**m._buffers, **_scratch(number, m._buffers)}
+        for m in self.copied:
+            m.__dict__["_buffers"] = {name: b if b is None else b.clone() for name, b in m._buffers.items()}
         drawn = [(g, g.get_state()) for g, _ in self.generators]
         for g, state in self.generators:
             g.set_state(state)
@@ -166,6 +174,8 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
     """
     if buffer.is_meta:
         return False
+    if getattr(kind, "forward", None) in WRITES_STATISTICS and key[0]:  # though it may not have been called
+        return True
     known = _SILENT.setdefault(kind, {})
     if key not in known:
         known[key] = not torch.equal(before, buffer)

@@ -116,6 +116,11 @@ class Checkpoint(Saved):
         except (Enough, Exception):  # compiled code may raise another for it
             if len(caught) < len(self.saved):
                 raise
+            for m, training in zip(
+                self.modules, self.settings.training, strict=True
+            ):  # the block may have been on its way
+                if m.training != training:
+                    m.training = training
         finally:
             tensors = [*caught]
             caught.clear()  # the second graph refers to this list

@@ -32,6 +32,7 @@ from lightning_revlib.nn.step import Step
 from lightning_revlib.nn.tape import Output, Tape
 
 CALLS_AUTOGRAD = attrgetter("calls_autograd")
+LEARNT = ("_calls_autograd", "_counts")
 
 
 class Execution:
@@ -61,6 +62,8 @@ class Execution:
         # Autocast keeps weights as it has cast them until it ends: those of all steps. Without, gradients of weights
         # that steps share are added up in another precision, and are not the same to the last bit.
         self.recasts = stack.grid_bits is None or stack.budget is not None
+        if stack.training and not stack._learnt_training:  # in evaluation blocks may do less
+            stack.__dict__.update((name, None) for name in LEARNT if getattr(stack, name) is False)
         self.rebuilt: dict[Sentinel, Streams] = {}
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
@@ -150,7 +153,8 @@ class Execution:
                 *[t.dtype for t in tensors],
                 *[x for x in arguments if isinstance(x, (bool, str, type(None)))],  # a number may count steps
                 *[m.training for m in self.stack.modules()],
-                *[p.requires_grad for p in self.stack.parameters()],
+                *[(p.shape, p.requires_grad) for p in self.stack.parameters()],
+                *[type(m).__qualname__ for m in self.stack.modules()],
             ),
         )
         treatments = self.stack.budget.treatments(self.stack.path, self.signature, self.stack)
@@ -177,9 +181,12 @@ class Execution:
             self._end_offload()
         if not self.undoes:
             self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
-        for name in ("_calls_autograd", "_counts") if self.watches else ():
-            if getattr(self.stack, name) is None:
-                self.stack.__dict__[name] = False
+        if self.watches:
+            for name in LEARNT:
+                if getattr(self.stack, name) is None:
+                    self.stack.__dict__[name] = False
+            if self.stack.training and not self.stack._learnt_training:
+                self.stack.__dict__["_learnt_training"] = True
         if self.measuring is not None:
             self.stack.budget.add(self.stack.path, self.signature, self.measuring.steps, y.nbytes)
 

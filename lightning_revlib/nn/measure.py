@@ -89,6 +89,13 @@ class Measuring:
         try:
             figures = measure(run, step.module, a, b, last=last, selective=treatment == "selective")
             return figures if step.extra is not None else figures._replace(kept=0)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{step.name} calls torch.utils.checkpoint with use_reentrant=True, and memory_budget="
+                f"{self.stack.budget.value!r} cannot measure that; pass use_reentrant=False there"
+            ) from None
         finally:
             step.extra = None  # until then it is held, as it will be by the caller
 

@@ -16,6 +16,8 @@ from lightning_revlib.nn.drift import Sentinel, take
 from lightning_revlib.nn.options import OnDrift
 from lightning_revlib.nn.plan import Plan
 
+REMEMBERED = ("_backwards", "_warned", "_rebuilt", "_draws", "_calls_autograd", "_counts", "_learnt_training")
+
 
 class Reversible:
     """What the reversible classes share: the drift of the last backward, and what to do about it."""
@@ -34,6 +36,7 @@ class Reversible:
     _draws = True  # whether the last forward has drawn random numbers
     _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first
     _counts: bool | None = None  # whether any block has changed a number among its attributes; the same
+    _learnt_training = False  # whether these two are from a forward in training
 
     @property
     def drift(self) -> float | None:
@@ -65,8 +68,10 @@ class Reversible:
         if self.on_drift == "ignore" or (self.on_drift == "warn_once" and not self._looks(a)):
             return
         drift = self.drift
-        if drift is None or drift <= self.drift_tolerance or (self.on_drift == "warn_once" and math.isnan(drift)):
+        if drift is None or drift <= self.drift_tolerance:
             return
+        if self.on_drift == "warn_once" and math.isnan(drift) and not torch.stack(sentinel.sample).isfinite().all():
+            return  # as it came
         message = (
             f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
             f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"

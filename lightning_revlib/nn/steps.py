@@ -29,6 +29,13 @@ def build_steps(
         raise ValueError(
             f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {len(stack)} blocks"
         )
+    if len(stack.treatments) != len(stack):  # blocks were appended, or deleted
+        if len(set(stack.treatments)) > 1:
+            raise ValueError(
+                f"{stack.path} has {len(stack)} blocks, and was made of {len(stack.treatments)} with treatments of"
+                " their own; make it anew, or name all by lightning_revlib.swap(model, {path: {'treatments': [...]}})"
+            )
+        stack.treatments = stack.treatments[:1] * len(stack)
     steps: list[Step] = []
     call: Call = (args, kwargs)
     simple = not stack.branches and stack.chunks == (1,)

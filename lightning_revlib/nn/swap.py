@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn.modulelist import IteratedSequential, Layerwise, ReversibleModuleList
-from lightning_revlib.nn.reversible import Reversible
+from lightning_revlib.nn.reversible import REMEMBERED, Reversible
 from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.untouched import untouched
 
@@ -121,16 +121,7 @@ def restore(model: nn.Module) -> list[str]:
                 continue
             module.release()
         original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
-        for name in (
-            *Layerwise.OPTIONS,
-            "path",
-            "_rebuilt",
-            "_backwards",
-            "_warned",
-            "_draws",
-            "_calls_autograd",
-            "_counts",
-        ):
+        for name in (*Layerwise.OPTIONS, "path", *REMEMBERED):
             module.__dict__.pop(name, None)
         module.__class__, options = original
         module.__dict__.update(options)
@@ -186,7 +177,8 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
     if original is not reversible:
         swapped_from = original, options_of(module)
         module.__class__ = reversible
-        module.path, module._swapped_from = path, swapped_from  # type: ignore[assignment]
+        module._swapped_from = swapped_from  # type: ignore[assignment]
+    module.path = path or module.path  # type: ignore[assignment]
     known = inspect.signature(CoupledSequential).parameters
     if unknown := [name for name in options or {} if name not in known or name == "blocks"]:
         near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)

@@ -9,12 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+PLAIN = bool, int, float, str, type(None)
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and random states are put back at the end; parameters have no gradient inside."""
+    """Gradients, buffers, attributes that are numbers, texts or generators, and random states are put back at the end.
+
+    Parameters have no gradient inside.
+    """
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    plain = [(m, name, x) for m in model.modules() for name, x in m.__dict__.items() if isinstance(x, PLAIN)]
+    generators = {x for m in model.modules() for x in m.__dict__.values() if isinstance(x, torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in generators]
     devices = {p.device for p, _ in grads if p.is_cuda}
     if torch.cuda.is_initialized():  # where blocks without parameters run
         devices.add(torch.device("cuda", torch.cuda.current_device()))
@@ -30,3 +38,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 p.grad = grad
             for m, name, b in buffers:
                 m._buffers[name] = b
+            for m, name, x in plain:
+                m.__dict__[name] = x
+            for generator, state in states:
+                generator.set_state(state)

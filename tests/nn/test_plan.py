@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_revlib as revlib
 from lightning_revlib.nn import alone
@@ -17,6 +18,7 @@ from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
 from lightning_revlib.nn.options import read_budget
 from lightning_revlib.nn.plan import Plan, lay_out, walk
+from lightning_revlib.swapping import save_memory_plan
 
 
 class Attention(nn.Module):
@@ -372,6 +374,65 @@ def test_figures_that_fit_no_budget_are_not_saved() -> None:
     with pytest.raises(ValueError, match="memory_budget=100"):
         stack(torch.randn(8, 32))
     assert stack.budget is not None and stack.budget.state_dict() == {}
+
+
+def test_measuring_leaves_numbers_and_generators_as_they_are() -> None:
+    class Warmup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.calls, self.generator = nn.Linear(8, 8), 0, torch.Generator()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            noise = torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+            return self.linear(x).tanh() * noise * self.calls  # type: ignore[no-any-return]
+
+    found: list[list[Any]] = []
+    x = torch.randn(8, 16, dtype=torch.float64)
+    for budget in ("1MiB", None):
+        torch.manual_seed(0)
+        stack = revlib.ReversibleSequential(*[Warmup() for _ in range(4)], memory_budget=budget).double()
+        found.append([])
+        for _ in range(3):
+            found[-1] += torch.autograd.grad(stack(x).square().sum(), list(stack.parameters()))
+        assert [block.calls for block in stack] == [3] * 4
+    assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(*found, strict=True))
+
+
+def test_blocks_that_are_exchanged_are_measured() -> None:
+    def block(hidden: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(32, hidden), nn.GELU(), nn.Linear(hidden, 32))
+
+    stack = revlib.ReversibleSequential(*[block(32) for _ in range(6)], memory_budget="300KiB")
+    x = torch.randn(64, 64, requires_grad=True)
+    stack(x).sum().backward()
+    for i in range(6):
+        stack[i] = block(1024)
+    with pytest.raises(
+        ValueError, match=r"memory_budget='300KiB' is 300\.0 KiB, and .* need at least"
+    ):
+        stack(x)
+
+
+def test_blocks_with_reentrant_checkpoints_cannot_be_measured() -> None:
+    class Reentrant(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    stack = revlib.ReversibleSequential(Reentrant(4, 4), memory_budget="1MiB")
+    with pytest.raises(
+        RuntimeError, match=r"0 \(Reentrant\) calls .* memory_budget='1MiB' .* use_reentrant=False"
+    ):
+        stack(torch.randn(2, 8, requires_grad=True))
+
+
+def test_stacks_built_as_reversible_have_figures_by_path_in_a_checkpoint() -> None:
+    net = nn.Sequential(*[revlib.ReversibleSequential(mlp(8), mlp(8), memory_budget="1MiB") for _ in range(2)])
+    revlib.swap(net)
+    net(torch.randn(4, 16, requires_grad=True)).sum().backward()
+    saved: dict[str, Any] = {}
+    save_memory_plan(saved, None, net)
+    assert list(saved["memory_figures"]) == ["0", "1"]
 
 
 def test_a_smaller_batch_after_one_that_fits_no_budget() -> None:

@@ -238,6 +238,30 @@ def test_a_block_that_is_another_when_it_runs_again_is_told_of() -> None:
         loss.backward()
 
 
+def test_a_reconstruction_that_overflows_is_told_of() -> None:
+    made = [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(24)]
+    stack = revlib.ReversibleSequential(*made, split_dim=None, coupling={"name": "momentum", "gamma": 0.001})
+    y = stack(torch.randn(32, 8))
+    assert y.isfinite().all()
+    with pytest.warns(UserWarning, match="relative error of nan"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
+def test_blocks_that_are_appended_or_deleted(cls: Any) -> None:
+    stack = cls(*blocks())
+    stack.append(nn.Linear(4, 4))
+    del stack[0]
+    del stack[0]
+    assert stack(torch.randn(2, 8)).shape == (2, 8)
+    stack = cls(*blocks(), treatments=["store", *["reversible"] * (len(stack) - 1), "reversible"])
+    del stack[0]
+    with pytest.raises(
+        ValueError, match=rf"stack has {len(stack)} blocks, and was made of {len(stack) + 1} with treat"
+    ):
+        stack(torch.randn(2, 8))
+
+
 def test_an_input_of_zeros_has_no_drift_that_is_worth_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
