@@ -76,10 +76,11 @@ class Frame(Saved):
                 undo.pop()()
         self.check(tensors)
         self.keep = tape.keep
-        self.caught, self.norms = tensors, None  # type: ignore[assignment]
+        self.norms = None
         if norms is not None and not self.calls_autograd:
-            norms.forget(self.caught)  # type: ignore[arg-type]
+            norms.forget(tensors)  # type: ignore[arg-type]
             self.norms = norms
+        self.give(tensors)
         return a
 
     def repeat(self, a: Tensor, b: Tensor) -> Streams:
@@ -100,6 +101,7 @@ class Frame(Saved):
             return tensor
         if self.kept is not None:
             return super()._find(number)
+        self.check_unchanged(number)
         self.tape.rewind(self)
         return self._unpack(number)
 

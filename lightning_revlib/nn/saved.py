@@ -47,7 +47,9 @@ class Saved(ABC):
     keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
     records = True  # forward ran in grad mode, where autograd saves
     keep = False  # what is caught is not given away
-    changed: torch.Size | None = None  # the shape of a tensor that was modified after it was saved
+    changed: dict[int, torch.Size] | None = (
+        None  # tensors that were modified after they were saved, which may be in vain
+    )
     caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     def __init__(self, step: Step, b: Tensor) -> None:
@@ -97,7 +99,8 @@ class Saved(ABC):
         self.kept = None
         versions = self.versions if self.keeps_all else list(filter(None, self.versions))
         if any(map(ne, map(VERSION, kept), versions)):
-            self.changed = next(t.shape for t, v in zip(kept, versions, strict=True) if t._version != v)
+            numbers = [n for n, version in enumerate(self.versions) if version or self.keeps_all]
+            self.changed = {n: t.shape for n, t in zip(numbers, kept, strict=True) if t._version != self.versions[n]}
 
     def close_buffers(self) -> None:
         """Behind the call: keep what is to be lent to the second run, if there is any."""
@@ -123,8 +126,17 @@ class Saved(ABC):
                 raise CallsAutograd(self)
             self.calls_autograd = True
             return self.kept[number]
+        self.check_unchanged(number)
         self.rewind()
         return self._unpack(number)
+
+    def check_unchanged(self, number: int) -> None:
+        """Raise RuntimeError where autograd asks for a tensor that is not what it was when it was saved."""
+        if self.changed is not None and number in self.changed:
+            raise RuntimeError(
+                f"{self.step.name}: a tensor of shape {list(self.changed[number])} needed for its gradient has been"
+                " modified by an inplace operation inside the block; use the operation that is not in-place"
+            )
 
     def check(self, tensors: list[Tensor]) -> None:
         """Raise RuntimeError if the second run has not saved what the first has."""
@@ -132,16 +144,16 @@ class Saved(ABC):
             self._complain(tensors)
         now = list(map(VERSION, tensors))
         if now != self.versions and any(compress(now, map(not_, self.versions))):  # what was fresh is not any more
-            self.changed = next(t.shape for t, v in zip(tensors, self.versions, strict=True) if t._version and not v)
-        if self.changed is not None:
-            self._complain(tensors)
+            fresh = (n for n, v in enumerate(self.versions) if not v and now[n])
+            self.changed = {**(self.changed or {}), **{n: tensors[n].shape for n in fresh}}
+
+    def give(self, tensors: list[Any]) -> None:
+        """Have these, which the second run has saved, at hand for autograd."""
+        for n in self.changed or ():
+            tensors[n] = None
+        self.caught = tensors
 
     def _complain(self, again: list[Tensor]) -> None:
-        if self.changed is not None:
-            raise RuntimeError(
-                f"{self.step.name}: a tensor of shape {list(self.changed)} needed for its gradient has been modified by"
-                " an inplace operation inside the block; use the operation that is not in-place"
-            )
         pairs = enumerate(zip(self.saved, again))  # noqa: B905
         lines = [
             f"{self.step.name} computes something else in backward than it did in forward: it saved"

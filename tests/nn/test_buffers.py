@@ -358,6 +358,34 @@ def test_flags_that_a_block_sets_for_a_while_are_as_they_were(treatment: Any) ->
     assert all(b.norm.training for b in stack)  # type: ignore[union-attr]
 
 
+class Quantizes(nn.Module):
+    """Moves its codebook in place behind an operation that would save it for a gradient that nobody needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.register_buffer("codes", torch.randn(5, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, codes = self.linear(x), self.codes
+        nearest = torch.cdist(y, codes).argmin(-1)  # type: ignore[arg-type]
+        q = codes[nearest]  # type: ignore[index]
+        with torch.no_grad():
+            codes.index_add_(0, nearest, 0.05 * (y - q))  # type: ignore[operator, union-attr]
+        return y.tanh() + (q - y).detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_codebook_that_is_moved_in_place(treatment: Any) -> None:
+    stack, plain = stacks(Quantizes, treatment)
+    x = sample()
+    for _ in range(2):
+        expected, grad = (torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()]) for m in (plain, stack))
+        assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(grad, expected, strict=True))
+        for b, other in zip(stack.buffers(), plain.buffers(), strict=True):
+            assert torch.allclose(b, other, rtol=1e-12)
+
+
 class Draws(nn.Module):
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()

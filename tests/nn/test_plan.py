@@ -408,9 +408,7 @@ def test_blocks_that_are_exchanged_are_measured() -> None:
     stack(x).sum().backward()
     for i in range(6):
         stack[i] = block(1024)
-    with pytest.raises(
-        ValueError, match=r"memory_budget='300KiB' is 300\.0 KiB, and .* need at least"
-    ):
+    with pytest.raises(ValueError, match=r"memory_budget='300KiB' is 300\.0 KiB, and .* need at least"):
         stack(x)
 
 
@@ -420,9 +418,7 @@ def test_blocks_with_reentrant_checkpoints_cannot_be_measured() -> None:
             return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[no-any-return]
 
     stack = revlib.ReversibleSequential(Reentrant(4, 4), memory_budget="1MiB")
-    with pytest.raises(
-        RuntimeError, match=r"0 \(Reentrant\) calls .* memory_budget='1MiB' .* use_reentrant=False"
-    ):
+    with pytest.raises(RuntimeError, match=r"0 \(Reentrant\) calls .* memory_budget='1MiB' .* use_reentrant=False"):
         stack(torch.randn(2, 8, requires_grad=True))
 
 
