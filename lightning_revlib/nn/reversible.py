@@ -59,12 +59,11 @@ class Reversible:
 
     def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
         """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
+        own = self.__dict__  # nn.Module's own way to set an attribute is ten times as long
         if not rebuilt:  # the first part of this backward
-            self.__dict__["_backwards"] = (
-                self._backwards + 1
-            )  # nn.Module's own way is ten times as long, here and below
+            own["_backwards"] = self._backwards + 1
         rebuilt[sentinel] = take(a, b)
-        self.__dict__["_rebuilt"] = rebuilt
+        own["_rebuilt"] = rebuilt
         if self.on_drift == "ignore" or (self.on_drift == "warn_once" and not self._looks(a)):
             return
         drift = self.drift
@@ -73,7 +72,7 @@ class Reversible:
         if self.on_drift == "warn_once" and math.isnan(drift) and not torch.stack(sentinel.sample).isfinite().all():
             return  # as it came
         message = (
-            f"{self.path}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
+            f"{self.path or 'the model'}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
             f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
             " float32 streams, grid_bits, or checkpoint some blocks by `treatments`; or a block computes something else"
             " when it runs again, from random numbers of Python's or attributes that it changes: store that one"
@@ -81,7 +80,7 @@ class Reversible:
         if self.on_drift == "raise":
             raise RuntimeError(message)
         if self.on_drift == "warn_once":
-            self.__dict__["_warned"] = True
+            own["_warned"] = True
         warnings.warn(message, stacklevel=2)
 
     def _looks(self, a: Tensor) -> bool:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-PLAIN = bool, int, float, str, type(None)
+from lightning_revlib.nn.alike import PLAIN
 
 
 @contextmanager
@@ -20,7 +21,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    plain = [(m, name, x) for m in model.modules() for name, x in m.__dict__.items() if isinstance(x, PLAIN)]
+    ready = [m for m in model.modules() if not isinstance(m, LazyModuleMixin)]  # others get their sizes now
+    plain = [(m, name, x) for m in ready for name, x in m.__dict__.items() if isinstance(x, PLAIN)]
     generators = {x for m in model.modules() for x in m.__dict__.values() if isinstance(x, torch.Generator)}
     states = [(generator, generator.get_state()) for generator in generators]
     devices = {p.device for p, _ in grads if p.is_cuda}
