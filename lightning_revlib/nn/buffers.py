@@ -10,11 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.settings import modified, version
+from lightning_revlib.nn.statistics import WRITES_STATISTICS, batches, is_usual, scratch
 
 BUFFERS = attrgetter("_buffers")
 
@@ -27,7 +26,7 @@ class Buffers:
     a call that puts the buffers back untouched. What was read and has been modified in place is an error.
 
     In training a batch norm writes its statistics and reads none, so that no copy need be held, and
-    it is lent others to write into: `_scratch`. Where it cannot be told whether a norm writes them or reads them, as a
+    it is lent others to write into: `scratch`. Where it cannot be told whether a norm writes them or reads them, as a
     block sets its training in the call, or hands them to functions itself, it is lent copies of what there is then.
 
     Numbers are attributes that are an int or a float, such as the length of a table or how often a block was called:
@@ -44,8 +43,8 @@ class Buffers:
         self.changing: list[tuple[Any, ...]] = []
         self.read: list[tuple[nn.Module, str, Tensor | None, int | None]] = []
         for m in filter(BUFFERS, modules):
-            if getattr(type(m), "forward", None) in WRITES_STATISTICS and _is_usual(m):
-                self.norms.append((m, m.training, _batches(m)))
+            if getattr(type(m), "forward", None) in WRITES_STATISTICS and is_usual(m):
+                self.norms.append((m, m.training, batches(m)))
                 continue
             for name, buffer in m._buffers.items():
                 if buffer is None:
@@ -66,8 +65,8 @@ class Buffers:
         if self.read or self.changing or self.numbers:
             self._close_changing()
         self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
-        for m, training, batches in self.norms:
-            counted = batches is not None and _batches(m) != batches
+        for m, training, before in self.norms:
+            counted = before is not None and batches(m) != before
             if m._buffers["running_mean"] is None:
                 continue
             if training and m.training and counted:
@@ -107,7 +106,7 @@ class Buffers:
                 raise modified(f"buffer {name!r} of {m}")
         norms = [(m, m._buffers) for m in (*self.written, *self.copied)]
         for number, m in enumerate(self.written):  # some of its own for each of a block's
-            m.__dict__["_buffers"] = {**m._buffers, **_scratch(number, m._buffers)}
+            m.__dict__["_buffers"] = {**m._buffers, **scratch(number, m._buffers)}
         for m in self.copied:
             m.__dict__["_buffers"] = {name: b if b is None else b.clone() for name, b in m._buffers.items()}
         drawn = [(g, g.get_state()) for g, _ in self.generators]
@@ -130,40 +129,6 @@ class Buffers:
 
 ABSENT: Any = object()
 NUMBER = (int, float)
-COUNTS_BATCHES = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-WRITES_STATISTICS = (*COUNTS_BATCHES, _InstanceNorm.forward)
-STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
-SCRATCH: dict[tuple[Any, ...], dict[str, Tensor | None]] = {}  # statistics that norms write into, and nobody reads
-
-
-def _scratch(number: int, statistics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Others like these for the norm of that number in a block: the same for all norms and blocks that are alike."""
-    mean: Any = statistics["running_mean"]
-    key = number, mean.shape, mean.dtype, mean.device
-    if (found := SCRATCH.get(key)) is None:
-        found = {n: None if (b := statistics.get(n)) is None else b.clone() for n in STATISTICS}
-        if type(mean) is Tensor:  # not one that a mode has made, which ends with the mode
-            SCRATCH[key] = found
-    return {n: b if b is None else b.data for n, b in found.items()}  # as if they had never been changed in place
-
-
-def _batches(norm: nn.Module) -> int | None:
-    """How often a batch norm has counted a batch in training, more or less; None if it does not."""
-    counter = norm._buffers.get("num_batches_tracked")
-    if counter is None or counter.is_inference() or type(norm).forward not in COUNTS_BATCHES:
-        return None
-    return counter._version
-
-
-def _is_usual(norm: nn.Module) -> bool:
-    """Whether its class says what is done with its buffers: they are statistics, and no hook may read them."""
-    buffers = norm._buffers
-    if "forward" in norm.__dict__ or "running_mean" not in buffers or not buffers.keys() <= STATISTICS:
-        return False
-    lazy = isinstance(buffers["running_mean"], UninitializedBuffer)  # by a hook of its own
-    return lazy or not (norm._forward_hooks or norm._forward_pre_hooks)
-
-
 _SILENT: MutableMapping[type, dict[tuple[bool, str], bool]] = WeakKeyDictionary()
 
 

@@ -116,9 +116,8 @@ class Checkpoint(Saved):
         except (Enough, Exception):  # compiled code may raise another for it
             if len(caught) < len(self.saved):
                 raise
-            for m, training in zip(
-                self.modules, self.settings.training, strict=True
-            ):  # the block may have been on its way
+            # The block may have been on its way, with flags that it sets for a while.
+            for m, training in zip(self.modules, self.settings.training, strict=True):
                 if m.training != training:
                     m.training = training
         finally:

@@ -47,9 +47,7 @@ class Saved(ABC):
     keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
     records = True  # forward ran in grad mode, where autograd saves
     keep = False  # what is caught is not given away
-    changed: dict[int, torch.Size] | None = (
-        None  # tensors that were modified after they were saved, which may be in vain
-    )
+    changed: dict[int, torch.Size] | None = None  # shapes of what was modified after it was saved, perhaps in vain
     caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     def __init__(self, step: Step, b: Tensor) -> None:
