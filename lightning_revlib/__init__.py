@@ -3,8 +3,8 @@
     import lightning_revlib as revlib
     trainer = lightning.Trainer(strategy="reversible")
 
-The names below that need Lightning are imported when they are first used; strategy names are
-registered as soon as Lightning is there.
+Names are imported when they are first used: the command's help and completion wait neither for torch
+nor for Lightning. Strategy names are registered as soon as Lightning is there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_revlib.names import REGISTRIES, register
-from lightning_revlib.nn import *  # noqa: F403
-from lightning_revlib.nn import __all__ as _nn
+
+if TYPE_CHECKING:
+    from lightning_revlib.nn import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -37,13 +38,23 @@ _LIGHTNING = {
     "CouplingAnnealing": "annealing",
 }
 
-__all__ = [*_nn, *_LIGHTNING]
-
 
 def __getattr__(name: str) -> Any:
     if name in _LIGHTNING:
         return getattr(importlib.import_module(f"lightning_revlib.{_LIGHTNING[name]}"), name)
+    if name == "__all__":
+        return [*importlib.import_module("lightning_revlib.nn").__all__, *_LIGHTNING]
+    if not name.startswith("_"):
+        if importlib.util.find_spec(f"lightning_revlib.{name}"):
+            return importlib.import_module(f"lightning_revlib.{name}")
+        nn = importlib.import_module("lightning_revlib.nn")
+        if name in nn.__all__:
+            return globals().setdefault(name, getattr(nn, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__getattr__("__all__")]
 
 
 def _register() -> None:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *overrides = argv
     if own_process and (command == "bench" or "budget_sweep=true" in overrides):  # they take times
-        from lightning_revlib.bench.machine import fix_allocator
+        from lightning_revlib.bench.allocator import fix_allocator
 
         fix_allocator()
     if command in OTHERS:
@@ -105,12 +105,8 @@ def _complete(argv: Sequence[str]) -> None:
 def _run(command: str, overrides: Sequence[str]) -> None:
     """Compose the command's configuration and run it, once or once for each point of a sweep."""
     import hydra
-    from hydra.errors import InstantiationException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
 
-    users = (ValueError, TypeError, InstantiationException, MisconfigurationException, OmegaConfBaseException)
     original, traceback = sys.argv, _full_error()
 
     def task(cfg: DictConfig) -> Any:
@@ -119,8 +115,8 @@ def _run(command: str, overrides: Sequence[str]) -> None:
         sys.argv = original  # what Lightning starts again for each further device
         try:
             return getattr(commands, COMMANDS[command][0])(cfg)
-        except users as error:
-            if traceback:
+        except Exception as error:
+            if traceback or not _is_mistake(error):
                 raise
             raise _Mistake(explain(error, command, overrides)) from None
 
@@ -134,6 +130,16 @@ def _run(command: str, overrides: Sequence[str]) -> None:
         sys.path.remove(here)
         if not traceback:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether the user's; Lightning is not imported to know its own."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    others = () if lightning is None else (lightning.MisconfigurationException,)
+    return isinstance(error, (ValueError, TypeError, InstantiationException, OmegaConfBaseException, *others))
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:

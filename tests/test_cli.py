@@ -281,6 +281,19 @@ def test_a_plugin_that_is_missing(choice, package, monkeypatch, capsys):
     assert f"a plugin of Hydra's, which is not installed: pip install {package}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"), [(["--help"], ""), (["list"], ""), (["-sc", "query=bash"], "revlib train strat")], ids=str
+)
+def test_help_and_completion_wait_neither_for_torch_nor_for_lightning(argv, line):
+    code = (
+        "import sys; from lightning_revlib.cli import main; assert main() == 0;"
+        " assert not {'torch', 'lightning'} & {*sys.modules}"
+    )
+    words = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(words, env={**os.environ, "COMP_LINE": line}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def test_help(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0

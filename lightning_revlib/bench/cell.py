@@ -93,7 +93,7 @@ def cell(
         module = examine(row, contestant, stack, x, small, reference, workload.draws)
         if module is not None:
             modules[contestant.name] = module
-    first = measure.times(modules, x, seconds / 3, seed, (2, 40)) if seconds else {}
+    first = measure.times(modules, x, seconds / 3, seed, (2, 40), warm=True) if seconds else {}
     finalists = _finalists(rows, first)
     final: dict[str, list[float]] = {name: [] for name in finalists}
     end = time.perf_counter() + seconds

@@ -115,17 +115,23 @@ def counts(module: nn.Module, x: Tensor) -> Counts:
 
 
 def times(
-    modules: Mapping[str, nn.Module], x: Tensor, seconds: float, seed: int = 0, rounds: tuple[int, int] = (3, 40)
+    modules: Mapping[str, nn.Module],
+    x: Tensor,
+    seconds: float,
+    seed: int = 0,
+    rounds: tuple[int, int] = (3, 40),
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of a step of each, round after round until `seconds` are over; the order is drawn anew in each.
 
-    All contestants meet the same drift of the machine: compare by the ratios within a round.
+    All contestants meet the same drift of the machine: compare by the ratios within a round. Unless the modules are
+    `warm`, another round comes first and does not count.
     """
     found: dict[str, list[float]] = {name: [] for name in modules}
     order, draw = list(modules), random.Random(seed)
     end = time.perf_counter() + seconds
     with _no_collector():
-        for index in range(rounds[1] + 1):
+        for index in range(warm, rounds[1] + 1):
             draw.shuffle(order)
             for name in order:
                 clear(modules[name], x)
@@ -133,7 +139,7 @@ def times(
                 start = time.perf_counter()
                 step(modules[name], x)
                 _wait(x)
-                if index:  # the first round warms up
+                if index:
                     found[name].append(time.perf_counter() - start)
                 clear(modules[name], x)
             gc.collect()

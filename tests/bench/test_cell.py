@@ -89,6 +89,7 @@ def test_times_take_turns_and_ratios_have_an_interval():
     stack, x = workload.stack(size), workload.input(size, requires_grad=True)
     found = measure.times({"a": stack, "b": stack}, x, seconds=0, rounds=(4, 4))
     assert len(found["a"]) == len(found["b"]) == 4
+    assert len(measure.times({"a": stack}, x, seconds=0, rounds=(2, 2), warm=True)["a"]) == 2
     assert all(p.grad is None for p in stack.parameters())
     assert measure.ratio([2.0] * 9, [1.0] * 9) == (2, 2, 2)
     middle, low, high = measure.ratio([float(i) for i in range(1, 21)], [1.0] * 20)

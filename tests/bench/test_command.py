@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_revlib.bench import command, machine, sweep
+from lightning_revlib.bench import allocator, command, sweep
 from lightning_revlib.bench.cell import cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.workloads import WORKLOADS, Size
@@ -139,11 +139,11 @@ def test_mistakes_are_named(given, said, capsys):
 def test_the_allocator_is_fixed_once(monkeypatch):
     calls = []
     monkeypatch.setattr(os, "execve", lambda program, words, environment: calls.append(environment))
-    for name in machine.ALLOCATOR:
+    for name in allocator.ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
-    machine.fix_allocator()
+    allocator.fix_allocator()
     assert calls[0]["MALLOC_MMAP_THRESHOLD_"] == str(2**32)
-    for name in machine.ALLOCATOR:
+    for name in allocator.ALLOCATOR:
         monkeypatch.setenv(name, "1")
-    machine.fix_allocator()
+    allocator.fix_allocator()
     assert len(calls) == 1
