@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.settings import modified, version
-from lightning_revlib.nn.statistics import WRITES_STATISTICS, batches, is_usual, scratch
+from lightning_revlib.nn.statistics import WRITES_STATISTICS, NormBefore, batches, is_usual, scratch
 
 BUFFERS = attrgetter("_buffers")
 
@@ -36,10 +36,10 @@ class Buffers:
 
     __slots__ = ("changing", "copied", "generators", "norms", "numbers", "read", "written")
 
-    def __init__(self, modules: list[nn.Module], *, numbers: bool = False) -> None:
-        self.written: list[nn.Module] = []
+    def __init__(self, modules: Sequence[nn.Module] = (), *, numbers: bool = False) -> None:
+        self.written: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a norm's attributes, and others to write into
         self.copied: list[nn.Module] = []
-        self.norms: list[tuple[nn.Module, bool, int | None]] = []
+        self.norms: list[NormBefore] = []
         self.changing: list[tuple[Any, ...]] = []
         self.read: list[tuple[nn.Module, str, Tensor | None, int | None]] = []
         for m in filter(BUFFERS, modules):
@@ -65,17 +65,20 @@ class Buffers:
         if self.read or self.changing or self.numbers:
             self._close_changing()
         self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
-        for m, training, before in self.norms:
-            counted = before is not None and batches(m) != before
-            if m._buffers["running_mean"] is None:
+        self.close_norms(self.norms)
+        return self.any() or bool(self.read)
+
+    def close_norms(self, norms: Sequence[NormBefore]) -> None:
+        for number, (m, training, before) in enumerate(norms):  # some of its own for each of a block's
+            buffers, counted = m._buffers, before is not None and batches(m) != before
+            if buffers["running_mean"] is None:
                 continue
             if training and m.training and counted:
-                self.written.append(m)
+                self.written.append((m.__dict__, scratch(number, buffers)))
             elif counted or m.training:
                 self.copied.append(m)
             else:
-                self.read += [(m, name, b, 0 if b is None else version(b)) for name, b in m._buffers.items()]
-        return self.any() or bool(self.read)
+                self.read += [(m, name, b, 0 if b is None else version(b)) for name, b in buffers.items()]
 
     def _close_changing(self) -> None:
         self.numbers = [(m, former) for m, before in self.numbers if (former := _former(m.__dict__, before))]
@@ -104,10 +107,11 @@ class Buffers:
         for m, name, buffer, count in self.read:
             if buffer is not None and version(buffer) != count:
                 raise modified(f"buffer {name!r} of {m}")
-        norms = [(m, m._buffers) for m in (*self.written, *self.copied)]
-        for number, m in enumerate(self.written):  # some of its own for each of a block's
-            m.__dict__["_buffers"] = {**m._buffers, **scratch(number, m._buffers)}
+        norms = [(owner, owner["_buffers"]) for owner, _ in self.written]
+        for owner, others in self.written:
+            owner["_buffers"] = {**owner["_buffers"], **others}
         for m in self.copied:
+            norms.append((m.__dict__, m._buffers))
             m.__dict__["_buffers"] = {name: b if b is None else b.clone() for name, b in m._buffers.items()}
         drawn = [(g, g.get_state()) for g, _ in self.generators]
         for g, state in self.generators:
@@ -158,14 +162,14 @@ def _now(m: nn.Module, name: str) -> Any:
 
 
 def _put_back(
-    norms: list[tuple[nn.Module, Any]],
+    norms: list[tuple[dict[str, Any], Any]],
     now: list[tuple[dict[str, Any], str, Any]],
     drawn: list[tuple[torch.Generator, Tensor]],
 ) -> None:
     for g, state in drawn:
         g.set_state(state)
-    for m, buffers in norms:
-        m.__dict__["_buffers"] = buffers
+    for owner, buffers in reversed(norms):
+        owner["_buffers"] = buffers
     for buffers, name, buffer in reversed(now):
         if buffer is ABSENT:
             del buffers[name]

@@ -15,6 +15,7 @@ from lightning_revlib.nn.norms import Norms
 from lightning_revlib.nn.replay import Environment, RandomState
 from lightning_revlib.nn.saved import CallsAutograd, cannot_run_again, catch, release
 from lightning_revlib.nn.settings import Settings, parts, version
+from lightning_revlib.nn.statistics import NormBefore, take_norms
 
 if TYPE_CHECKING:
     from lightning_revlib.nn.chunks import Chunk
@@ -43,10 +44,13 @@ class Recording:
         self.recasts = recasts and (tape.environment.casts or stack.listed)  # a block's own autocast clears its cache
         self.modules = modules = parts(*stack)
         self.buffered: dict[nn.Module, list[nn.Module]] = {}  # of each block, those that may change buffers or numbers
+        self.norms_before: dict[nn.Module, list[NormBefore]] = {}  # those that need not be looked at in each step
         if self.counts or any(map(BUFFERS, modules)):
             self.buffered = {m: parts(m) if self.counts else list(filter(BUFFERS, parts(m))) for m in stack}
+            if not (self.counts or self.listed) and len(self.buffered) == len(stack):
+                self.norms_before = take_norms(self.buffered)
         self.arguments: dict[int, Tensor] = {}  # of all steps, by identity
-        self.norms = Norms.matter(modules, a)
+        self.large_norms = Norms.matter(modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
         # Few calls: between two blocks the processor has forgotten each function of Python's, which costs microseconds.
@@ -118,15 +122,24 @@ class Recording:
         if self.expect_draws:
             self.random.set()
         frame.close_buffers()
+        self._close_norms(frame)
         if (frame.buffers and frame.buffers.any()) or not (self.expect_draws or RandomState(a).same(self.start)):
             self.stack.__dict__["_calls_autograd"] = True
             raise cannot_run_again(frame.step) from None
 
+    def _close_norms(self, frame: Frame) -> None:
+        if met := self.norms_before.get(frame.step.module):
+            frame.buffers = frame.buffers or Buffers()
+            frame.buffers.close_norms(met)
+
     def close(self) -> None:
         self.tape.depth = len(self.frames)
+        if self.norms_before:
+            for frame in self.frames:
+                self._close_norms(frame)
         if not self.listed:
             self.tape.settings = Settings(self.modules, list(self.arguments.values()))
-        if self.norms:  # they matter where a step saves most; a plan counts on them in all
+        if self.large_norms:  # they matter where a step saves most; a plan counts on them in all
             planned = self.frames[0].step.stack.budget is not None
             most = 0 if planned else max(sum(frame.saved) for frame in self.frames)
             self.tape.norms_from = most - self.entrance[0].nbytes

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from itertools import compress
-from operator import attrgetter, ne, not_
+from operator import ne
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 catch = torch._C._autograd._push_saved_tensors_default_hooks
 release = torch._C._autograd._pop_saved_tensors_default_hooks
 set_grad_enabled = torch._C._set_grad_enabled
-
-NBYTES = attrgetter("nbytes")
 
 
 class CallsAutograd(BaseException):
@@ -113,6 +110,9 @@ class Saved(ABC):
         caught = self.caught
         if caught is None or (tensor := caught[number]) is None:
             return self._find(number)
+        # It is looked at here, as it comes into the processor's caches, and not with the others before.
+        if tensor.nbytes != self.saved[number] or tensor._version != self.versions[number]:
+            self._check(number, tensor)
         if not self.keep:
             caught[number] = None
         return tensor
@@ -136,27 +136,28 @@ class Saved(ABC):
                 " modified by an inplace operation inside the block; use the operation that is not in-place"
             )
 
-    def check(self, tensors: list[Tensor]) -> None:
-        """Raise RuntimeError if the second run has not saved what the first has."""
-        if list(map(NBYTES, tensors)) != self.saved:
-            self._complain(tensors)
-        now = list(map(VERSION, tensors))
-        if now != self.versions and any(compress(now, map(not_, self.versions))):  # what was fresh is not any more
-            fresh = (n for n, v in enumerate(self.versions) if not v and now[n])
-            self.changed = {**(self.changed or {}), **{n: tensors[n].shape for n in fresh}}
+    def _check(self, number: int, tensor: Tensor) -> None:
+        """Raise RuntimeError if it is not what the first run has saved."""
+        if tensor.nbytes != self.saved[number]:
+            self._complain([*self.caught])  # type: ignore[misc]
+        if not self.versions[number]:  # what was fresh is not any more
+            self.changed = {**(self.changed or {}), number: tensor.shape}
+            self.check_unchanged(number)
 
     def give(self, tensors: list[Any]) -> None:
         """Have these, which the second run has saved, at hand for autograd."""
+        if len(tensors) != len(self.saved):
+            self._complain(tensors)
         for n in self.changed or ():
             tensors[n] = None
         self.caught = tensors
 
-    def _complain(self, again: list[Tensor]) -> None:
-        pairs = enumerate(zip(self.saved, again))  # noqa: B905
+    def _complain(self, again: list[Tensor | None]) -> None:
+        pairs = [(i, x, t) for i, (x, t) in enumerate(zip(self.saved, again)) if t is not None]  # noqa: B905
         lines = [
             f"{self.step.name} computes something else in backward than it did in forward: it saved"
             f" {len(self.saved)} tensors for its gradient, and {len(again)} when recomputed.",
-            *[f"  {i}: saved {x:,} bytes, recomputed {_show(t)}" for i, (x, t) in pairs if x != t.nbytes][:3],
+            *[f"  {i}: saved {x:,} bytes, recomputed {_show(t)}" for i, x, t in pairs if x != t.nbytes][:3],
             "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
         ]
         if any(isinstance(m, torch.jit.ScriptModule) for m in parts(self.step.module)):

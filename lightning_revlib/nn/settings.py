@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
-from operator import attrgetter, is_not, methodcaller
+from operator import attrgetter, is_not
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +15,9 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# By `map`, attributes of many objects are read without interpreting a line for each; those of one object at once, as
-# what takes time is to fetch the object from memory.
-STATE, MODULES = attrgetter("training", "_parameters"), attrgetter("_modules")
+# `map` reads an attribute of many objects without interpreting a line for each.
+TRAINING, PARAMETERS, MODULES = attrgetter("training"), attrgetter("_parameters"), attrgetter("_modules")
 FLAGS, VERSION = attrgetter("requires_grad", "_version"), attrgetter("_version")
-VALUES, IS_ANY = methodcaller("values"), partial(is_not, None)
 
 
 def parts(*modules: nn.Module) -> list[nn.Module]:
@@ -29,7 +26,7 @@ def parts(*modules: nn.Module) -> list[nn.Module]:
     level: Sequence[nn.Module] = modules
     while level:
         found += level
-        level = list(filter(IS_ANY, chain.from_iterable(map(VALUES, map(MODULES, level)))))
+        level = [m for inside in map(MODULES, level) if inside for m in inside.values() if m is not None]
     return found
 
 
@@ -101,12 +98,11 @@ class Settings:
 
 def _states(modules: list[nn.Module]) -> tuple[list[bool], list[dict[str, Tensor | None]]]:
     """Training flags and registered parameters, module by module."""
-    states = list(map(STATE, modules))
-    return [training for training, _ in states], [parameters for _, parameters in states]
+    return list(map(TRAINING, modules)), list(map(PARAMETERS, modules))
 
 
 def _values(registered: list[dict[str, Tensor | None]]) -> list[Tensor]:
-    return list(filter(IS_ANY, chain.from_iterable(map(VALUES, filter(None, registered)))))
+    return [p for parameters in registered if parameters for p in parameters.values() if p is not None]
 
 
 def _flags(parameters: list[Tensor]) -> list[tuple[bool, int]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import UninitializedBuffer
 
+NormBefore: TypeAlias = tuple[nn.Module, bool, int | None]  # its training flag and batches before a call
 COUNTS_BATCHES = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 WRITES_STATISTICS = (*COUNTS_BATCHES, _InstanceNorm.forward)
 STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -16,14 +19,17 @@ SCRATCH: dict[tuple[Any, ...], dict[str, Tensor | None]] = {}  # statistics that
 
 
 def scratch(number: int, statistics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Others like these for the norm of that number in a block: the same for all norms and blocks that are alike."""
+    """Others like these for the batch norm of that number in a block: the same for all that are alike.
+
+    Their versions stay as they are, but for the counter's, which no graph saves.
+    """
     mean: Any = statistics["running_mean"]
     key = number, mean.shape, mean.dtype, mean.device
     if (found := SCRATCH.get(key)) is None:
         found = {n: None if (b := statistics.get(n)) is None else b.clone() for n in STATISTICS}
         if type(mean) is Tensor:  # not one that a mode has made, which ends with the mode
             SCRATCH[key] = found
-    return {n: b if b is None else b.data for n, b in found.items()}  # as if they had never been changed in place
+    return found
 
 
 def batches(norm: nn.Module) -> int | None:
@@ -41,3 +47,20 @@ def is_usual(norm: nn.Module) -> bool:
         return False
     lazy = isinstance(buffers["running_mean"], UninitializedBuffer)  # by a hook of its own
     return lazy or not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
+def take_norms(inside: Mapping[nn.Module, list[nn.Module]]) -> dict[nn.Module, list[NormBefore]]:
+    """By block, the norms that count batches in training and are its own; they are taken out of what is `inside`.
+
+    These can be looked at before and behind the forward of all blocks, not of each, which takes less time.
+    """
+    found: dict[nn.Module, list[NormBefore]] = {
+        block: [(m, True, batches(m)) for m in modules if m.training and is_usual(m) and batches(m) is not None]
+        for block, modules in inside.items()
+    }
+    norms = [m for m, _, _ in chain.from_iterable(found.values())]
+    if len(own := set(norms)) != len(norms):
+        return {}
+    for modules in inside.values():
+        modules[:] = [m for m in modules if m not in own]
+    return found
