@@ -22,7 +22,7 @@ from lightning_revlib.nn.budget import Budget, share_budget
 from lightning_revlib.nn.plan import Plan
 
 OURS = "lightning_revlib"
-BUILDS = (3, 50)  # of the last series, at least and at most
+BUILDS = (2, 50)  # of the last series, at least and at most
 ROUNDS = 4  # with each of them
 
 
