@@ -110,6 +110,14 @@ def check_images(net: Mapping[str, Any]) -> None:
         )
 
 
+def blocks_in_stages(depth: int | Sequence[int], stages: int) -> list[int]:
+    """As `depth` lists them, or one number for all stages. Raises ValueError for what is no number of blocks."""
+    blocks = list(depth) if isinstance(depth, Sequence) and not isinstance(depth, str) else [depth] * stages
+    if any(not isinstance(count, int) or count < 1 for count in blocks):
+        raise ValueError(f"depth={depth!r}: each stage needs a block or more; pass how many, an int or a list of them")
+    return blocks
+
+
 def image_dim(split_dim: int) -> int:
     """The dimension 1, 2 or 3 of an image batch along which streams may divide it; ValueError for others."""
     if split_dim in (1, 2, 3, -1, -2, -3):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, SpaceToDepth, get_coupling
-from lightning_revlib.recipes.classifier import ImageClassifier, check_images, image_dim
+from lightning_revlib.recipes.classifier import ImageClassifier, blocks_in_stages, check_images, image_dim
 from lightning_revlib.recipes.panel import Row
 from lightning_revlib.recipes.picture import draw, pairs, to_unit
 from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory
@@ -117,7 +117,7 @@ class IRevNet(nn.Module):
         grid_bits: int | None = None,
     ) -> None:
         super().__init__()
-        blocks = [depth] * len(strides) if isinstance(depth, (int, str)) else list(depth)
+        blocks = blocks_in_stages(depth, len(strides))
         _check_stages(blocks, channels, strides, bottleneck)
         if split_dim is None:
             raise ValueError(
@@ -218,8 +218,6 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
             f"depth={blocks}, channels={list(channels)} and strides={list(strides)} are to name as many stages each;"
             " one number for depth serves all stages"
         )
-    if any(not isinstance(count, int) or count < 1 for count in blocks):
-        raise ValueError(f"depth={blocks}: each stage needs a block or more; pass how many, an int or a list of them")
     if any(stride not in (1, 2) for stride in strides):
         raise ValueError(f"strides={list(strides)}: a stage's stride is 1 or 2")
     for before, after, stride in zip(channels, channels[1:], strides[1:], strict=False):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_revlib.nn import CoupledSequential, get_coupling
 from lightning_revlib.nn.couplings import Momentum
-from lightning_revlib.recipes.classifier import ImageClassifier, check_images, image_dim
+from lightning_revlib.recipes.classifier import ImageClassifier, blocks_in_stages, check_images, image_dim
 from lightning_revlib.recipes.training import OptimizerFactory, SchedulerFactory
 
 DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -237,11 +237,9 @@ def _blocks(depth: int | Sequence[int], strides: Sequence[int]) -> list[int]:
             f" in each stage as a list, such as depth={[depth] * len(strides)}"
         )
     else:
-        blocks = [depth] * len(strides) if isinstance(depth, (int, str)) else list(depth)
+        blocks = blocks_in_stages(depth, len(strides))
     if len(blocks) != len(strides):
         raise ValueError(f"depth={depth} is {blocks}, one for each stage, and strides={list(strides)} not as many")
-    if any(not isinstance(count, int) or count < 1 for count in blocks):
-        raise ValueError(f"depth={blocks}: each stage needs a block or more; pass how many, an int or a list of them")
     return blocks
 
 

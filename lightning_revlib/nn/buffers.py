@@ -37,7 +37,7 @@ class Buffers:
     __slots__ = ("changing", "copied", "generators", "norms", "numbers", "read", "written")
 
     def __init__(self, modules: Sequence[nn.Module] = (), *, numbers: bool = False) -> None:
-        self.written: list[tuple[dict[str, Any], dict[str, Any]]] = []  # a norm's attributes, and others to write into
+        self.written: list[tuple[dict[str, Any], int]] = []  # a norm's attributes, and its number in the block
         self.copied: list[nn.Module] = []
         self.norms: list[NormBefore] = []
         self.changing: list[tuple[Any, ...]] = []
@@ -69,12 +69,12 @@ class Buffers:
         return self.any() or bool(self.read)
 
     def close_norms(self, norms: Sequence[NormBefore]) -> None:
-        for number, (m, training, before) in enumerate(norms):  # some of its own for each of a block's
+        for number, (m, training, before) in enumerate(norms):
             buffers, counted = m._buffers, before is not None and batches(m) != before
             if buffers["running_mean"] is None:
                 continue
             if training and m.training and counted:
-                self.written.append((m.__dict__, scratch(number, buffers)))
+                self.written.append((m.__dict__, number))
             elif counted or m.training:
                 self.copied.append(m)
             else:
@@ -108,8 +108,8 @@ class Buffers:
             if buffer is not None and version(buffer) != count:
                 raise modified(f"buffer {name!r} of {m}")
         norms = [(owner, owner["_buffers"]) for owner, _ in self.written]
-        for owner, others in self.written:
-            owner["_buffers"] = {**owner["_buffers"], **others}
+        for owner, number in self.written:  # some of its own for each of a block's
+            owner["_buffers"] = {**owner["_buffers"], **scratch(number, owner["_buffers"])}
         for m in self.copied:
             norms.append((m.__dict__, m._buffers))
             m.__dict__["_buffers"] = {name: b if b is None else b.clone() for name, b in m._buffers.items()}

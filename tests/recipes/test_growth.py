@@ -40,7 +40,7 @@ def test_the_published_networks_are_measured_without_their_data(tmp_path, monkey
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("depths=0", "depth=[0, 0]: each stage needs a block"),
+        ("depths=0", "depth=0: each stage needs a block"),
         ("depths=[]", "depths=[]: give one depth or more"),
         ("batch_size=no", "batch_size=no: pass a whole number"),
     ],
