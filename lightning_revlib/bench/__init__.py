@@ -2,5 +2,6 @@
 
 workloads.py    what is run        contestants.py, peers.py    who runs it
 measure.py      what is measured   cell.py, sweep.py           of one stack; along ten budgets
-tables.py       how it is shown    command.py, machine.py      the command; what it was run on
+tables.py       how it is shown    command.py, machine.py      the command; what it was run on, with
+                                   allocator.py                an allocator that is fixed before
 """

@@ -180,6 +180,30 @@ def test_what_statistics_are_lent_is_written_by_the_second_runs_of_all_steps() -
     assert made[0] == made[2]
 
 
+def arranged(how: str) -> list[nn.Module]:
+    """Three blocks with batch norms: a block's own, shared, of a block that runs twice, partly in evaluation."""
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm1d(4) for _ in range(3)]
+    if how == "one norm in all":
+        norms = norms[:1] * 3
+    layers = [nn.Sequential(nn.Linear(4, 4), norm, nn.Tanh(), nn.BatchNorm1d(4), Masked()).double() for norm in norms]
+    if how == "one in evaluation":
+        layers[1][1].eval()
+    return [layers[0], layers[0], layers[2]] if how == "a block twice" else [*layers]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("how", ["its own", "one norm in all", "a block twice", "one in evaluation"])
+def test_statistics_are_updated_once_however_norms_are_arranged(how: str, treatment: Any) -> None:
+    stack = revlib.ReversibleSequential(*arranged(how), treatments=[treatment] * 3)
+    plain, x = revlib.CoupledSequential(*arranged(how)), sample()
+    for _ in range(3):  # the first call learns what the others need not look for
+        grads = [torch.autograd.grad(each(x).square().sum(), [x, *each.parameters()]) for each in (stack, plain)]
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*grads, strict=True))
+        for b, other in zip(stack.buffers(), plain.buffers(), strict=True):
+            assert torch.allclose(b, other, rtol=1e-12)
+
+
 class Hands(nn.Module):
     """Hands its norm's statistics to a function itself."""
 
