@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.bench import measure
+from lightning_revlib.bench import measure, timing
 from lightning_revlib.bench.contestants import Contestant
 from lightning_revlib.bench.measure import TOLERANCE
 from lightning_revlib.bench.peers import Inexpressible
@@ -93,7 +93,7 @@ def cell(
         module = examine(row, contestant, stack, x, small, reference, workload.draws)
         if module is not None:
             modules[contestant.name] = module
-    first = measure.times(modules, x, seconds / 3, seed, (2, 40), warm=True) if seconds else {}
+    first = timing.times(modules, x, seconds / 3, seed, (2, 40), warm=True) if seconds else {}
     finalists = _finalists(rows, first)
     final: dict[str, list[float]] = {name: [] for name in finalists}
     end = time.perf_counter() + seconds
@@ -101,7 +101,7 @@ def cell(
         if build >= BUILDS[0] and time.perf_counter() > end:
             break
         modules = {c.name: execute(c, stack, workload.draws) for c in contestants if c.name in finalists}
-        for name, more in measure.times(modules, x, 0, seed + 1 + build, (ROUNDS, ROUNDS)).items():
+        for name, more in timing.times(modules, x, 0, seed + 1 + build, (ROUNDS, ROUNDS)).items():
             final[name] += more
     for row in rows:
         times = final if row.contestant in final else first
@@ -109,7 +109,7 @@ def cell(
             row.seconds, row.rounds = statistics.median(taken), len(taken)
             row.per_second = size.batch * workload.units / row.seconds
             if "plain" in times:
-                row.over_plain, row.over_plain_low, row.over_plain_high = measure.ratio(taken, times["plain"])
+                row.over_plain, row.over_plain_low, row.over_plain_high = timing.ratio(taken, times["plain"])
     return rows, final
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_revlib.bench import largest, measure, sweep, tables
+from lightning_revlib.bench import largest, sweep, tables, timing
 from lightning_revlib.bench.cell import Row, cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.machine import describe
@@ -57,7 +57,7 @@ def bench(cfg: DictConfig) -> None:
         if cfg.seconds is None:  # half of its share, as counting takes time, too
             left = SPAN.get(mode, 0.0) - (time.perf_counter() - begin)
             seconds = max(SECONDS[mode], left / (len(chosen) - done) / 2)
-        with measure.frozen():
+        with timing.frozen():
             found, taken = cell(workload, size, contestants, device=device, seconds=seconds, seed=cfg.seed)
         rows += found
         times[tables.cells(found)[0][0]] = taken

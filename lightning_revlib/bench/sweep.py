@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.bench import measure, tables
+from lightning_revlib.bench import measure, tables, timing
 from lightning_revlib.bench.cell import Row, examine, execute, plan_of
 from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpointed, ours
 from lightning_revlib.bench.workloads import Size, Workload
@@ -125,17 +125,17 @@ def sweep(name: str, model: nn.Module, x: Tensor, *, budgets: int = 10, seconds:
         if row.note:
             raise ValueError(f"{name}, memory_budget={budget - outside}: {row.note}")
         points.append(Point(budget, row, summarise(plan_of(modules[label]))))
-    times = measure.times(modules, x, seconds, seed, rounds=(3, 100))
+    times = timing.times(modules, x, seconds, seed, rounds=(3, 100))
     for key, taken in times.items():
         rows[key].seconds = statistics.median(taken)
-        rows[key].over_plain, rows[key].over_plain_low, rows[key].over_plain_high = measure.ratio(taken, times["plain"])
+        rows[key].over_plain, rows[key].over_plain_low, rows[key].over_plain_high = timing.ratio(taken, times["plain"])
     rivals = [rows[c.name] for c in RIVALS if rows[c.name].right]
     for point in points:
         fitting = [r for r in rivals if r.peak is not None and r.peak <= point.budget]
         if fitting:
             point.fewest = min(fitting, key=lambda r: r.flops or 0)
             point.fastest = min(fitting, key=lambda r: r.over_plain or 0.0)
-            point.ratio = measure.ratio(times[point.row.contestant], times[point.fastest.contestant])
+            point.ratio = timing.ratio(times[point.row.contestant], times[point.fastest.contestant])
     return Curve(name, [rows[c.name] for c in RIVALS] + [rows[LEAST]], points, len(times["plain"]))
 
 

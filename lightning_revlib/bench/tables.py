@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 
-from lightning_revlib.bench import measure
+from lightning_revlib.bench import timing
 from lightning_revlib.bench.cell import OURS, Row
 from lightning_revlib.nn.meter import format_bytes
 
@@ -89,7 +89,7 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
                 f"{own.held / own.output:.2f}",
                 f"{own.peak / revlib.peak:.2f}" if revlib and revlib.peak else "-",
                 f"{own.peak / least:.2f}" if least else "-",
-                interval(measure.over_fastest(taken[OURS], {r.contestant: taken[r.contestant] for r in timed}))
+                interval(timing.over_fastest(taken[OURS], {r.contestant: taken[r.contestant] for r in timed}))
                 + f" {fastest.contestant}"
                 if fastest
                 else "-",

@@ -69,6 +69,7 @@ class Buffers:
         return self.any() or bool(self.read)
 
     def close_norms(self, norms: Sequence[NormBefore]) -> None:
+        """Of a block's norms, as they were before its call: whether it has written their statistics, or read them."""
         for number, (m, training, before) in enumerate(norms):
             buffers, counted = m._buffers, before is not None and batches(m) != before
             if buffers["running_mean"] is None:

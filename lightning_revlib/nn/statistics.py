@@ -55,7 +55,7 @@ def take_norms(inside: Mapping[nn.Module, list[nn.Module]]) -> dict[nn.Module, l
     These can be looked at before and behind the forward of all blocks, not of each, which takes less time.
     """
     found: dict[nn.Module, list[NormBefore]] = {
-        block: [(m, True, batches(m)) for m in modules if m.training and is_usual(m) and batches(m) is not None]
+        block: [(m, True, n) for m in modules if m.training and is_usual(m) and (n := batches(m)) is not None]
         for block, modules in inside.items()
     }
     norms = [m for m, _, _ in chain.from_iterable(found.values())]

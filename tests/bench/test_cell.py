@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_revlib.bench import measure
+from lightning_revlib.bench import measure, timing
 from lightning_revlib.bench.cell import BUILDS, ROUNDS, cell, execute
 from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpointed, ours
 from lightning_revlib.bench.workloads import WORKLOADS, Size
@@ -87,20 +87,20 @@ def test_checkpointing_by_segments_holds_what_it_should():
 def test_times_take_turns_and_ratios_have_an_interval():
     workload, size = WORKLOADS["mlp"], Size(2, 8, 4)
     stack, x = workload.stack(size), workload.input(size, requires_grad=True)
-    found = measure.times({"a": stack, "b": stack}, x, seconds=0, rounds=(4, 4))
+    found = timing.times({"a": stack, "b": stack}, x, seconds=0, rounds=(4, 4))
     assert len(found["a"]) == len(found["b"]) == 4
-    assert len(measure.times({"a": stack}, x, seconds=0, rounds=(2, 2), warm=True)["a"]) == 2
+    assert len(timing.times({"a": stack}, x, seconds=0, rounds=(2, 2), warm=True)["a"]) == 2
     assert all(p.grad is None for p in stack.parameters())
-    assert measure.ratio([2.0] * 9, [1.0] * 9) == (2, 2, 2)
-    middle, low, high = measure.ratio([float(i) for i in range(1, 21)], [1.0] * 20)
+    assert timing.ratio([2.0] * 9, [1.0] * 9) == (2, 2, 2)
+    middle, low, high = timing.ratio([float(i) for i in range(1, 21)], [1.0] * 20)
     assert 1 < low < middle == 10.5 < high < 20
 
 
 def test_luck_does_not_decide_who_is_fastest_and_by_how_much():
     own, lucky = [1.0] * 20, [0.9] * 10 + [1.1] * 10  # each is fast in one half of the rounds
     others = {"a": lucky, "b": lucky[::-1]}
-    assert measure.over_fastest(own, others)[0] == pytest.approx(1 / 1.1)
-    assert measure.over_fastest(own, {"slow": [4.0] * 20, "fast": [2.0] * 20}) == (0.5, 0.5, 0.5)
+    assert timing.over_fastest(own, others)[0] == pytest.approx(1 / 1.1)
+    assert timing.over_fastest(own, {"slow": [4.0] * 20, "fast": [2.0] * 20}) == (0.5, 0.5, 0.5)
 
 
 def test_copies_share_the_parameters_unless_of_another_dtype():

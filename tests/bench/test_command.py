@@ -99,7 +99,7 @@ def test_a_sweep_is_never_over_its_budgets_and_never_does_more_work():
 
 
 def test_a_recipe_can_be_swept(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.measure, "times", lambda modules, *args, **named: {name: [1.0] * 3 for name in modules})
+    monkeypatch.setattr(sweep.timing, "times", lambda modules, *args, **named: {name: [1.0] * 3 for name in modules})
     arguments = ["recipe=momentumnet", "depth=3", "budget_sweep=true", "budgets=2", "batch_size=2"]
     assert main(["report", *arguments, "hydra.run.dir=out"]) == 0
     assert "| budget | peak |" in capsys.readouterr().out

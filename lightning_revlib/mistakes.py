@@ -1,0 +1,77 @@
+"""A user's mistakes on the command line: which errors are such, and one message for each, with the way out."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+
+CONFIG = "pkg://lightning_revlib.conf"
+PLUGINS = {  # of Hydra, by the option that they add
+    "joblib": "hydra-joblib-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "optuna": "hydra-optuna-sweeper",
+}
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether the user's; Lightning is not imported to know its own."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    others = () if lightning is None else (lightning.MisconfigurationException,)
+    return isinstance(error, (ValueError, TypeError, InstantiationException, OmegaConfBaseException, *others))
+
+
+def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:
+    """One message for the user: what was given, and what can be given instead."""
+    from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if option in PLUGINS:
+            return f"{group}={option} is a plugin of Hydra's, which is not installed: pip install {PLUGINS[option]}"
+        return f"{group}={option}: no such option{near(option, error.options)}; it has {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
+    if str(error).startswith("Ambiguous value for argument"):
+        given = str(error).split("'")[1]
+        name, _, value = given.partition("=")
+        return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
+    if isinstance(error, InstantiationException) and cause is not None:
+        return str(cause)
+    if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
+        parent, _, name = key.rpartition(".")
+        keys = _keys(command, overrides, parent)
+        where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
+        return f"{key}: no such key{near(name, keys, parent)}; {where}; +{key}=... adds a new one"
+    bug = isinstance(error, TypeError)  # perhaps not the user's mistake, but the program's
+    return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if bug else "")
+
+
+def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
+    """The keys below `parent` in the command's configuration, with the groups chosen as in `overrides`."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.object_type import ObjectType
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG.removeprefix("pkg://"), version_base="1.3"):
+        groups = GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
+        chosen = [o for o in overrides if o.partition("=")[0] in groups]
+        try:
+            cfg = compose(command, chosen)
+        except HydraException:  # options of a folder of the user's own
+            cfg = compose(command)
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+    return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+
+
+def near(name: str, known: Iterable[str], parent: str = "") -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {parent + '.' if parent else ''}{found[0]}?)" if found else ""
