@@ -294,6 +294,17 @@ def test_help_and_completion_wait_neither_for_torch_nor_for_lightning(argv, line
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+def test_names_come_when_they_are_used():
+    code = (
+        "import sys, lightning_revlib as revlib; assert 'torch' not in sys.modules\n"
+        "assert not hasattr(revlib, 'no_such_name') and revlib.nn.swap is revlib.swap\n"
+        "assert {'swap', 'ReversibleStrategy'} < {*dir(revlib)} and 'lightning' not in sys.modules\n"
+        "from lightning_revlib import *; assert ReversibleStrategy is revlib.ReversibleStrategy"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -94,6 +96,15 @@ def test_times_take_turns_and_ratios_have_an_interval():
     assert timing.ratio([2.0] * 9, [1.0] * 9) == (2, 2, 2)
     middle, low, high = timing.ratio([float(i) for i in range(1, 21)], [1.0] * 20)
     assert 1 < low < middle == 10.5 < high < 20
+
+
+def test_the_collector_is_left_as_it_was():
+    before = gc.get_freeze_count()
+    with timing.frozen():
+        with timing.frozen():
+            pass
+        assert gc.get_freeze_count() > before  # until the outermost ends
+    assert gc.get_freeze_count() == before and gc.isenabled()
 
 
 def test_luck_does_not_decide_who_is_fastest_and_by_how_much():
