@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 class Frame(Saved):
     """One step of one forward, and what it takes to run it again."""
 
-    above: Frame | None = None
-    below: weakref.ref[Frame] | None = None  # set if steps are undone ahead
-    chunk: Chunk | None = None  # set if the step is done chunk by chunk, and this is one
-    environment: Environment | None = None  # set if it is another than the tape's
-    norms: Norms | None = None  # those of the second run, if its tensors are large
-    tape: Tape  # this and what follows by a `Recording`
+    __slots__ = (
+        "a_needs_grad", "above", "below", "chunk", "coupling", "environment", "index", "norms", "saved_by_block",
+        "stride", "tape",
+    )  # fmt: skip
+    # All are set by a `Recording`.
+    tape: Tape
     index: int
+    above: Frame | None
+    below: weakref.ref[Frame] | None  # if steps are undone ahead
+    chunk: Chunk | None  # if the step is done chunk by chunk, and this is one
+    environment: Environment | None  # if it is another than the tape's
+    norms: Norms | None  # those of the second run, if its tensors are large
     stride: tuple[int, ...]  # stream b's
     a_needs_grad: bool
     coupling: Coupling  # bound to this step
@@ -45,9 +50,8 @@ class Frame(Saved):
         settings = self.settings
         changed = tape.changed if settings is None else settings if settings.changed() else None
         undo = self.lend(b, changed) if changed or self.buffers or self.random else []
-        norms = None
-        at_least, afresh = tape.norms_from, not (tape.keep or changed or tape.compiler)
-        if at_least is not None and afresh and sum(self.saved) > at_least:
+        norms, at_least = None, tape.norms_from
+        if at_least is not None and sum(self.saved) > at_least and not (tape.keep or changed or tape.compiler):
             norms = Norms(step.module)
             undo.append(norms.watch())
         try:
@@ -100,7 +104,8 @@ class Frame(Saved):
             return tensor
         if self.kept is not None:
             return super()._find(number)
-        self.check_unchanged(number)
+        if self.changed is not None:
+            self.check_unchanged(number)
         self.tape.rewind(self)
         return self._unpack(number)
 

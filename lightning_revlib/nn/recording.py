@@ -57,14 +57,13 @@ class Recording:
         tape, frames = self.tape, self.frames
         frame = Frame(step, b)
         frame.tape, frame.index, frame.stride, frame.a_needs_grad = tape, len(frames), b.stride(), a.requires_grad
+        frame.above = frame.below = frame.environment = frame.norms = None
+        frame.chunk, frame.keeps_all, count = chunk, self.keeps_all, b._version
         if frames:
             frames[-1].above = frame
             if tape.at_once or tape.ahead is not None:
                 frame.below = weakref.ref(frames[-1])
         frames.append(frame)
-        if chunk is not None:
-            frame.chunk = chunk
-        frame.keeps_all, count = self.keeps_all, b._version
         if self.buffered and (modules := self.buffered.get(step.module)):
             frame.buffers = Buffers(modules, numbers=self.counts)
         if self.listed:
@@ -78,7 +77,7 @@ class Recording:
                 first, frame.again = tape.context_fn()
                 with first:
                     f, step.extra = step.branch(b, tape.compiler)
-            usual = f.__class__ is Tensor and not f.is_nested and f.shape == b.shape and f.dtype is b.dtype
+            usual = type(f) is Tensor and not f.is_nested and f.shape == b.shape and f.dtype is b.dtype
             if not usual or b._version != count or step.coupling.other_shape:
                 step.check(b, f, count)
             frame.saved_by_block = len(frame.saved)

@@ -35,23 +35,26 @@ class Enough(BaseException):
 class Saved(ABC):
     """One call of a step's block. `catch(call._pack, call._unpack)` before it, `call.end()` behind it."""
 
-    # Class attributes are what most calls have: they are not set in each.
-    settings: Settings | None = None  # when the call has ended
-    random: RandomState | None = None  # set if the block draws
-    buffers: Buffers | None = None  # set if it meets any
-    again: Any = None  # the second run's context
-    calls_autograd = False  # the block does, itself
-    keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
-    records = True  # forward ran in grad mode, where autograd saves
-    keep = False  # what is caught is not given away
-    changed: dict[int, torch.Size] | None = None  # shapes of what was modified after it was saved, perhaps in vain
-    caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
+    __slots__ = (
+        "__weakref__", "again", "b_needs_grad", "buffers", "calls_autograd", "caught", "changed", "keep", "keeps_all",
+        "kept", "random", "records", "saved", "settings", "step", "versions",
+    )  # fmt: skip
 
     def __init__(self, step: Step, b: Tensor) -> None:
         self.step, self.b_needs_grad = step, b.requires_grad
         self.saved: list[int] = []  # the bytes of each tensor that autograd wanted to save
         self.versions: list[int] = []  # their versions at that time
         self.kept: list[Tensor] | None = []  # all until the call ends, or those that have been changed before
+        self.settings: Settings | None = None  # when the call has ended
+        self.random: RandomState | None = None  # set if the block draws
+        self.buffers: Buffers | None = None  # set if it meets any
+        self.again: Any = None  # the second run's context
+        self.calls_autograd = False  # the block does, itself
+        self.keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
+        self.records = True  # forward ran in grad mode, where autograd saves
+        self.keep = False  # what is caught is not given away
+        self.changed: dict[int, torch.Size] | None = None  # shapes of what was modified after it was saved
+        self.caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     @abstractmethod
     def rewind(self) -> None:
@@ -92,6 +95,8 @@ class Saved(ABC):
         """Look whether what is kept has been changed. What was fresh: in the second run."""
         kept: Any = self.kept
         self.kept = None
+        if not kept:
+            return
         versions = self.versions if self.keeps_all else list(filter(None, self.versions))
         if any(map(ne, map(VERSION, kept), versions)):
             numbers = [n for n, version in enumerate(self.versions) if version or self.keeps_all]

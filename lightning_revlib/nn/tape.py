@@ -58,23 +58,7 @@ class Tape:
 
     AT_ONCE = 64 * 1024  # bytes that steps undone in one go may hold
 
-    # Class attributes are what most tapes have: they are not set in each.
-    unusual = False  # the environment has changed, or it is not known which steps draw
-    streams: Streams | None = None
-    position = depth = 0  # the streams are those before the frame of this index
-    at_once = 0  # that number, or 0: one by one
-    undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
-    keep = False  # caught tensors are not given away
-    drew = False  # whether any step has drawn random numbers
-    norms_from: int | None = None  # norms of steps that save more bytes than that are computed again
-    surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
-    task = -1  # the backward that has come to the output
-    looked = -1  # the one for which it is known what has changed
-    ahead: Ahead | None = None  # if steps are undone before autograd asks for them
-    changed: Settings | None = None  # the settings of all steps, if they are others than in forward
-    varied = False  # the environment has changed from one step to the next
-    environment: Environment  # of the first step; this and the next by a `Recording`
-    settings: Settings | None = None  # when forward ended, if steps have none of their own
+    environment: Environment  # of the first step, by a `Recording`
 
     def __init__(
         self,
@@ -90,6 +74,21 @@ class Tape:
         self.passed: dict[int, Streams] = {}  # those before others that backward has come to
         self.output: Output = []  # what came out, until backward comes to it
         self.lock = RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
+        self.unusual = False  # the environment has changed, or it is not known which steps draw
+        self.streams: Streams | None = None
+        self.position = self.depth = 0  # the streams are those before the frame of this index
+        self.at_once = 0  # that number, or 0: one by one
+        self.undoing: Undoing | None = None  # the step of which some chunks are undone, but not all
+        self.keep = False  # caught tensors are not given away
+        self.drew = False  # whether any step has drawn random numbers
+        self.norms_from: int | None = None  # norms of steps that save more bytes than that are computed again
+        self.surprise: tuple[Frame, RandomState, Streams] | None = None  # it has, and it is not known which
+        self.task = -1  # the backward that has come to the output
+        self.looked = -1  # the one for which it is known what has changed
+        self.ahead: Ahead | None = None  # if steps are undone before autograd asks for them
+        self.changed: Settings | None = None  # the settings of all steps, if they are others than in forward
+        self.varied = False  # the environment has changed from one step to the next
+        self.settings: Settings | None = None  # when forward ended, if steps have none of their own
 
     def hold(self, *tensors: Tensor) -> None:
         """Keep what came out; `read` must give the last streams from it."""
