@@ -13,6 +13,7 @@ A coupling never states a gradient: autograd derives it from `forward`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from operator import mul
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,8 @@ def has_gaps(stream: Tensor) -> bool:
     """Whether its memory, in whatever order of dimensions, holds more than its elements."""
     if stream.is_contiguous():
         return False
-    return sum((n - 1) * stride for n, stride in zip(stream.shape, stream.stride(), strict=True)) + 1 != stream.numel()
+    strides = stream.stride()
+    return sum(map(mul, stream.shape, strides)) - sum(strides) + 1 != stream.numel()
 
 
 class Coupling(ABC):

@@ -39,17 +39,17 @@ def build_steps(
     steps: list[Step] = []
     call: Call = (args, kwargs)
     simple = not stack.branches and stack.chunks == (1,)
+    couplings, treatments, ordinary, kind = stack.couplings, stack.treatments, stack.ordinary, stack._step
     blocks = 0
     for index, (name, module) in enumerate(stack._modules.items()):
-        if index < stack.ordinary:
+        if index < ordinary:
             continue
         if layerwise is not None:
             call = call_of(index, args, kwargs, layerwise)
         if hasattr(type(module), "inverse") and is_invertible(module):
-            steps.append(Step(stack, name, module, Invertible(module), dtype, call, stack.treatments[index]))
+            steps.append(Step(stack, name, module, Invertible(module), dtype, call, treatments[index]))
         elif simple:  # as `steps_of` would, without a call and a list for each block of each forward
-            coupling = stack.couplings[blocks % len(stack.couplings)]
-            steps.append(stack._step(stack, name, module, coupling, dtype, call, stack.treatments[index]))
+            steps.append(kind(stack, name, module, couplings[blocks % len(couplings)], dtype, call, treatments[index]))
             blocks += 1
         else:
             steps += steps_of(stack, index, blocks, name, module, dtype, call)
