@@ -42,7 +42,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         name, _, value = given.partition("=")
         return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
     if isinstance(error, InstantiationException) and cause is not None:
-        return str(cause)
+        _, _, where = str(error).rpartition("full_key: ")  # a message of torch's does not say which key it is about
+        return str(cause) if "=" in str(cause) or not where else f"{where}: {cause}"
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
