@@ -124,6 +124,12 @@ def test_copies_share_the_parameters_unless_of_another_dtype():
     assert all(p.dtype is torch.float32 for p in stack.parameters())
 
 
+def test_ours_looks_at_drift_where_it_was_asked_to_only():
+    blocks = [torch.nn.Linear(4, 4) for _ in range(2)]
+    assert ours(CoupledSequential(*blocks), False).on_drift == "ignore"
+    assert ours(CoupledSequential(*blocks, on_drift="raise"), False).on_drift == "raise"
+
+
 def test_ours_plain_and_two_peers_are_timed_once_more():
     rows, times = cell(WORKLOADS["mlp"], Size(2, 8, 4), CONTESTANTS, device=CPU, seconds=0.01)
     peers = [r.contestant for r in rows if r.reversible and not r.ours and not r.note]
