@@ -53,7 +53,7 @@ class Saved(ABC):
         self.keeps_all = True  # that it saves, until it ends, for such blocks; else what is fresh is let go at once
         self.records = True  # forward ran in grad mode, where autograd saves
         self.keep = False  # what is caught is not given away
-        self.changed: dict[int, torch.Size] | None = None  # shapes of what was modified after it was saved
+        self.changed: dict[int, torch.Size] | None = None  # shapes of what was modified later, perhaps in vain
         self.caught: list[Tensor | None] | None = None  # what the second run has saved, each until it is asked for
 
     @abstractmethod
