@@ -18,7 +18,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
 from lightning_revlib.nn.saved import CallsAutograd, Enough, Saved, cannot_run_again, catch, collect, release
-from lightning_revlib.nn.settings import Settings, parts, version
+from lightning_revlib.nn.settings import Settings, version
 from lightning_revlib.nn.step import Step
 
 around = torch._C._autograd._top_saved_tensors_default_hooks  # the saved-tensor hooks there are, or None
@@ -48,10 +48,10 @@ class Checkpoint(Saved):
         pack, self.unpack_input = around(False) or (None, None)
         self.input, self.version = (b.detach(), version(b)) if pack is None else (pack(b.detach()), 0)
         self.keeps_all = step.stack._calls_autograd is not False
-        self.modules = parts(step.module)
+        self.settings: Settings = Settings(step.module)
         self.environment = Environment(b)
         self.random = RandomState(b)
-        self.buffers = Buffers(self.modules, numbers=step.stack._counts is not False)
+        self.buffers = Buffers(self.settings.modules, numbers=step.stack._counts is not False)
         self.lock = threading.RLock()  # backward of an accelerator runs in a thread of its own, beside the CPU's
 
     def run(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
@@ -68,7 +68,7 @@ class Checkpoint(Saved):
             self.step.stack.__dict__["_calls_autograd"] = True
         self._look(b)
         self.step.check_arguments(arguments)
-        self.settings = Settings(self.modules, [t for t, _ in arguments])
+        self.settings.close([t for t, _ in arguments])
         return out
 
     def _look(self, b: Tensor) -> None:
@@ -108,7 +108,6 @@ class Checkpoint(Saved):
     def _rewind(self, b: Tensor) -> None:
         caught: list[Tensor] = []
         self.keep = torch.is_grad_enabled()  # create_graph
-        assert self.settings is not None
         undo = self.lend(b, self.settings if self.settings.changed() else None)
         try:
             again = b.data.requires_grad_(self.b_needs_grad)
@@ -117,7 +116,7 @@ class Checkpoint(Saved):
             if len(caught) < len(self.saved):
                 raise
             # The block may have been on its way, with flags that it sets for a while.
-            for m, training in zip(self.modules, self.settings.training, strict=True):
+            for m, training in zip(self.settings.modules, self.settings.training, strict=True):
                 if m.training != training:
                     m.training = training
         finally:

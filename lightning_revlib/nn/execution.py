@@ -103,8 +103,8 @@ class Execution:
             tape = Tape(_pair, _ignore, self.compiler, self.stack.context_fn)
             if self.stack.overlap and has_streams(a.device):
                 tape.ahead = Ahead(a.device)
-            elif self.stack.budget is None and self.stack.context_fn is None and a.nbytes < Tape.AT_ONCE:
-                tape.at_once = Tape.AT_ONCE
+            elif a.nbytes < Tape.AT_ONCE and self.stack.budget is None and self.stack.context_fn is None:
+                tape.at_once = 0 if _is_distributed() else Tape.AT_ONCE
             self.recording = Recording(tape, self.stack, a, b, recasts=self.uniform and self.recasts)
             if self.uniform:
                 self.step = self.recording.step  # type: ignore[method-assign]
@@ -223,6 +223,11 @@ class Execution:
         tape, self.recording = self.recording.tape, None
         self.drew |= tape.drew
         return tape
+
+
+def _is_distributed() -> bool:
+    """Then a block's parameters may be sharded, and there only while its backward runs."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _ignore(a: Tensor, b: Tensor) -> None: ...

@@ -42,15 +42,15 @@ class Recording:
         self.keeps_all, self.counts = stack._calls_autograd is not False, stack._counts is not False
         tape.environment = Environment(a)
         self.recasts = recasts and (tape.environment.casts or stack.listed)  # a block's own autocast clears its cache
-        self.modules = modules = parts(*stack)
+        self.settings = Settings(*stack)
         self.buffered: dict[nn.Module, list[nn.Module]] = {}  # of each block, those that may change buffers or numbers
         self.norms_before: dict[nn.Module, list[NormBefore]] = {}  # those that need not be looked at in each step
-        if self.counts or any(map(BUFFERS, modules)):
+        if self.counts or self.settings.has_buffers:
             self.buffered = {m: parts(m) if self.counts else list(filter(BUFFERS, parts(m))) for m in stack}
             if not (self.counts or self.listed) and len(self.buffered) == len(stack):
                 self.norms_before = take_norms(self.buffered)
         self.arguments: dict[int, Tensor] = {}  # of all steps, by identity
-        self.large_norms = Norms.matter(modules, a)
+        self.large_norms = Norms.matter(self.settings.modules, a)
 
     def step(self, step: Step, a: Tensor, b: Tensor, chunk: Chunk | None = None) -> Streams:
         # Few calls: between two blocks the processor has forgotten each function of Python's, which costs microseconds.
@@ -68,6 +68,7 @@ class Recording:
             frame.buffers = Buffers(modules, numbers=self.counts)
         if self.listed:
             self._begin(frame, a)
+            frame.settings = Settings(step.module)
         arguments = [(t, version(t)) for t in step.tensors()] if step.args or step.kwargs else []
         catch(frame._pack, frame._unpack)
         try:
@@ -99,8 +100,8 @@ class Recording:
         if arguments:
             step.check_arguments(arguments)
             self.arguments.update((id(t), t) for t, _ in arguments)
-        if self.listed:
-            frame.settings = Settings(parts(step.module), [t for t, _ in arguments])
+        if frame.settings is not None:
+            frame.settings.close([t for t, _ in arguments])
         if frame.buffers:
             frame.close_buffers()
         if self.expect_draws and not (now := RandomState(a)).same(self.random):
@@ -137,7 +138,8 @@ class Recording:
             for frame in self.frames:
                 self._close_norms(frame)
         if not self.listed:
-            self.tape.settings = Settings(self.modules, list(self.arguments.values()))
+            self.settings.close(list(self.arguments.values()))
+            self.tape.settings = self.settings
         if self.large_norms:  # they matter where a step saves most; a plan counts on them in all
             planned = self.frames[0].step.stack.budget is not None
             most = 0 if planned else max(sum(frame.saved) for frame in self.frames)

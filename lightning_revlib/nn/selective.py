@@ -41,7 +41,7 @@ def keep_heavy(call: Checkpoint) -> tuple[Any, Any]:
     second run of a second backward finds nothing kept, and computes all.
     """
     kept: dict[int, Any] = {}
-    light = [m for m in call.modules if type(m) in LIGHT and not m.__dict__.get("inplace")]
+    light = [m for m in call.settings.modules if type(m) in LIGHT and not m.__dict__.get("inplace")]
     return _Keep(light, kept, call.saved), _Reuse(light, kept)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from operator import attrgetter, is_not
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,67 +16,112 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# `map` reads an attribute of many objects without interpreting a line for each.
-TRAINING, PARAMETERS, MODULES = attrgetter("training"), attrgetter("_parameters"), attrgetter("_modules")
-FLAGS, VERSION = attrgetter("requires_grad", "_version"), attrgetter("_version")
+# `map` reads something of many objects without interpreting a line for each, and a module's dict without its
+# `__getattr__`. Little of it is in the processor's caches: what counts is how much memory is visited, and how often.
+OWN: Callable[[nn.Module], dict[str, Any]] = vars(nn.Module)["__dict__"].__get__
+READ = itemgetter("_modules", "_buffers", "_parameters", "training")
+TRAINING, VALUES = itemgetter("training"), methodcaller("values")
+VERSION, REQUIRES_GRAD = attrgetter("_version"), attrgetter("requires_grad")
+
+
+class Attributes:
+    """Those of a module that has them elsewhere than in its dict, such as a scripted or a compiled one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getitem__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return value if isinstance(value, (dict, bool)) else dict(value.items())
+
+
+def walk(*modules: nn.Module) -> tuple[list[nn.Module], list[Any], list[tuple[Any, ...]]]:
+    """The modules and all that is in them, with what is shared twice; their dicts, and what is to be `READ` there."""
+    found: list[nn.Module] = []
+    owns: list[Any] = []
+    read: list[tuple[Any, ...]] = []
+    level: Sequence[nn.Module] = modules
+    while level:
+        own: list[Any] = list(map(OWN, level))
+        try:
+            new = list(map(READ, own))
+        except KeyError:
+            own = list(map(Attributes, level))
+            new = list(map(READ, own))
+        found += level
+        owns += own
+        read += new
+        level = [m for row in new if row[0] for m in row[0].values() if m is not None]
+    return found, owns, read
 
 
 def parts(*modules: nn.Module) -> list[nn.Module]:
-    """The modules and all that is in them; `module.modules()`, but fast and with what is shared twice."""
-    found: list[nn.Module] = []
-    level: Sequence[nn.Module] = modules
-    while level:
-        found += level
-        level = [m for inside in map(MODULES, level) if inside for m in inside.values() if m is not None]
-    return found
+    """`module.modules()` of all of them, but fast and with what is shared twice."""
+    return walk(*modules)[0]
 
 
 class Settings:
-    """Training flags and parameters of modules, and the arguments of their calls.
+    """Training flags and parameters of modules and of all that is in them, and the arguments of their calls.
 
-    Made when forward ends, or a block's call. `changed` tells whether modules are set otherwise now; if so,
-    `lend` sets what was then for some of them, and returns calls that put back, in reverse order, what was
-    just before. Tensors that have been modified in place cannot be lent, and are an error.
+    Made before the forward of a stack, or a block's call, and closed behind it: a second run has to meet the flags at
+    its start, but the parameters at its end, as lazy ones are made on the way. `changed` tells whether modules are set
+    otherwise now; if so, `lend` sets what was then for some of them, and returns calls that put back, in reverse
+    order, what was just before. Tensors that have been modified in place cannot be lent, and are an error.
     """
 
-    __slots__ = ("arguments", "by_module", "flags", "modules", "parameters", "registered", "training", "versions")
+    __slots__ = (
+        "arguments", "by_module", "has_buffers", "modules", "names", "owns", "parameters", "registered",
+        "requires_grad", "sizes", "training", "values", "versions",
+    )  # fmt: skip
 
-    def __init__(self, modules: list[nn.Module], arguments: Sequence[Tensor] = ()) -> None:
-        self.modules, self.arguments = modules, arguments
+    def __init__(self, *modules: nn.Module) -> None:
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
-        self.training, registered = _states(modules)
-        self.registered = list(map(dict, registered))
-        self.parameters = _values(registered)
-        self.flags = _flags(self.parameters)
-        self.versions = list(map(version, arguments))
+        self.modules, self.owns, read = walk(*modules)
+        _, buffers, self.registered, training = zip(*read, strict=True)
+        self.training, self.has_buffers = list(training), any(buffers)
+
+    def close(self, arguments: Sequence[Tensor] = ()) -> None:
+        self.arguments = arguments
+        self.sizes, self.names = list(map(len, self.registered)), [*chain.from_iterable(self.registered)]
+        self.values = self._values()
+        self.parameters = [p for p in self.values if p is not None]
+        self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
+        self.versions = self._versions()
 
     def changed(self) -> bool:
-        training, registered = _states(self.modules)
-        flags = _flags(self.parameters)
-        if flags != self.flags or list(map(version, self.arguments)) != self.versions:
-            self._check_versions()
-        parameters = _values(registered)
+        if self._versions() != self.versions:
+            self._complain()
+        values = self._values()
         return (
-            training != self.training
-            or flags != self.flags
-            or len(parameters) != len(self.parameters)
-            or any(map(is_not, parameters, self.parameters))
+            list(map(TRAINING, self.owns)) != self.training
+            or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
+            or len(values) != len(self.values)
+            or any(map(is_not, values, self.values))
         )
 
-    def _check_versions(self) -> None:
-        """Raise RuntimeError if a tensor has been modified in place."""
-        for t, count in zip(self.arguments, self.versions, strict=True):
-            if version(t) != count:
-                raise modified(f"an argument of shape {list(t.shape)}")
-        for (m, name, p), (_, count) in zip(self._named(), self.flags, strict=True):
-            if version(p) != count:
-                raise modified(f"parameter {name!r} of {m}")
+    def _values(self) -> list[Tensor | None]:
+        return [*chain.from_iterable(map(VALUES, filter(None, self.registered)))]
+
+    def _versions(self) -> list[int]:
+        """Those of parameters, and of arguments behind them."""
+        try:
+            return list(map(VERSION, chain(self.parameters, self.arguments)))
+        except RuntimeError:  # an inference tensor among them
+            return list(map(version, chain(self.parameters, self.arguments)))
+
+    def _complain(self) -> None:
+        """Raise RuntimeError about a tensor that has been modified in place."""
+        changed = [now != count for now, count in zip(self._versions(), self.versions, strict=True)]
+        for t in compress(self.arguments, changed[len(self.parameters) :]):
+            raise modified(f"an argument of shape {list(t.shape)}")
+        for m, name, _ in compress(self._named(), changed):
+            raise modified(f"parameter {name!r} of {m}")
 
     def lend(self, modules: list[nn.Module]) -> list[Callable[[], Any]]:
         undo: list[Callable[[], Any]] = []
         if self.by_module is None:
             self.by_module = {m: (training, []) for m, training in zip(self.modules, self.training, strict=True)}
-            for (m, name, p), (requires_grad, _) in zip(self._named(), self.flags, strict=True):
+            for (m, name, p), requires_grad in zip(self._named(), self.requires_grad, strict=True):
                 self.by_module[m][1].append((name, p, requires_grad))
         for m in filter(self.by_module.__contains__, modules):  # not those that have been added since
             training, parameters = self.by_module[m]
@@ -92,25 +138,9 @@ class Settings:
         return undo
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        named = zip(self.modules, self.registered, strict=True)
-        return ((m, name, p) for m, parameters in named for name, p in parameters.items() if p is not None)
-
-
-def _states(modules: list[nn.Module]) -> tuple[list[bool], list[dict[str, Tensor | None]]]:
-    """Training flags and registered parameters, module by module."""
-    return list(map(TRAINING, modules)), list(map(PARAMETERS, modules))
-
-
-def _values(registered: list[dict[str, Tensor | None]]) -> list[Tensor]:
-    return [p for parameters in registered if parameters for p in parameters.values() if p is not None]
-
-
-def _flags(parameters: list[Tensor]) -> list[tuple[bool, int]]:
-    """Whether each requires a gradient, and its version."""
-    try:
-        return list(map(FLAGS, parameters))
-    except RuntimeError:  # an inference tensor among them
-        return [(p.requires_grad, version(p)) for p in parameters]
+        owners = chain.from_iterable(map(repeat, self.modules, self.sizes))
+        named = zip(owners, self.names, self.values, strict=True)
+        return ((m, name, p) for m, name, p in named if p is not None)
 
 
 def modified(what: str) -> RuntimeError:

@@ -48,15 +48,13 @@ from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
 from lightning_revlib.nn.saved import set_grad_enabled
 from lightning_revlib.nn.settings import Settings
 
-HAS_DISTRIBUTED = torch.distributed.is_available()
-
 Output: TypeAlias = list[tuple[Tensor, int]]  # tensors with their versions
 
 
 class Tape:
     """The streams at the place to which backward has rewound the frames of one forward."""
 
-    AT_ONCE = 64 * 1024  # bytes that steps undone in one go may hold
+    AT_ONCE = 256 * 1024  # bytes that steps undone in one go may hold
 
     environment: Environment  # of the first step, by a `Recording`
 
@@ -187,8 +185,6 @@ class Tape:
 
     def _undo_small(self, frame: Frame, left: int) -> None:
         """Undo the steps below the frame's, too, while what all of them hold is next to nothing."""
-        if _is_distributed():
-            return
         while left > 0 and frame.below is not None and (below := frame.below()) is not None:
             assert self.streams is not None
             left -= sum(below.saved) + self.streams[0].nbytes
@@ -232,11 +228,6 @@ class Tape:
                 frame = frame.above
         finally:
             restore()
-
-
-def _is_distributed() -> bool:
-    """Then a block's parameters may be sharded, and there only while its backward runs."""
-    return HAS_DISTRIBUTED and torch.distributed.is_initialized()
 
 
 def _arrive(tape: weakref.ref[Tape], output: Output, grads: Any) -> None:

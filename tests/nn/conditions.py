@@ -478,6 +478,27 @@ def eval_between_forward_and_backward(case: Case) -> list[Tensor | None]:
     return [y, x.grad, *gradients(stack)]
 
 
+class Settles(nn.Module):
+    """Drops out in its first call only, and leaves itself so."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.body, self.dropout = case.block(nn.Tanh()), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(self.dropout(x))
+        self.dropout.eval()
+        return out
+
+
+@condition
+def flags_that_blocks_change_for_good(case: Case) -> list[Tensor | None]:
+    stack = case.stack(*[Settles(case) for _ in range(3)])
+    first = case.train(stack)
+    assert not any(block.dropout.training for block in stack)  # type: ignore[union-attr]
+    return [*first, *case.train(stack)]
+
+
 @condition
 def functional_call(case: Case) -> list[Tensor | None]:
     stack, x = case.mlp(), case.input()
@@ -732,6 +753,12 @@ def all_blocks_stored(case: Case) -> list[Tensor | None]:
 @condition
 def all_blocks_checkpointed(case: Case) -> list[Tensor | None]:
     return case.train(case.stack(*_parts(case), treatments=["checkpoint"] * 6))
+
+
+@condition
+def flags_that_checkpointed_blocks_change_for_good(case: Case) -> list[Tensor | None]:
+    stack = case.stack(*[Settles(case) for _ in range(3)], treatments=["checkpoint", "selective", "reversible"])
+    return [*case.train(stack), *case.train(stack)]
 
 
 @condition
