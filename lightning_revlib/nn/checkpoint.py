@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +16,7 @@ from torch._dynamo.eval_frame import set_eval_frame
 
 from lightning_revlib.nn.buffers import Buffers
 from lightning_revlib.nn.replay import NOTHING, Environment, RandomState
-from lightning_revlib.nn.saved import CallsAutograd, Enough, Saved, cannot_run_again, catch, collect, release
+from lightning_revlib.nn.saved import CallsAutograd, Saved, cannot_run_again, catch, release
 from lightning_revlib.nn.settings import Settings, version
 from lightning_revlib.nn.step import Step
 
@@ -110,15 +109,7 @@ class Checkpoint(Saved):
         self.keep = torch.is_grad_enabled()  # create_graph
         undo = self.lend(b, self.settings if self.settings.changed() else None)
         try:
-            again = b.data.requires_grad_(self.b_needs_grad)
-            self.run_again(again, self.compiler, partial(collect, caught, len(self.saved)), caught.__getitem__)
-        except (Enough, Exception):  # compiled code may raise another for it
-            if len(caught) < len(self.saved):
-                raise
-            # The block may have been on its way, with flags that it sets for a while.
-            for m, training in zip(self.settings.modules, self.settings.training, strict=True):
-                if m.training != training:
-                    m.training = training
+            self.run_short(b.data.requires_grad_(self.b_needs_grad), self.compiler, caught, self.settings.modules)
         finally:
             tensors = [*caught]
             caught.clear()  # the second graph refers to this list

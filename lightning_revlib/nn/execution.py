@@ -108,8 +108,10 @@ class Execution:
             self.recording = Recording(tape, self.stack, a, b, recasts=self.uniform and self.recasts)
             if self.uniform:
                 self.step = self.recording.step  # type: ignore[method-assign]
-            if self.watched:
+            if self.watched and self.stack.on_drift != "ignore":
                 tape.arrived = partial(self.stack._arrived, Sentinel(*self.recording.entrance), self.rebuilt)
+            elif self.watched and not _is_distributed():
+                tape.arrived = None
             self.views, self.undoes, self.watches = False, True, True
             return self._record(step, a, b)
         if self.views and not self.lent:
@@ -179,8 +181,8 @@ class Execution:
         """Behind the last step, with the stack's output: make the plan, if its figures were measured."""
         if self.parcel is not None:
             self._end_offload()
-        if not self.undoes:
-            self.stack.__dict__["_rebuilt"] = None  # backward will rebuild nothing
+        if not self.undoes or self.stack.on_drift == "ignore":
+            self.stack.__dict__["_rebuilt"] = None  # backward will measure nothing
         if self.watches:
             for name in LEARNT:
                 if getattr(self.stack, name) is None:

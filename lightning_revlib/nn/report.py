@@ -174,6 +174,7 @@ class _Call:
             _store([match for match in found if match[0] != path])
             swap(self.model, targets)
             stack: Any = self.model.get_submodule(path)
+            stack.on_drift = "warn_once" if stack.on_drift == "ignore" else stack.on_drift
             figures = _measure(self)
             drift = stack.drift
             change = _distance(self.evaluate(), outputs)

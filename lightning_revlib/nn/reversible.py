@@ -40,7 +40,7 @@ class Reversible:
 
     @property
     def drift(self) -> float | None:
-        """Relative error of the input as the last backward rebuilt it; None before, or if it need not be rebuilt.
+        """Relative error of the input as the last backward rebuilt it; None before, or if it is ignored or not rebuilt.
 
         With several reversible parts between stored or checkpointed blocks, the largest of theirs.
         """
@@ -64,7 +64,7 @@ class Reversible:
             own["_backwards"] = self._backwards + 1
         rebuilt[sentinel] = take(a, b)
         own["_rebuilt"] = rebuilt
-        if self.on_drift == "ignore" or (self.on_drift == "warn_once" and not self._looks(a)):
+        if self.on_drift == "warn_once" and not self._looks(a):
             return
         drift = self.drift
         if drift is None or drift <= self.drift_tolerance:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from operator import ne
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter, ne
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, clear_autocast_cache
+from torch import Tensor, clear_autocast_cache, nn
 from torch._dynamo.eval_frame import skip_code
 
 from lightning_revlib.nn.settings import VERSION, Settings, parts
@@ -83,6 +84,18 @@ class Saved(ABC):
             set_grad_enabled(grad)
             release()
             clear_autocast_cache()  # backward may be called within autocast, which would keep what was cast
+
+    def run_short(self, b: Tensor, compiler: Any, caught: list[Tensor], modules: Sequence[nn.Module]) -> None:
+        """The same, up to the last tensor that backward needs of it; these are the block's modules."""
+        flags = list(map(attrgetter("training"), modules))
+        try:
+            self.run_again(b, compiler, partial(collect, caught, len(self.saved)), caught.__getitem__)
+        except (Enough, Exception):  # compiled code may raise another for it
+            if len(caught) < len(self.saved):
+                raise
+            for m, training in zip(modules, flags, strict=True):  # it may have been on its way, with others for a while
+                if m.training != training:
+                    m.training = training
 
     def _pack(self, tensor: Tensor) -> int:
         self.saved.append(tensor.nbytes)

@@ -90,8 +90,9 @@ class CoupledSequential(nn.Sequential):
         context_fn: as in `torch.utils.checkpoint`: makes two contexts for each run again of a block,
             such as those of selective checkpointing.
         on_drift: what to do when backward's reconstruction of the input is off by more than
-            `drift_tolerance`, relative: "ignore", "warn" or "raise", which wait for the device in each backward;
-            or "warn_once", which looks in the first backward, the second, the fourth, the eighth and so on.
+            `drift_tolerance`, relative: "warn" or "raise", which wait for the device in each backward; "warn_once",
+            which looks in the first backward, the second, the fourth, the eighth and so on; or "ignore", which
+            measures nothing, and need not run the first block to its end again.
 
     The last eight say how a reversible stack is executed; this class keeps them for the swap.
 

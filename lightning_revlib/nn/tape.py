@@ -61,12 +61,12 @@ class Tape:
     def __init__(
         self,
         read: Callable[[Output], Streams],
-        arrived: Callable[[Tensor, Tensor], None],
+        arrived: Callable[[Tensor, Tensor], None] | None,
         compiler: Any = None,
         context_fn: Callable[[], tuple[Any, Any]] | None = None,
     ) -> None:
         self.read = read  # what came out -> streams
-        self.arrived = arrived  # called with the streams of the entrance, each time they are rebuilt
+        self.arrived = arrived  # called with the streams of the entrance each time, which else need not be rebuilt
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn
         self.passed: dict[int, Streams] = {}  # those before others that backward has come to
@@ -180,7 +180,7 @@ class Tape:
                 self.streams = out
             else:
                 self.undoing = None
-        if not frame.index:
+        if not frame.index and self.arrived is not None:
             self.arrived(a, b)
 
     def _undo_small(self, frame: Frame, left: int) -> None:

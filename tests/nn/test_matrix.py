@@ -55,12 +55,14 @@ def test_equals_ordinary_autograd(coupling: str, name: str, dtype: str) -> None:
     compare(coupling, name, dtype)
 
 
-def compare(coupling: str, name: str, dtype: str) -> None:
+def compare(coupling: str, name: str, dtype: str, **options: Any) -> None:
     results = []
     for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
         torch.manual_seed(3)
         autocast = dtype == "bf16-autocast"
-        case = Case(cls, COUPLINGS[coupling], torch.float64 if dtype == "float64" else torch.float32, autocast)
+        case = Case(
+            cls, COUPLINGS[coupling] | options, torch.float64 if dtype == "float64" else torch.float32, autocast
+        )
         results.append([*CONDITIONS[name](case), torch.rand(1)])  # the generator ends in the same state, too
     assert max(errors(*results)) <= (0 if "exact" in coupling else DTYPES[dtype])
 

@@ -215,6 +215,28 @@ def test_on_drift(on_drift: Any) -> None:
             loss.backward()
 
 
+@pytest.mark.parametrize("on_drift", ["ignore", "warn_once"])
+def test_where_drift_is_ignored_the_first_block_runs_again_only_as_far_as_backward_needs(on_drift: Any) -> None:
+    ran: list[int] = []
+    stack = revlib.ReversibleSequential(
+        *[nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 4)) for _ in range(3)],
+        on_drift=on_drift,
+    )
+    for number, block in enumerate(stack):
+        block[3].register_forward_hook(lambda *_, number=number: ran.append(number))  # type: ignore[index]
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, requires_grad=True)
+    y = stack(x)
+    seed = torch.random.get_rng_state()
+    y.sum().backward(retain_graph=True)
+    again = [0] if on_drift == "warn_once" else []
+    assert ran == [0, 1, 2, 2, 1, *again] and (stack.drift is None) == (on_drift == "ignore")
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    first, x.grad = x.grad, None
+    y.sum().backward()
+    assert first is not None and x.grad is not None and torch.equal(first, x.grad)
+
+
 def test_by_default_drift_is_looked_at_ever_more_rarely_and_told_once() -> None:
     right = True
     stack = revlib.ReversibleSequential(
