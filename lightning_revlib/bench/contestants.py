@@ -140,9 +140,10 @@ def ours(stack: CoupledSequential, draws: bool) -> nn.Module:
 
 
 def reversible(stack: CoupledSequential, **options: Any) -> nn.Module:
-    """Ours. The default is to look at drift in the first, second, fourth, eighth backward and so on.
+    """Ours, without drift, which no peer measures.
 
-    That is ten looks in a thousand steps, but every other of the few in which a build is timed.
+    By default it is looked at in the first, second, fourth, eighth backward and so on: ten looks in a thousand steps,
+    but every other of the few in which a build is timed.
     """
     quiet = {"on_drift": "ignore"} if stack.on_drift == "warn_once" else {}
     return ReversibleSequential(*stack, **{**stack.given, **quiet, **options})
