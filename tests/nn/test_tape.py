@@ -527,7 +527,12 @@ def test_each_frame_is_rewound_once_whatever_has_changed(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"overlap": True}, {"on_drift": "ignore"}, *[{"treatments": [t] * 3} for t in ("offload", "checkpoint", "selective")]],
+    [
+        {},
+        {"overlap": True},
+        {"on_drift": "ignore"},
+        *[{"treatments": [t] * 3} for t in ("offload", "checkpoint", "selective")],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("what", ["model", "stack", "block"])
