@@ -33,7 +33,8 @@ def test_every_contestant_is_right_or_says_why_not(name):
     streams = 2 if name == "momentumnet" else 1  # one stream is put out, and both are held
     assert least.held / least.output == pytest.approx(streams, abs=0.3)  # the drift sentinel counts in tiny cells
     if name not in ("irevnet", "reformer"):  # blocks that are not all alike, and checkpoint parts of themselves
-        assert least.flops == pytest.approx(4 / 3 * plain.flops, rel=1e-2)
+        # 4/3, but where drift is ignored, as here, the first block need not be run again to its end.
+        assert (4 - 1 / least.depth) / 3 < least.flops / plain.flops < 1.334  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
