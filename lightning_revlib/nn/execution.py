@@ -182,7 +182,7 @@ class Execution:
         if self.parcel is not None:
             self._end_offload()
         if not self.undoes or self.stack.on_drift == "ignore":
-            self.stack.__dict__["_rebuilt"] = None  # backward will measure nothing
+            self.stack.__dict__.pop("_rebuilt", None)  # backward will measure nothing
         if self.watches:
             for name in LEARNT:
                 if getattr(self.stack, name) is None:

@@ -153,3 +153,13 @@ def test_random_states_of_devices_without_the_model_are_left_alone(monkeypatch: 
     monkeypatch.setattr(torch.random, "fork_rng", watched)
     revlib.report(model(), torch.randn(64, 4))
     assert forked and all(devices is not None and not devices for devices in forked)
+
+
+def test_drift_of_a_stack_that_ignores_it() -> None:
+    stack = revlib.ReversibleSequential(
+        *[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)], on_drift="ignore"
+    )
+    stack(torch.randn(2, 8)).sum().backward()
+    drift = revlib.report(stack, torch.randn(2, 8)).stacks[0].drift
+    assert drift is not None and drift < 1e-5
+    assert stack.drift is None and stack.on_drift == "ignore"
