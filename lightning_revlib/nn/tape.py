@@ -12,7 +12,8 @@
    the way are inverted, also one that saved nothing and is never asked (`nn.Identity`).
 4. To rewind a frame: recover the stream its block saw; run the block once more in grad mode,
    catching the tensors it saves, in the same order; find the other stream by the coupling's
-   inverse. One evaluation serves inversion and gradient: 4/3 of the plain FLOPs in all.
+   inverse. One evaluation serves inversion and gradient: 4/3 of the plain FLOPs in all. If nobody asks for the streams
+   at the entrance, the first step's run ends with the last tensor that it saves.
 5. A caught tensor is given away when it is asked for: memory falls as the block's backward proceeds.
    What a norm has put out is not even caught, if it is large, but computed again when it is asked for: `Norms`.
    Under `create_graph` all are kept, as the second graph keeps them anyway.
