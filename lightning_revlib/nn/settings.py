@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any
 
@@ -70,20 +70,20 @@ class Settings:
     """
 
     __slots__ = (
-        "arguments", "by_module", "has_buffers", "modules", "names", "owns", "parameters", "registered",
-        "requires_grad", "sizes", "training", "values", "versions",
+        "arguments", "by_module", "has_buffers", "modules", "owns", "parameters", "registered", "requires_grad", "then",
+        "training", "values", "versions",
     )  # fmt: skip
 
     def __init__(self, *modules: nn.Module) -> None:
         self.by_module: dict[nn.Module, tuple[bool, list[tuple[str, Tensor, bool]]]] | None = None
         self.modules, self.owns, read = walk(*modules)
-        _, buffers, self.registered, training = zip(*read, strict=True)
-        self.training, self.has_buffers = list(training), any(buffers)
+        self.registered, self.training = [row[2] for row in read], [row[3] for row in read]
+        self.has_buffers = any([row[1] for row in read])
 
     def close(self, arguments: Sequence[Tensor] = ()) -> None:
         self.arguments = arguments
-        self.sizes, self.names = list(map(len, self.registered)), [*chain.from_iterable(self.registered)]
-        self.values = self._values()
+        self.then = list(map(dict.copy, self.registered))
+        self.values = self._values(self.then)
         self.parameters = [p for p in self.values if p is not None]
         self.requires_grad = list(map(REQUIRES_GRAD, self.parameters))
         self.versions = self._versions()
@@ -91,7 +91,7 @@ class Settings:
     def changed(self) -> bool:
         if self._versions() != self.versions:
             self._complain()
-        values = self._values()
+        values = self._values(self.registered)
         return (
             list(map(TRAINING, self.owns)) != self.training
             or list(map(REQUIRES_GRAD, self.parameters)) != self.requires_grad
@@ -99,8 +99,8 @@ class Settings:
             or any(map(is_not, values, self.values))
         )
 
-    def _values(self) -> list[Tensor | None]:
-        return [*chain.from_iterable(map(VALUES, filter(None, self.registered)))]
+    def _values(self, parameters: Sequence[Any]) -> list[Tensor | None]:
+        return [*chain.from_iterable(map(VALUES, filter(None, parameters)))]
 
     def _versions(self) -> list[int]:
         """Those of parameters, and of arguments behind them."""
@@ -138,9 +138,8 @@ class Settings:
         return undo
 
     def _named(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        owners = chain.from_iterable(map(repeat, self.modules, self.sizes))
-        named = zip(owners, self.names, self.values, strict=True)
-        return ((m, name, p) for m, name, p in named if p is not None)
+        for m, parameters in zip(self.modules, self.then, strict=True):
+            yield from ((m, name, p) for name, p in parameters.items() if p is not None)
 
 
 def modified(what: str) -> RuntimeError:
