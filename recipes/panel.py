@@ -48,7 +48,7 @@ def show_training(
     `found` is measured on one batch, with one forward and backward of each kind; on part of it, if `measured` says so.
     """
     best = best and os.path.relpath(best)
-    none, unknown = "none: ordinary autograd rebuilds nothing", "not measured, without callbacks.drift"
+    none, unknown = "none: ordinary autograd rebuilds nothing", "not measured: no callbacks.drift, or on_drift=ignore"
     rows = [
         *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
         *([] if found is None else _activations(found)),

@@ -140,7 +140,7 @@ def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
         return [(path, m, None) for path, m in modules.items() if isinstance(m, COUPLED)]
     found: dict[str, Mapping[str, Any] | None] = {}
     for pattern, options in targets.items():
-        paths = [pattern] if pattern in modules else _glob(pattern, modules)
+        paths = [pattern] if pattern in modules else _named_otherwise(model, pattern) or _glob(pattern, modules)
         if strict and not paths:
             containers = [path for path, m in modules.items() if _is_container(m)]
             near = difflib.get_close_matches(pattern, containers, cutoff=0.4) or containers[:5]
@@ -158,6 +158,15 @@ def options_of(module: nn.Module) -> dict[str, Any]:
 
 def _is_container(module: nn.Module) -> bool:
     return type(module) in SWAPPABLE
+
+
+def _named_otherwise(model: nn.Module, path: str) -> list[str]:
+    """The path under which `named_modules` has what lies at this one, too."""
+    try:
+        shared = model.get_submodule(path)
+    except AttributeError:
+        return []
+    return [first for first, m in model.named_modules() if m is shared]
 
 
 def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:

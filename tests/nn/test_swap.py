@@ -81,6 +81,13 @@ def test_the_model_itself_can_be_the_stack() -> None:
     assert isinstance(model, revlib.ReversibleSequential)
 
 
+def test_a_container_that_has_two_paths_is_found_by_either() -> None:
+    model = Net()
+    model.alias = nn.ModuleDict({"shared": model.second})
+    assert revlib.swap(model, {"alias.shared": {"coupling": "midpoint"}}) == ["second"]
+    assert isinstance(model.alias.shared, revlib.ReversibleSequential)
+
+
 def test_residual_blocks_compute_their_branch() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
