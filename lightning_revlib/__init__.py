@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lightning_revlib.names import REGISTRIES, register
+from lightning_revlib.strategies.registry import REGISTRIES, register
 
 if TYPE_CHECKING:
     from lightning_revlib.nn import *  # noqa: F403
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LIGHTNING = {
-    "ReversibleStrategy": "strategy",
-    "ReversibleDDPStrategy": "strategy",
-    "ReversibleFSDPStrategy": "fsdp",
-    "ReversibleDeepSpeedStrategy": "deepspeed",
-    "ReversibleFabricStrategy": "fabric",
-    "ReversibleFabricDDPStrategy": "fabric",
-    "ReversibleFabricFSDPStrategy": "fabric",
-    "merge_checkpoint": "shards",
-    "ReversibleCallback": "callback",
-    "ExactResume": "resume",
-    "SpeedMonitor": "speed",
-    "ActivationMemoryMonitor": "callback",
-    "DriftMonitor": "callback",
-    "CouplingAnnealing": "annealing",
+    "ReversibleStrategy": "strategies.ddp",
+    "ReversibleDDPStrategy": "strategies.ddp",
+    "ReversibleFSDPStrategy": "strategies.fsdp",
+    "ReversibleDeepSpeedStrategy": "strategies.deepspeed",
+    "ReversibleFabricStrategy": "strategies.fabric",
+    "ReversibleFabricDDPStrategy": "strategies.fabric",
+    "ReversibleFabricFSDPStrategy": "strategies.fabric",
+    "merge_checkpoint": "strategies.sharded_checkpoint",
+    "ReversibleCallback": "callbacks.monitors",
+    "ExactResume": "callbacks.resume",
+    "SpeedMonitor": "callbacks.speed",
+    "ActivationMemoryMonitor": "callbacks.monitors",
+    "DriftMonitor": "callbacks.monitors",
+    "CouplingAnnealing": "callbacks.annealing",
 }
 
 

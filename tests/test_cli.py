@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 
-from lightning_revlib.cli import COMMANDS, main
+from lightning_revlib.cli.main import COMMANDS, main
 from lightning_revlib.nn import CoupledSequential
-from lightning_revlib.recipes.data import Digits
-from lightning_revlib.recipes.irevnet import IRevNetModule
-from lightning_revlib.recipes.run import few_samples
+from lightning_revlib.recipes.commands.run import few_samples
+from lightning_revlib.recipes.data.digits import Digits
+from lightning_revlib.recipes.models.irevnet import IRevNetModule
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
 
 def test_of_what_is_large_a_little_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_revlib.recipes.run.few_samples", lambda inputs, module: inputs[:2])
+    monkeypatch.setattr("lightning_revlib.recipes.commands.run.few_samples", lambda inputs, module: inputs[:2])
     assert main(["train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=1", "logger=csv"]) == 0
     out = capsys.readouterr().out
     assert "both measured on" in out and "2 x 1 x 8 x 8" in out
@@ -287,7 +287,7 @@ def test_a_plugin_that_is_missing(choice, package, monkeypatch, capsys):
 )
 def test_help_and_completion_wait_neither_for_torch_nor_for_lightning(argv, line):
     code = (
-        "import sys; from lightning_revlib.cli import main; assert main() == 0;"
+        "import sys; from lightning_revlib.cli.main import main; assert main() == 0;"
         " assert not {'torch', 'lightning'} & {*sys.modules}"
     )
     words = [sys.executable, "-c", code, *argv]

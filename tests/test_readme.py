@@ -24,7 +24,7 @@ def test_programs(program: str, tmp_path: Path) -> None:
 def test_commands(command: str, tmp_path: Path) -> None:
     arguments = [*command.split()[1:], "trainer.max_epochs=1"]
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_revlib.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "lightning_revlib.cli.main", *arguments], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_revlib as revlib
-from lightning_revlib.resume import capture, restore
+from lightning_revlib.callbacks.resume import capture, restore
 from tests.test_strategy import Net, data, trainer
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_revlib as revlib
-from lightning_revlib.names import NAMES
-from lightning_revlib.nn import measure
+from lightning_revlib.nn.plan import profile as measure
+from lightning_revlib.strategies.registry import NAMES
 
 
 class Net(L.LightningModule):

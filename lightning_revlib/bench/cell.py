@@ -18,8 +18,8 @@ from lightning_revlib.bench.measure import TOLERANCE
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.bench.workloads import Size, Workload
 from lightning_revlib.nn import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.budget import Budget, share_budget
-from lightning_revlib.nn.plan import Plan
+from lightning_revlib.nn.plan.budget import Budget, share_budget
+from lightning_revlib.nn.plan.solver import Plan
 
 OURS = "lightning_revlib"
 BUILDS = (2, 50)  # of the last series, at least and at most

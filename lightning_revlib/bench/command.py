@@ -16,7 +16,7 @@ from lightning_revlib.bench.cell import Row, cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.machine import describe
 from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
-from lightning_revlib.recipes import growth
+from lightning_revlib.recipes.commands import memory_report as growth
 
 T = TypeVar("T")
 SECONDS = {"quick": 1.0, "full": 10.0, "sweep": 30.0}  # of timing, for each cell, at least

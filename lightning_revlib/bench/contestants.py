@@ -25,12 +25,12 @@ from torch.utils.flop_counter import flop_registry
 from lightning_revlib.bench import peers
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.nn import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.coupling import Streams
-from lightning_revlib.nn.couplings import Additive, Momentum
-from lightning_revlib.nn.options import MemoryBudget
-from lightning_revlib.nn.overlap import has_streams
-from lightning_revlib.nn.step import Step
-from lightning_revlib.nn.steps import build_steps
+from lightning_revlib.nn.coupling.base import Streams
+from lightning_revlib.nn.coupling.standard import Additive, Momentum
+from lightning_revlib.nn.stacks.build import build_steps
+from lightning_revlib.nn.stacks.options import MemoryBudget
+from lightning_revlib.nn.steps.step import Step
+from lightning_revlib.nn.treatments.prefetch import has_streams
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lightning_revlib.bench.cell import Row, examine, execute, plan_of
 from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, checkpointed, ours
 from lightning_revlib.bench.workloads import Size, Workload
 from lightning_revlib.nn import CoupledSequential
-from lightning_revlib.nn.plan import Plan
+from lightning_revlib.nn.plan.solver import Plan
 
 RIVALS = [c for c in CONTESTANTS if c.name in ("plain", "save_on_cpu", "RevLib")] + [
     Contestant("checkpoint", checkpointed()),

@@ -66,7 +66,7 @@ def repeated(*makers: Callable[[int], nn.Module]) -> Callable[[Size], list[nn.Mo
 
 def irevnet(size: Size) -> list[nn.Module]:
     """Two stages of i-RevNet, the second of stride 2; one if the depth is no multiple of 4."""
-    from lightning_revlib.recipes.irevnet import IRevNet
+    from lightning_revlib.recipes.models.irevnet import IRevNet
 
     if size.width < 4:
         raise ValueError(f"widths={size.width}: i-RevNet's blocks have a quarter of it inside; take 4 or more")
@@ -78,14 +78,14 @@ def irevnet(size: Size) -> list[nn.Module]:
 
 
 def momentum(width: int) -> nn.Module:
-    from lightning_revlib.recipes.momentumnet import basic
+    from lightning_revlib.recipes.models.momentumnet import basic
 
     return basic(width, width, width)
 
 
 def lsh(width: int) -> nn.Module:
-    from lightning_revlib.recipes.attention import LSHAttention
-    from lightning_revlib.recipes.reformer import AttentionBlock
+    from lightning_revlib.recipes.models.attention import LSHAttention
+    from lightning_revlib.recipes.models.reformer import AttentionBlock
 
     attend = LSHAttention(width, heads(width), hashes=2, chunk=64)
     return AttentionBlock(width, attend, shift=False, dropout=0.0)

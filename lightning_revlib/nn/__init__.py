@@ -1,7 +1,11 @@
 """Reversible execution in pure torch; nothing in here imports lightning (the linter holds it)."""
 
-from lightning_revlib.nn.coupling import Alternating, Coupling
-from lightning_revlib.nn.couplings import (
+from lightning_revlib.nn.convert.report import Report, report
+from lightning_revlib.nn.convert.swap import restore, swap
+from lightning_revlib.nn.coupling.base import Alternating, Coupling
+from lightning_revlib.nn.coupling.exact import BDIA
+from lightning_revlib.nn.coupling.invertible import Orthogonal, Permutation, SpaceToDepth
+from lightning_revlib.nn.coupling.standard import (
     COUPLINGS,
     Additive,
     Affine,
@@ -14,13 +18,9 @@ from lightning_revlib.nn.couplings import (
     additive_coupling_inverse,
     get_coupling,
 )
-from lightning_revlib.nn.grid import BDIA
-from lightning_revlib.nn.invertible import Orthogonal, Permutation, SpaceToDepth
 from lightning_revlib.nn.meter import MemoryMeter
-from lightning_revlib.nn.modulelist import ReversibleModuleList
-from lightning_revlib.nn.report import Report, report
-from lightning_revlib.nn.sequence import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.swap import restore, swap
+from lightning_revlib.nn.stacks.module_list import ReversibleModuleList
+from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
 
 __all__ = [
     "CoupledSequential",

@@ -14,7 +14,7 @@ from lightning_revlib.bench import allocator, command, sweep
 from lightning_revlib.bench.cell import cell
 from lightning_revlib.bench.contestants import CONTESTANTS
 from lightning_revlib.bench.workloads import WORKLOADS, Size
-from lightning_revlib.cli import main
+from lightning_revlib.cli.main import main
 
 TINY = ["workloads=mlp", "depths=4", "widths=8", "batch=4", "seconds=0.01", "hydra.run.dir=out"]
 

@@ -7,7 +7,7 @@ import torch
 
 from lightning_revlib.bench import largest
 from lightning_revlib.bench.largest import most, read_limit
-from lightning_revlib.cli import main
+from lightning_revlib.cli.main import main
 
 
 @pytest.mark.parametrize("ends", [False, True])

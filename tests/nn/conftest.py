@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_revlib.nn import execution, measure, offload, overlap
-from lightning_revlib.nn.tape import Tape
+from lightning_revlib.nn.engine.tape import Tape
+from lightning_revlib.nn.plan import profile as measure
+from lightning_revlib.nn.treatments import offload
+from lightning_revlib.nn.treatments import prefetch as overlap
+from lightning_revlib.nn.treatments import run as execution
 from tests.nn.streams import Device
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn import CoupledSequential
-from lightning_revlib.nn.selective import written
+from lightning_revlib.nn.treatments.selective import written
 from tests.nn.conditions import CONDITIONS, Case
 from tests.nn.test_matrix import errors
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.frame import Frame
-from lightning_revlib.nn.reversible import Reversible
-from lightning_revlib.nn.tape import Tape
+from lightning_revlib.nn.engine.frame import Frame
+from lightning_revlib.nn.engine.tape import Tape
+from lightning_revlib.nn.stacks.reversible import Reversible
 from tests.nn.conditions import CONDITIONS
 from tests.nn.test_matrix import COUPLINGS, compare
 

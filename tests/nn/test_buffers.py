@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.buffers import Buffers
-from lightning_revlib.nn.statistics import SCRATCH
+from lightning_revlib.nn.state.buffers import Buffers
+from lightning_revlib.nn.state.norm_statistics import SCRATCH
 
 TREATMENTS = ["reversible", "checkpoint", "selective"]
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_revlib as revlib
+from lightning_revlib.nn.engine.norm_outputs import Norms
 from lightning_revlib.nn.meter import MemoryMeter
-from lightning_revlib.nn.norms import Norms
 
 WIDTH = 8
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn import measure, offload
+from lightning_revlib.nn.plan import profile as measure
+from lightning_revlib.nn.treatments import offload
 from tests.nn.conditions import CONDITIONS
 from tests.nn.streams import Device, compare_on
 from tests.nn.test_matrix import COUPLINGS

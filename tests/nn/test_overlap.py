@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lightning_revlib as revlib
-from lightning_revlib.fsdp import shard
-from lightning_revlib.swapping import make_budget, swap_module
+from lightning_revlib.strategies.base import make_budget, swap_module
+from lightning_revlib.strategies.fsdp import shard
 from tests.nn.conditions import CONDITIONS
 from tests.nn.streams import Device, compare_on
 from tests.nn.test_matrix import COUPLINGS

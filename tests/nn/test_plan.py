@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_revlib as revlib
-from lightning_revlib.nn import alone
-from lightning_revlib.nn.alike import digest
-from lightning_revlib.nn.budget import Budget, share_budget
-from lightning_revlib.nn.measure import CPU, DEVICE, _Meter
-from lightning_revlib.nn.options import read_budget
-from lightning_revlib.nn.plan import Plan, lay_out, walk
-from lightning_revlib.swapping import save_memory_plan
+from lightning_revlib.nn.engine import release as alone
+from lightning_revlib.nn.plan.budget import Budget, share_budget
+from lightning_revlib.nn.plan.fingerprint import digest
+from lightning_revlib.nn.plan.profile import CPU, DEVICE, _Meter
+from lightning_revlib.nn.plan.solver import Plan, lay_out, walk
+from lightning_revlib.nn.stacks.options import read_budget
+from lightning_revlib.strategies.base import save_memory_plan
 
 
 class Attention(nn.Module):
@@ -227,7 +227,7 @@ def test_measuring_leaves_no_trace() -> None:
 
 
 def test_alike_blocks_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_revlib.nn import measure as module
+    from lightning_revlib.nn.plan import profile as module
 
     count = []
     measure = module.measure
@@ -308,7 +308,7 @@ def test_plan_is_deterministic_printed_and_survives_pickling(caplog: pytest.LogC
 
 
 def test_figures_go_through_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_revlib.nn import measure as module
+    from lightning_revlib.nn.plan import profile as module
 
     def net() -> nn.Module:
         stacks = [revlib.ReversibleSequential(*[mlp(16) for _ in range(4)]) for _ in range(2)]
@@ -335,7 +335,7 @@ def test_figures_go_through_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_budget_that_goes_on_with_other_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_revlib.nn import measure as module
+    from lightning_revlib.nn.plan import profile as module
 
     def net(*hidden: int) -> nn.Module:
         torch.manual_seed(0)
@@ -495,7 +495,7 @@ def test_a_call_that_takes_more_is_measured(how: str) -> None:
 
 
 def test_plans_of_other_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_revlib.nn import measure as module
+    from lightning_revlib.nn.plan import profile as module
 
     count = []
     measure = module.measure

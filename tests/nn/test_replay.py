@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.buffers import Buffers
+from lightning_revlib.nn.state.buffers import Buffers
 
 
 def test_batch_norm_counts_one_update_a_step() -> None:

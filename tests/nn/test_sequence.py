@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.steps import build_steps
+from lightning_revlib.nn.stacks.build import build_steps
 
 BOTH = pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
-from lightning_revlib.nn import alone
-from lightning_revlib.nn.frame import Frame
-from lightning_revlib.nn.settings import Settings
-from lightning_revlib.nn.tape import Tape
+from lightning_revlib.nn.engine import release as alone
+from lightning_revlib.nn.engine.frame import Frame
+from lightning_revlib.nn.engine.tape import Tape
+from lightning_revlib.nn.state.parameters import Settings
 from tests.nn.streams import Device
 
 

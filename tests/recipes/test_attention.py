@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from lightning_revlib import MemoryMeter
-from lightning_revlib.recipes import lsh as lsh_module
-from lightning_revlib.recipes.attention import FullAttention, LocalAttention, LSHAttention
-from lightning_revlib.recipes.lsh import factors, hash_tokens, lsh_attention
+from lightning_revlib.recipes.models import lsh as lsh_module
+from lightning_revlib.recipes.models.attention import FullAttention, LocalAttention, LSHAttention
+from lightning_revlib.recipes.models.lsh import factors, hash_tokens, lsh_attention
 
 SWITCHES = [
     {"causal": causal, "within_bucket": within, "duplicates": duplicates}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_revlib.recipes.augment import center_crop, crop, flip, jitter, resized_crop
+from lightning_revlib.recipes.data.augment import center_crop, crop, flip, jitter, resized_crop
 
 IMAGES = torch.rand(64, 3, 8, 8)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_revlib.cli import main
-from lightning_revlib.recipes.catalogue import CONF
+from lightning_revlib.cli.main import main
+from lightning_revlib.recipes.commands.catalogue import CONF
 
 
 def test_list_has_a_line_for_each_recipe_and_experiment(capsys):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_revlib.recipes.cifar import CIFAR10, CIFAR100
-from lightning_revlib.recipes.data import Digits, FashionMNIST, MNIST5k, read_idx
-from lightning_revlib.recipes.folder import ImageFolder
+from lightning_revlib.recipes.data.cifar import CIFAR10, CIFAR100
+from lightning_revlib.recipes.data.digits import Digits, FashionMNIST, MNIST5k, read_idx
+from lightning_revlib.recipes.data.image_folder import ImageFolder
 from tests.recipes import standin
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_revlib import conf
-from lightning_revlib.cli import main
+from lightning_revlib.cli.main import main
 from tests.recipes import standin
 
 EXPERIMENTS = sorted(path.stem for path in (Path(conf.__file__).parent / "experiment").glob("*.yaml"))

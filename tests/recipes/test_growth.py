@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_revlib.cli import main
-from lightning_revlib.recipes.growth import measure
-from lightning_revlib.recipes.irevnet import IRevNetModule
+from lightning_revlib.cli.main import main
+from lightning_revlib.recipes.commands.memory_report import measure
+from lightning_revlib.recipes.models.irevnet import IRevNetModule
 
 SMALL = {"shape": (1, 8, 8), "channels": (16, 64), "strides": (1, 2), "initial_psi": 2}
 

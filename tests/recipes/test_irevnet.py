@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_revlib.nn import COUPLINGS, ReversibleSequential, swap
-from lightning_revlib.recipes.irevnet import IRevNet, IRevNetModule, SplitPad
+from lightning_revlib.recipes.models.irevnet import IRevNet, IRevNetModule, SplitPad
 
 SMALL = {"shape": (1, 8, 8), "depth": 3, "channels": (16, 64), "strides": (1, 2), "initial_psi": 2}
 IMAGENET = {

@@ -10,7 +10,7 @@ import pytest
 from hydra.utils import instantiate
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.swap import stacks
+from lightning_revlib.nn.convert.swap import stacks
 from tests.conf.test_config import configuration
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/recipe").glob("*.yaml"))

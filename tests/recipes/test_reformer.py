@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_revlib.nn import COUPLINGS, MemoryMeter, ReversibleSequential, swap
-from lightning_revlib.recipes.attention import LocalAttention, LSHAttention
-from lightning_revlib.recipes.reformer import AxialPositions, Reformer, ReformerModule
-from lightning_revlib.recipes.sequences import Duplication
+from lightning_revlib.recipes.data.sequences import Duplication
+from lightning_revlib.recipes.models.attention import LocalAttention, LSHAttention
+from lightning_revlib.recipes.models.reformer import AxialPositions, Reformer, ReformerModule
 
 SMALL = {
     "vocab": 11,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_revlib.recipes.sequences import Duplication, ImageNet64
-from lightning_revlib.recipes.text import Enwik8, TextFile, Topics
+from lightning_revlib.recipes.data.sequences import Duplication, ImageNet64
+from lightning_revlib.recipes.data.text import Enwik8, TextFile, Topics
 
 
 @pytest.fixture

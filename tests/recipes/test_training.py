@@ -8,9 +8,9 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_revlib.recipes.data import Digits
-from lightning_revlib.recipes.irevnet import IRevNetModule
-from lightning_revlib.recipes.training import warmup_rsqrt
+from lightning_revlib.recipes.data.digits import Digits
+from lightning_revlib.recipes.models.irevnet import IRevNetModule
+from lightning_revlib.recipes.tasks.base import warmup_rsqrt
 
 
 class Stop(L.Callback):

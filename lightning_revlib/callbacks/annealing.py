@@ -1,0 +1,89 @@
+"""A callback that leads a pretrained network into its coupling: gamma_t = gamma min(1, t / steps)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_revlib.nn.convert.swap import stacks
+from lightning_revlib.nn.coupling.standard import Momentum, Scaled
+from lightning_revlib.nn.engine.drift import expected_drift
+
+ANNEALED: dict[type, str] = {Momentum: "gamma", Scaled: "scale"}
+
+
+class CouplingAnnealing(Callback):
+    """Start from the function of a pretrained network and reach that of its stacks' coupling in `steps` steps.
+
+    >>> Trainer(
+    ...     strategy=ReversibleStrategy(targets={"model.encoder.layer": {
+    ...         "coupling": {"name": "momentum", "gamma": 0.5}, "residual": True}}),
+    ...     callbacks=[CouplingAnnealing(steps=1000)],
+    ... )
+
+    Momentum's gamma, or scaled's scale, goes from 0, where the swapped network is the network as it
+    was, to the stack's own. While it is so small that the inverse would drift by more than
+    `tolerance`, activations are stored: memory falls when it has grown. The value depends on the
+    number of the step alone, so that a resumed run goes on as it would have.
+
+    Args:
+        steps: optimizer steps until the stacks' own coupling is reached.
+        tolerance: of the drift to expect, relative.
+
+    Raises:
+        ValueError: for fewer than one step; when training starts, if no stack has momentum or scaled, or one of
+            these has a memory budget.
+    """
+
+    def __init__(self, steps: int, tolerance: float = 1e-3) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps}: take at least one step until the stacks' own coupling is reached")
+        self.steps, self.tolerance = steps, tolerance
+        self._own: dict[str, Any] = {}  # couplings and treatments, by path
+        self._set: dict[str, Any] = {}  # couplings as they were set last
+        self._stacks: dict[str, Any] = {}
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = stacks(pl_module)
+        self._stacks = {p: stack for p, stack in found.items() if any(type(c) in ANNEALED for c in stack.couplings)}
+        if not self._stacks:
+            couplings = ", ".join(f"{path}: {c}" for path, stack in found.items() for c in stack.couplings)
+            raise ValueError(f"CouplingAnnealing is for momentum and scaled, and the stacks have {couplings or 'none'}")
+        for path, stack in self._stacks.items():
+            if stack.budget is not None:
+                raise ValueError(
+                    f"memory_budget={stack.budget.value!r} of {path or 'the model'}: its plan is made in the first"
+                    " step, where CouplingAnnealing has no coupling yet that can be inverted; leave out memory_budget,"
+                    " or CouplingAnnealing"
+                )
+            if self._set.get(path) != stack.couplings:  # else a run was interrupted
+                self._own[path] = stack.couplings, stack.treatments
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        progress = min(1.0, trainer.global_step / self.steps)
+        for path, stack in self._stacks.items():
+            couplings, treatments = self._own[path]
+            stack.couplings = self._set[path] = tuple(self._at(coupling, progress) for coupling in couplings)
+            dtype = stack.stream_dtype or torch.float32
+            steps = (len(stack) - stack.ordinary) * (len(stack.branches) or 1)
+            drift = max(expected_drift(c, steps, dtype) for c in stack.couplings)
+            stack.treatments = treatments if drift < self.tolerance else tuple("store" for _ in treatments)
+        pl_module.log("annealing", progress, on_step=True, on_epoch=False)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stacks = {}
+
+    @staticmethod
+    def _at(coupling: Any, progress: float) -> Any:
+        name = ANNEALED.get(type(coupling))
+        return coupling if name is None else dataclasses.replace(coupling, **{name: getattr(coupling, name) * progress})

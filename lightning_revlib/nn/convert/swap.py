@@ -1,0 +1,215 @@
+"""Swapping: which modules of a model run reversibly. Classes change; objects, names and parameters stay.
+
+swap(model)      every CoupledSequential -> ReversibleSequential
+swap(model, {"encoder.layers": {"coupling": "momentum"}})    existing containers, by path or glob
+restore(model)   back to the classes from before
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise, ReversibleModuleList
+from lightning_revlib.nn.stacks.reversible import REMEMBERED, Reversible
+from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn.state.snapshot import untouched
+
+COUPLED: tuple[Any, ...] = (CoupledSequential, Layerwise)
+PLAIN = (nn.Sequential, nn.ModuleList)
+SWAPPABLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Sequential: ReversibleSequential,
+    nn.ModuleList: ReversibleModuleList,
+    CoupledSequential: ReversibleSequential,
+    ReversibleSequential: ReversibleSequential,
+    ReversibleModuleList: ReversibleModuleList,
+    IteratedSequential: IteratedSequential,
+}
+Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
+Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
+Record: TypeAlias = tuple[nn.Module, type[nn.Module], dict[str, Any]]
+
+
+def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = True, inputs: Any = None) -> list[str]:
+    """Make stacks of `model` reversible, in place, and return their paths.
+
+    >>> swap(model)                                                     # every CoupledSequential
+    >>> swap(model, {"net.blocks": {"coupling": "additive", "split_dim": 1}})
+
+    Objects, children's names, parameters and their order stay, so that optimizers, checkpoints and
+    averages made before remain valid. What is reversible already is counted, too. A stack keeps the
+    options that are not given; another container becomes a stack with those that are.
+
+    Args:
+        model: any module; the path "" is the model itself.
+        targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
+            `CoupledSequential`, or None for none. Without, every CoupledSequential. ``iterated=True`` is
+            for an nn.Sequential whose blocks the model calls one by one.
+        strict: a target that matches nothing is an error; else it is passed over.
+        inputs: of the model, to try the swap with: a mapping for arguments by name, a tuple for more
+            than one. What cannot run forward and backward reversibly is then an error at once. Without,
+            it is one in the first run.
+
+    Raises:
+        ValueError: for a target that matches nothing, an invalid option, or nothing to swap at all.
+        TypeError: for a target that is no container of blocks.
+        ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, layers called
+            out of order or twice, hidden states that are read in between.
+        In either case `model` is left as it was.
+    """
+    found = find(model, targets, strict=strict)
+    if strict and not found:
+        raise ValueError(
+            f"nothing to swap: {type(model).__name__} has no CoupledSequential; build its stack from one, or name an"
+            " nn.Sequential or nn.ModuleList by targets={'path.to.it': {'coupling': 'additive'}}"
+        )
+    before = record(found)
+    try:
+        for path, module, options in found:
+            _swap_one(path, module, options)
+        if inputs is not None:
+            _try(model, inputs)
+    except Exception:
+        put_back(before)
+        raise
+    return [path for path, _, _ in found]
+
+
+def _try(model: nn.Module, inputs: Any) -> None:
+    with untouched(model), torch.enable_grad():
+        if isinstance(inputs, Mapping):
+            out = model(**inputs)
+        else:
+            out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        outputs = [y for y in tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+
+def record(found: list[Match]) -> list[Record]:
+    """All that swapping changes of modules, for `put_back`."""
+    modules = [module for _, module, _ in found]
+    layers = [layer for module in modules for layer in module.children()]
+    return [(module, module.__class__, dict(module.__dict__)) for module in (*modules, *layers)]
+
+
+def put_back(records: list[Record]) -> None:
+    for module, cls, attributes in records:
+        module.__class__ = cls
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undo `swap` and return the paths restored: ordinary autograd, keys and parameters untouched.
+
+    A ReversibleSequential that was built as such becomes a CoupledSequential, the same function; a
+    ReversibleModuleList that was built as such stores all its layers.
+    """
+    restored = stacks(model)
+    for module in restored.values():
+        if isinstance(module, Layerwise):
+            if "_swapped_from" not in module.__dict__:
+                module.treatments = tuple("store" for _ in module)
+                continue
+            module.release()
+        original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
+        for name in (*Layerwise.OPTIONS, "path", *REMEMBERED):
+            module.__dict__.pop(name, None)
+        module.__class__, options = original
+        module.__dict__.update(options)
+    return list(restored)
+
+
+def stacks(model: nn.Module) -> dict[str, Any]:
+    """The reversible stacks of a model by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, Reversible)}
+
+
+def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[Match]:
+    """What `swap` would swap: (path, module, options) of each stack."""
+    modules = dict(model.named_modules())
+    if targets is None:
+        return [(path, m, None) for path, m in modules.items() if isinstance(m, COUPLED)]
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for pattern, options in targets.items():
+        paths = [pattern] if pattern in modules else _named_otherwise(model, pattern) or _glob(pattern, modules)
+        if strict and not paths:
+            containers = [path for path, m in modules.items() if _is_container(m)]
+            near = difflib.get_close_matches(pattern, containers, cutoff=0.4) or containers[:5]
+            hint = f"near it: {', '.join(map(repr, near))}" if near else "and has none at all"
+            raise ValueError(
+                f"target {pattern!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}"
+            )
+        found.update(dict.fromkeys(paths, options))
+    return [(path, modules[path], options) for path, options in found.items()]
+
+
+def options_of(module: nn.Module) -> dict[str, Any]:
+    return {name: module.__dict__[name] for name in CoupledSequential.OPTIONS if name in module.__dict__}
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module) in SWAPPABLE
+
+
+def _named_otherwise(model: nn.Module, path: str) -> list[str]:
+    """The path under which `named_modules` has what lies at this one, too."""
+    try:
+        shared = model.get_submodule(path)
+    except AttributeError:
+        return []
+    return [first for first, m in model.named_modules() if m is shared]
+
+
+def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    return [path for path, m in modules.items() if fnmatch.fnmatchcase(path, pattern) and _is_container(m)]
+
+
+def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -> None:
+    original = type(module)
+    if original not in SWAPPABLE and not isinstance(module, Reversible):
+        raise TypeError(
+            f"target {path!r} is a {original.__name__}, which cannot be swapped, since its forward may do anything; a"
+            " target is an nn.Sequential, an nn.ModuleList or a CoupledSequential itself"
+        )
+    reversible = SWAPPABLE.get(original, original)  # a subclass is such by `fully_shard`
+    if original in (nn.Sequential, IteratedSequential) and options and options.get("iterated"):
+        reversible, options = IteratedSequential, {key: value for key, value in options.items() if key != "iterated"}
+    if original is not reversible:
+        swapped_from = original, options_of(module)
+        module.__class__ = reversible
+        module._swapped_from = swapped_from  # type: ignore[assignment]
+    module.path = path or module.path  # type: ignore[assignment]
+    known = inspect.signature(CoupledSequential).parameters
+    if unknown := [name for name in options or {} if name not in known or name == "blocks"]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(list(known)[1:])}"
+        raise TypeError(f"target {path!r}: there is no option {unknown[0]!r}; {hint}")
+    if options is not None or original in PLAIN:
+        given, budget = module.__dict__.get("given", {}), module.__dict__.get("budget")
+        merged = _merge(given, options or {})
+        try:
+            if isinstance(module, Layerwise):
+                module.set_options(merged)
+            else:
+                template = CoupledSequential(OrderedDict(module._modules), **merged)  # type: ignore[arg-type]
+                module.__dict__.update(options_of(template))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target {path!r}: {error}") from None
+        if budget is not None and module.__dict__["given"] == given:  # swapped once more: what it knows still holds
+            module.__dict__["budget"] = budget
+
+
+def _merge(given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of before with the new ones above; of those that say the same, the new alone."""
+    rivals = [{"coupling", "coupling_forward", "coupling_inverse"}, {"store_last", "treatments", "memory_budget"}]
+    replaced = {name for group in rivals if group & set(options) for name in group}
+    return {**{name: value for name, value in given.items() if name not in replaced}, **options}

@@ -1,0 +1,269 @@
+"""The couplings by name, each with its equation, its inverse and its paper. Their drift: docs/figures.md."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_revlib.nn.coupling.base import Alternating, Coupling, Streams
+from lightning_revlib.nn.coupling.exact import BDIA, Summing
+
+
+@dataclass(frozen=True)
+class Additive(Summing):
+    """(a, b) -> (b, a + f); inverse a = b' - f.
+
+    The default: its reconstruction error only adds up. RevNet, https://arxiv.org/abs/1707.04585.
+    """
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        return b, a + f
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return b_out - f
+
+
+@dataclass(frozen=True)
+class Affine(Alternating):
+    """(a, b) -> (b, a exp(s) + t) with (s, t) = f split in two and s bounded; inverse a = (b' - t) exp(-s).
+
+    A block returns twice its input's size along `dim`. s = bound tanh(s / bound) keeps a step from
+    scaling by more than e^bound, up or down; what is scaled down loses digits, so that deep float32
+    stacks drift more than additive ones. For flows and where a step should gate. RealNVP,
+    https://arxiv.org/abs/1605.08803.
+    """
+
+    dim: int = 1
+    bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"bound={self.bound!r}: the largest log-scale of a step must be positive; 1.0 is usual")
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        s, t = f.chunk(2, self.dim)
+        return a * torch.exp(self._bounded(s)) + t
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        s, t = f.chunk(2, self.dim)
+        return (out - t) * torch.exp(-self._bounded(s))
+
+    def branch_shape(self, stream: torch.Size) -> torch.Size:
+        shape = list(stream)
+        shape[self.dim] *= 2
+        return torch.Size(shape)
+
+    def _bounded(self, s: Tensor) -> Tensor:
+        return self.bound * torch.tanh(s / self.bound)
+
+
+@dataclass(frozen=True)
+class Momentum(Coupling):
+    """v' = gamma v + (1 - gamma) f(x), x' = x + v'; inverse x = x' - v', v = (v' - (1 - gamma) f) / gamma.
+
+    The streams are (v, x) and the block always sees x. With `split_dim=None`, v starts at zero or
+    at `init(x)`, and x comes out. Each step multiplies the reconstruction's error by 1 / gamma
+    (float32, 24 blocks: about 1e-7 at 0.99, 8e-6 at 0.9), so not for deep stacks with small
+    gamma. With gamma 0 it is the plain residual network, which stores its activations. Momentum
+    ResNet, https://arxiv.org/abs/2102.07870.
+    """
+
+    gamma: float = 0.9
+    init: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma!r}: momentum has an inverse for 0 < gamma <= 1 only; 0.9 is usual")
+
+    def invertible(self, training: bool) -> bool:
+        return self.gamma > 0
+
+    @property
+    def growth(self) -> float:  # type: ignore[override]
+        return 1 / self.gamma if self.gamma else math.inf
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        v = self.gamma * a + (1 - self.gamma) * f
+        return v, b + v
+
+    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
+        return b_out - a_out
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return (a_out - (1 - self.gamma) * f) / self.gamma
+
+    def start(self, x: Tensor) -> Streams:
+        return (torch.zeros_like(x) if self.init is None else self.init(x)), x
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return b
+
+
+@dataclass(frozen=True)
+class Midpoint(Summing):
+    """(x-, x) -> (x, x- + 2h f(x)); inverse x- = x+ - 2h f(x).
+
+    The midpoint rule for x' = f(x) with step `h`: as stable as additive. With `split_dim=None` the
+    input is taken for both points and the last one comes out. Reversible architectures for
+    arbitrarily deep residual networks, https://arxiv.org/abs/1709.03698.
+    """
+
+    h: float = 0.5
+
+    def __post_init__(self) -> None:
+        _nonzero("h", self.h)
+
+    def contribution(self, f: Tensor) -> Tensor:
+        return 2 * self.h * f
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return b
+
+
+@dataclass(frozen=True)
+class Leapfrog(Summing):
+    """(x-, x) -> (x, 2x - x- + h^2 f(x)); inverse x- = 2x - x+ + h^2 f(x).
+
+    The leapfrog rule for x'' = f(x) with step `h`. Without a restoring force the state grows
+    linearly with depth, so not for blocks with large outputs. With `split_dim=None` it starts at
+    rest and the last point comes out. https://arxiv.org/abs/1709.03698.
+    """
+
+    h: float = 1.0
+    headroom = 4
+
+    def __post_init__(self) -> None:
+        _nonzero("h", self.h)
+
+    def carry(self, a: Tensor, b: Tensor) -> Tensor:
+        return 2 * b - a
+
+    def contribution(self, f: Tensor) -> Tensor:
+        return self.h**2 * f
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return b
+
+
+@dataclass(frozen=True)
+class Scaled(Alternating):
+    """(a, b) -> (b, scale a + f); inverse a = (b' - f) / scale.
+
+    With a small scale a pretrained network is nearly itself, for fine-tuning: f is the whole block,
+    its skip connection included (so not `residual=True`), and with `split_dim=None` b comes out.
+    Each step multiplies the reconstruction's error by 1 / scale, so not for deep stacks with small
+    scale. With scale 0 it is the network as it was, which stores its activations. MEFT,
+    https://arxiv.org/abs/2306.00477.
+    """
+
+    scale: float = 0.9
+
+    def invertible(self, training: bool) -> bool:
+        return self.scale != 0
+
+    @property
+    def growth(self) -> float:  # type: ignore[override]
+        return max(1.0, 1 / abs(self.scale)) if self.scale else math.inf
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.scale * a + f
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return (out - f) / self.scale
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return b
+
+
+def additive_coupling_forward(other_stream: Tensor, fn_out: Tensor) -> Tensor:
+    """The additive coupling in RevLib's signature, (other, f) -> out."""
+    return other_stream + fn_out
+
+
+def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
+    """Undoes `additive_coupling_forward`: (out, f) -> other."""
+    return output - fn_out
+
+
+@dataclass(frozen=True)
+class Pair(Alternating):
+    """(a, b) -> (b, coupling_forward(a, f)); inverse a = coupling_inverse(b', f).
+
+    A user's own pair of callables, in RevLib's signature.
+    """
+
+    coupling_forward: Callable[[Tensor, Tensor], Tensor] = additive_coupling_forward
+    coupling_inverse: Callable[[Tensor, Tensor], Tensor] = additive_coupling_inverse
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.coupling_forward(a, f)
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.coupling_inverse(out, f)
+
+
+@dataclass(frozen=True)
+class Invertible(Coupling):
+    """(a, b) -> (m(a), m(b)); inverse by m.inverse. A step without a block."""
+
+    module: Any
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        return self.module(a), self.module(b)
+
+    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
+        return self.module.inverse(b_out)
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.module.inverse(a_out)
+
+
+COUPLINGS: dict[str, type[Coupling]] = {
+    "additive": Additive,
+    "affine": Affine,
+    "momentum": Momentum,
+    "midpoint": Midpoint,
+    "leapfrog": Leapfrog,
+    "scaled": Scaled,
+    "bdia": BDIA,
+}
+
+
+CouplingSpec: TypeAlias = str | Coupling | Mapping[str, Any]
+
+
+def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
+    """A coupling by name, `get_coupling("momentum", gamma=0.9)`, or by mapping, `{"name": "momentum", "gamma": 0.9}`.
+
+    A `Coupling` is returned as it is. Raises ValueError for an unknown name or option.
+    """
+    if isinstance(coupling, Coupling):
+        return coupling
+    if isinstance(coupling, Mapping):
+        options = {**coupling, **options}
+        if "name" not in options:
+            raise ValueError(f"coupling={dict(coupling)!r} has no name; write {{'name': 'momentum', 'gamma': 0.9}}")
+        coupling = options.pop("name")
+    if coupling not in COUPLINGS:
+        near = difflib.get_close_matches(str(coupling), COUPLINGS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"coupling={coupling!r} is unknown; {hint}There is {', '.join(COUPLINGS)}, or your own Coupling"
+        )
+    cls = COUPLINGS[coupling]
+    known = inspect.signature(cls).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return cls(**options)
+
+
+def _nonzero(name: str, value: float) -> None:
+    if value == 0:
+        raise ValueError(f"{name}={value!r}: the step would have no inverse; take a number other than zero")

@@ -1,0 +1,113 @@
+"""`Trainer(strategy="reversible")`: reversible stacks on one device, or on many by DDP."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_revlib.nn.convert.swap import Targets
+from lightning_revlib.nn.stacks.options import MemoryBudget
+from lightning_revlib.strategies.base import Swapping, check_arguments
+from lightning_revlib.strategies.deferred import OneOrMany
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import Precision
+
+StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
+
+
+class WholeFile(Swapping):
+    """Mixin: a checkpoint is there as a whole or not at all, also if the process is killed while it writes."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = str(filepath)
+        if type(self.checkpoint_io) is not TorchCheckpointIO or "://" in path or not self.is_global_zero:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part")
+        super().save_checkpoint(checkpoint, part, storage_options)  # which copies from another disk, maybe
+        os.replace(part, path)
+
+
+class ReversibleDDPStrategy(WholeFile, DDPStrategy):
+    """Lightning's DDPStrategy with reversible stacks: what `ReversibleStrategy` is on several devices.
+
+    By the name "reversible_ddp" it is DDP with one process, too. Arguments: see `ReversibleStrategy`.
+    """
+
+    strategy_name = "reversible_ddp"
+
+
+class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
+    """Run the stacks of the LightningModule in constant activation memory, on one device or many, of any kind.
+
+    >>> Trainer(strategy="reversible")
+    >>> Trainer(strategy=ReversibleStrategy(targets={"net.blocks": {"coupling": "additive"}}))
+    >>> Trainer(strategy=ReversibleStrategy(memory_budget="2GiB"))
+    >>> Trainer(strategy=ReversibleStrategy(find_unused_parameters=True), devices=4, num_nodes=2)
+
+    With one process it is Lightning's SingleDeviceStrategy, without a process group; with more it
+    becomes a `ReversibleDDPStrategy` as soon as the Trainer has counted its devices and nodes.
+
+    The module is swapped in place (see `swap`) and stays so unless `restore` is set. State-dict
+    keys, parameters and their order do not change, so that checkpoints go both ways.
+
+    Names: "reversible"; "reversible_spawn" and "reversible_fork" by the way in which processes
+    start; "reversible_find_unused_parameters_true".
+
+    Args:
+        targets, memory_budget, optimizer_in_backward, restore: see `Swapping`.
+        start_method: of the processes, if there are several; default "popen", in notebooks "fork".
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in
+            any of Lightning's strategies; the Trainer sets them.
+        process_group_backend, timeout, **kwargs: for several processes, as in Lightning's
+            DDPStrategy and torch's DistributedDataParallel.
+
+    Raises:
+        TypeError: for an unknown argument; for a subclass with several devices.
+        ValueError: at setup, if nothing can be swapped or a target is wrong.
+    """
+
+    strategy_name = "reversible"
+    many = ReversibleDDPStrategy
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        *,
+        memory_budget: MemoryBudget | None = None,
+        optimizer_in_backward: bool = False,
+        restore: bool = False,
+        start_method: StartMethod | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(type(self), kwargs, ReversibleStrategy, DDPStrategy, DistributedDataParallel)
+        ours: dict[str, Any] = {
+            "targets": targets, "memory_budget": memory_budget, "optimizer_in_backward": optimizer_in_backward,
+            "restore": restore,
+        }  # fmt: skip
+        super().__init__(
+            **ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
+        )
+        launch = {"start_method": start_method, "process_group_backend": process_group_backend, "timeout": timeout}
+        self.await_devices(parallel_devices, cluster_environment, {**ours, **launch, **kwargs})
+
+
+ReversibleStrategy.base = ReversibleStrategy

@@ -1,0 +1,157 @@
+"""Reversible stacks under Lightning Fabric: `Fabric(strategy="reversible")` and "reversible_fsdp".
+
+Fabric has strategies of its own. These swap what `fabric.setup` is given, in place and without touching
+parameters, so that an optimizer that was built before stays right.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_revlib.nn.convert.swap import Targets
+from lightning_revlib.nn.stacks.options import MemoryBudget
+from lightning_revlib.strategies.base import check_arguments, make_budget, read_targets, swap_module
+from lightning_revlib.strategies.ddp import StartMethod
+from lightning_revlib.strategies.deferred import OneOrMany
+from lightning_revlib.strategies.fsdp import shard
+
+if TYPE_CHECKING:
+    from lightning.fabric.accelerators import Accelerator
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, Precision
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+
+class FabricSwapping(Strategy):
+    """Mixin for a strategy of Fabric: each module is swapped when it is set up.
+
+    Of several modules some may have no stack; if none has, the first backward says so.
+
+    Args:
+        targets: as in `swap`. Without, the module's `reversible_targets`, or every CoupledSequential.
+        memory_budget: as in `Swapping`, for each module that is set up.
+        **kwargs: of Fabric's strategy.
+    """
+
+    def __init__(
+        self, targets: Targets | None = None, *, memory_budget: MemoryBudget | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.targets, self.memory_budget = read_targets(targets), memory_budget
+        make_budget(memory_budget)  # a wrong one is said at once
+        self.swapped: list[str] = []
+
+    @override
+    def setup_module(self, module: nn.Module) -> Any:
+        self.swapped += swap_module(module, self.targets, make_budget(self.memory_budget), strict=False)
+        return super().setup_module(module)
+
+    @override
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        if not self.swapped:
+            raise ValueError(
+                f"nothing to swap: no module that was set up has a CoupledSequential, or what targets={self.targets!r}"
+                " name; build stacks from CoupledSequential, or name containers by targets"
+            )
+        super().backward(tensor, module, *args, **kwargs)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """The names are in `names.py`; inherited, this would register Fabric's."""
+
+
+class ReversibleFabricDDPStrategy(FabricSwapping, DDPStrategy):
+    """Fabric's DDPStrategy with reversible stacks: what `ReversibleFabricStrategy` is on several devices."""
+
+
+class ReversibleFabricStrategy(FabricSwapping, OneOrMany, SingleDeviceStrategy):
+    """`ReversibleStrategy` for Fabric: one device, or many by DDP.
+
+    >>> fabric = Fabric(strategy="reversible", devices=2)
+    >>> fabric.launch()
+    >>> model, optimizer = fabric.setup(model, optimizer)
+
+    Arguments as there, as far as they are here; errors as there.
+    """
+
+    many = ReversibleFabricDDPStrategy
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        *,
+        memory_budget: MemoryBudget | None = None,
+        start_method: StartMethod | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(type(self), kwargs, ReversibleFabricStrategy, DDPStrategy, DistributedDataParallel)
+        ours: dict[str, Any] = {"targets": targets, "memory_budget": memory_budget}
+        super().__init__(**ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
+        launch = {"start_method": start_method, "process_group_backend": process_group_backend, "timeout": timeout}
+        self.await_devices(parallel_devices, cluster_environment, {**ours, **launch, **kwargs})
+
+
+ReversibleFabricStrategy.base = ReversibleFabricStrategy
+
+
+class ReversibleFabricFSDPStrategy(FabricSwapping, ModelParallelStrategy):
+    """`ReversibleFSDPStrategy` for Fabric: each block sharded by itself, the rest at the root.
+
+    >>> fabric = Fabric(strategy="reversible_fsdp", devices=2)
+    >>> model = fabric.setup_module(model)
+    >>> optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters()))
+
+    A module that `fully_shard` has already taken is left as it is. Arguments as there, as far as they are here.
+    """
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        *,
+        memory_budget: MemoryBudget | None = None,
+        mp_policy: MixedPrecisionPolicy | None = None,
+        offload_policy: OffloadPolicy | None = None,
+        reshard_after_forward: bool | int | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        super().__init__(
+            targets,
+            memory_budget=memory_budget,
+            parallelize_fn=self._shard,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            **({} if timeout is None else {"timeout": timeout}),
+        )
+        policies = {
+            "mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward,
+        }  # fmt: skip
+        self.policies = {name: policy for name, policy in policies.items() if policy is not None}
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        if not any(isinstance(m, FSDPModule) for m in module.modules()):
+            shard(module, mesh["data_parallel"], **self.policies)
+        return module

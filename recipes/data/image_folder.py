@@ -1,0 +1,96 @@
+"""Images in folders, one for each class, as ImageNet is usually kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_revlib.recipes.data.augment import center_crop, resized_crop
+from lightning_revlib.recipes.data.images import ImageData, Labelled
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class ImageFolder(ImageData):
+    """Images of any size, in `root/train/<class>/` and `root/test/<class>/` or `root/val/<class>/`.
+
+    >>> data = ImageFolder("imagenet", size=224, smallest=0.08, flip=True, batch_size=256, num_workers=8)
+
+    They are decoded by Pillow when they are needed, and brought to a square of `size` * 8 / 7 pixels, the
+    middle of each; the device takes a random part of it in training and its middle otherwise. With
+    `train` and `val` only, as in ImageNet, `val` is held out, and `validation` images of `train` choose the
+    checkpoint; with all three, `val` does.
+
+    Args:
+        root: the folder.
+        size: pixels, of height and width.
+        smallest: the least share of an image's area that a random part has; 1 for the middle always.
+
+    Other arguments are `ImageData`'s.
+    """
+
+    def __init__(
+        self, root: str, batch_size: int = 64, *, size: int = 224, smallest: float = 0.08, **options: Any
+    ) -> None:
+        self.shape, self.root = (3, size, size), Path(root)
+        names = sorted(entry.name for entry in self._folder("train").iterdir() if entry.is_dir())
+        if len(names) < 2:
+            raise ValueError(f"data.root={root}: train is to have a folder for each class, and has {len(names)}")
+        self.names, self.classes = names, len(names)
+        super().__init__(batch_size, **options)
+
+    def load(self) -> dict[str, Labelled]:
+        three = all((self.root / part).is_dir() for part in ("val", "test"))
+        held_out = "test" if (self.root / "test").is_dir() else "val"
+        folders = {"train": "train", "test": held_out} | ({"val": "val"} if three else {})
+        parts: dict[str, Labelled] = {}
+        for part, folder in folders.items():
+            dataset = _Files(self._folder(folder), self.names, round(self.shape[1] * 8 / 7))
+            parts[part] = dataset, torch.tensor([label for _, label in dataset.files])
+        return parts
+
+    def fit(self, images: Tensor, training: bool) -> Tensor:
+        size, smallest = self.shape[1], self.hparams["smallest"]
+        return resized_crop(images, size, smallest) if training and smallest < 1 else center_crop(images, size)
+
+    def _folder(self, part: str) -> Path:
+        if not (folder := self.root / part).is_dir():
+            raise ValueError(
+                f"data.root={self.root} has no folder {part}: put images in {self.root}/train/<class>/ and"
+                f" {self.root}/val/<class>/, or name another folder by data.root=..."
+            )
+        return folder
+
+
+class _Files(Dataset[Any]):
+    def __init__(self, folder: Path, names: list[str], side: int) -> None:
+        self.side = side
+        self.files = [
+            (file, label)
+            for label, name in enumerate(names)
+            for file in sorted((folder / name).glob("*"))
+            if file.suffix.lower() in SUFFIXES
+        ]
+        if not self.files:
+            raise ValueError(
+                f"{folder} has no images in {', '.join(names[:3])}, ...; known are {' '.join(sorted(SUFFIXES))}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        file, label = self.files[index]
+        try:
+            with Image.open(file) as image:
+                square = ImageOps.fit(image.convert("RGB"), (self.side, self.side), Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1), label

@@ -1,0 +1,82 @@
+"""The panel with which a command closes: what was found, and where it lies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lightning_revlib.nn.meter import format_bytes
+from lightning_revlib.recipes.commands.memory_report import Bytes
+
+Row: TypeAlias = tuple[str, str]
+NAMES = {
+    "acc": "accuracy",
+    "bpb": "bits per byte",
+    "unigram": "bits per byte, by frequency of bytes",
+    "bz2": "bits per byte, by bz2",
+}
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Print rows of names and values in a frame."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    Console().print(Panel(table, title=title, title_align="left", expand=False))
+
+
+def show_training(
+    metrics: Mapping[str, float],
+    found: Bytes | None,
+    drift: Any,
+    seconds: float,
+    logs: str,
+    best: str | None,
+    *,
+    reversible: bool,
+    plans: Sequence[str] = (),
+    measured: str | None = None,
+) -> None:
+    """What `revlib train` reports.
+
+    `found` is measured on one batch, with one forward and backward of each kind; on part of it, if `measured` says so.
+    """
+    best = best and os.path.relpath(best)
+    none, unknown = "none: ordinary autograd rebuilds nothing", "not measured: no callbacks.drift, or on_drift=ignore"
+    rows = [
+        *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
+        *([] if found is None else _activations(found)),
+        *([] if found is None or measured is None else [("both measured on", f"the first of a batch: {measured}")]),
+        *(("memory plan", plan.removeprefix("memory plan: ")) for plan in plans),
+        ("drift", (unknown if reversible else none) if drift is None else f"{float(drift):.1e}, relative"),
+        ("training", f"{seconds:.1f} s"),
+        ("logs", os.path.relpath(logs)),
+        ("best checkpoint", best or "none kept"),
+    ]
+    show("revlib train", rows)
+    if best:  # outside the frame, so that it can be copied in one piece
+        print(f"revlib predict ckpt_path={best}")
+
+
+def _tested(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What was measured on the held-out data; the loss only where there is nothing else."""
+    tested = {k.removeprefix("test/"): v for k, v in metrics.items() if k.startswith("test/")}
+    return {k: v for k, v in tested.items() if k != "loss"} or tested
+
+
+def _format(name: str, value: float) -> str:
+    return f"{value:.2%}" if name.startswith("acc") else f"{value:.4g}"
+
+
+def _activations(found: Bytes) -> list[Row]:
+    pairs = zip(found["plain"], found["reversible"], strict=True)
+    return [
+        (name, f"{format_bytes(a)} by autograd, {format_bytes(b)} reversible: {a / b:.1f} x less")
+        for name, (a, b) in zip(("activations held", "peak in backward"), pairs, strict=True)
+    ]
