@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -42,8 +42,8 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
+        given = {_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and (key := _key(tensor)) not in given and key not in self._known:
                 self._count(tensor.untyped_storage(), key)
         return out

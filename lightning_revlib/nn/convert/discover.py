@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_revlib.nn.convert.swap import PLAIN
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
-from lightning_revlib.nn.stacks.layer import same_memory
-from lightning_revlib.nn.steps.step import rest_of
+from lightning_revlib.nn.stacks.list_forward import same_memory
+from lightning_revlib.nn.steps.outputs import split_output
 
 TOLERANCE = 1e-3
 GAMMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -81,7 +81,7 @@ def steadier(options: Any) -> dict[str, Any] | None:
 
 def _watch(seen: _Seen, index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
     x = args[0] if args else next(iter(kwargs.values()), None)
-    y = out if isinstance(out, Tensor) else rest_of(out)[0]
+    y = out if isinstance(out, Tensor) else split_output(out)[0]
     seen.chained.append(not seen.calls or (isinstance(x, Tensor) and same_memory(x, seen.last)))
     seen.calls.append(index)
     seen.shapes.append((_shape(x), _shape(y)))

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_revlib.nn.convert.discover import TOLERANCE, steadier, survey
 from lightning_revlib.nn.convert.swap import Match, Targets, find, put_back, record, swap
 from lightning_revlib.nn.engine.drift import expected_drift
+from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.meter import MemoryMeter, format_bytes
 from lightning_revlib.nn.stacks.module_list import Layerwise
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.state.snapshot import untouched
+from lightning_revlib.nn.state.snapshot import preserve_state
 
 Figures: TypeAlias = tuple[int, int, int]
 
@@ -145,20 +145,20 @@ class _Call:
 
     def __init__(self, model: nn.Module, inputs: Any, kwargs: Any) -> None:
         self.model = model
-        self.inputs, self.kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (inputs, kwargs))
+        self.inputs, self.kwargs = pytree.tree_map_only(Tensor, torch.detach, (inputs, kwargs))
 
     def run(self) -> list[Tensor]:
-        leaves = tree_leaves(self.model(*self.inputs, **self.kwargs))
+        leaves = pytree.tree_leaves(self.model(*self.inputs, **self.kwargs))
         return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
 
     def watched(self) -> None:
-        with untouched(self.model):
+        with preserve_state(self.model):
             self.run()
 
     def evaluate(self) -> list[Tensor]:
         training = [(m, m.training) for m in self.model.modules()]
         try:
-            with untouched(self.model), torch.no_grad():
+            with preserve_state(self.model), torch.no_grad():
                 self.model.eval()
                 return [y.clone() for y in self.run()]
         finally:
@@ -178,7 +178,7 @@ class _Call:
             figures = _measure(self)
             drift = stack.drift
             change = _distance(self.evaluate(), outputs)
-            steps = (len(stack) - stack.ordinary) * (len(stack.branches) or 1)
+            steps = stack.step_count
             expected = tuple(
                 (
                     str(dtype).removeprefix("torch."),
@@ -221,7 +221,7 @@ def _distance(xs: list[Tensor], ys: list[Tensor]) -> float:
 def _measure(call: _Call) -> Figures:
     """Bytes held after forward, peak bytes in backward, FLOPs."""
     model = call.model
-    with untouched(model), torch.enable_grad(), MemoryMeter() as meter:
+    with preserve_state(model), torch.enable_grad(), MemoryMeter() as meter:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         before = meter.live
@@ -234,7 +234,7 @@ def _measure(call: _Call) -> Figures:
         torch.autograd.backward(outputs, grads)
         peak = meter.peak - before
     # A run of its own: the counter's hooks keep tensors alive.
-    with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as flops:
+    with preserve_state(model), torch.enable_grad(), FlopCounterMode(display=False) as flops:
         outputs = [y for y in call.run() if y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     return held, peak, flops.get_total_flops()

@@ -10,18 +10,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise, ReversibleModuleList
-from lightning_revlib.nn.stacks.reversible import REMEMBERED, Reversible
+from lightning_revlib.nn.stacks.options import StackOptions
+from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.state.snapshot import untouched
+from lightning_revlib.nn.state.snapshot import preserve_state
 
 COUPLED: tuple[Any, ...] = (CoupledSequential, Layerwise)
 PLAIN = (nn.Sequential, nn.ModuleList)
@@ -84,17 +84,17 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
 
 
 def _try(model: nn.Module, inputs: Any) -> None:
-    with untouched(model), torch.enable_grad():
+    with preserve_state(model), torch.enable_grad():
         if isinstance(inputs, Mapping):
             out = model(**inputs)
         else:
             out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-        outputs = [y for y in tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
+        outputs = [y for y in pytree.tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
 def record(found: list[Match]) -> list[Record]:
-    """All that swapping changes of modules, for `put_back`."""
+    """Return all that swapping changes of modules, for `put_back`."""
     modules = [module for _, module, _ in found]
     layers = [layer for module in modules for layer in module.children()]
     return [(module, module.__class__, dict(module.__dict__)) for module in (*modules, *layers)]
@@ -120,11 +120,11 @@ def restore(model: nn.Module) -> list[str]:
                 module.treatments = tuple("store" for _ in module)
                 continue
             module.release()
-        original = module.__dict__.pop("_swapped_from", (CoupledSequential, options_of(module)))
-        for name in (*Layerwise.OPTIONS, "path", *REMEMBERED):
+        original, attributes = module.__dict__.pop("_swapped_from", (CoupledSequential, kept_by(module)))
+        for name in ("options", "resolved", "path", "_history", "_forwards"):
             module.__dict__.pop(name, None)
-        module.__class__, options = original
-        module.__dict__.update(options)
+        module.__class__ = original
+        module.__dict__.update(attributes)
     return list(restored)
 
 
@@ -152,8 +152,9 @@ def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     return [(path, modules[path], options) for path, options in found.items()]
 
 
-def options_of(module: nn.Module) -> dict[str, Any]:
-    return {name: module.__dict__[name] for name in CoupledSequential.OPTIONS if name in module.__dict__}
+def kept_by(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes by which a stack keeps its options; none for other containers."""
+    return {name: value for name, value in vars(module).items() if name in ("options", "resolved")}
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -184,32 +185,29 @@ def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -
     if original in (nn.Sequential, IteratedSequential) and options and options.get("iterated"):
         reversible, options = IteratedSequential, {key: value for key, value in options.items() if key != "iterated"}
     if original is not reversible:
-        swapped_from = original, options_of(module)
+        swapped_from = original, kept_by(module)
         module.__class__ = reversible
         module._swapped_from = swapped_from  # type: ignore[assignment]
-    module.path = path or module.path  # type: ignore[assignment]
-    known = inspect.signature(CoupledSequential).parameters
-    if unknown := [name for name in options or {} if name not in known or name == "blocks"]:
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(list(known)[1:])}"
-        raise TypeError(f"target {path!r}: there is no option {unknown[0]!r}; {hint}")
+    stack: Any = module
+    stack.path = path or stack.path
     if options is not None or original in PLAIN:
-        given, budget = module.__dict__.get("given", {}), module.__dict__.get("budget")
-        merged = _merge(given, options or {})
-        try:
-            if isinstance(module, Layerwise):
-                module.set_options(merged)
-            else:
-                template = CoupledSequential(OrderedDict(module._modules), **merged)  # type: ignore[arg-type]
-                module.__dict__.update(options_of(template))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"target {path!r}: {error}") from None
-        if budget is not None and module.__dict__["given"] == given:  # swapped once more: what it knows still holds
-            module.__dict__["budget"] = budget
+        _set_options(path, stack, options or {})
 
 
-def _merge(given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of before with the new ones above; of those that say the same, the new alone."""
-    rivals = [{"coupling", "coupling_forward", "coupling_inverse"}, {"store_last", "treatments", "memory_budget"}]
-    replaced = {name for group in rivals if group & set(options) for name in group}
-    return {**{name: value for name, value in given.items() if name not in replaced}, **options}
+def _set_options(path: str, stack: Reversible, options: Mapping[str, Any]) -> None:
+    """Give a stack options, above those that it has. Raises TypeError or ValueError."""
+    known = inspect.signature(StackOptions).parameters
+    if unknown := [name for name in options if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
+        raise TypeError(f"target {path!r}: there is no option {unknown[0]!r}; {hint}")
+    before = vars(stack).get("options")
+    try:
+        if before is not None:
+            merged = before.merged(options)
+        else:
+            merged = StackOptions(**({"split_dim": None} if isinstance(stack, Layerwise) else {}) | dict(options))
+        if merged != before:  # else what its budget knows still holds
+            stack.set_options(merged)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"target {path!r}: {error}") from None

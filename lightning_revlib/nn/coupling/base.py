@@ -12,9 +12,10 @@ A coupling never states a gradient: autograd derives it from `forward`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from operator import mul
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,14 +39,8 @@ class Coupling(ABC):
     """
 
     needs_grid = False  # works on the exact grid only
-    other_shape = False  # `branch_shape` is another than the stream's
-    binds = False  # `at` gives another coupling
     growth = 1.0  # the factor by which a step's inverse multiplies an error; 0 if it makes none
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.other_shape = cls.branch_shape is not Coupling.branch_shape
-        cls.binds = cls.at is not Coupling.at
+    bits: int | None = None  # of the grid 2^-bits, if the coupling is exact
 
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
@@ -76,9 +71,13 @@ class Coupling(ABC):
             " exact are additive, midpoint, leapfrog and bdia"
         )
 
-    def at(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
+    def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
         """The coupling of one step of one forward, for those that draw or remember; called after the block."""
         return self
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Return what the absolute values of streams must stay below; infinity if the coupling is not exact."""
+        return math.inf
 
     def invertible(self, training: bool) -> bool:
         """Whether steps can be undone; where not, backward needs what autograd stores."""

@@ -96,7 +96,7 @@ class BDIA(Coupling):
         assert self.bits is not None
         return grid_limit(dtype, self.bits) / 2
 
-    def at(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
+    def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
         assert self.bits is not None
         if not training:
             return _BDIAStep(a.new_zeros(()), None, self.bits)
@@ -109,7 +109,7 @@ class BDIA(Coupling):
         return training
 
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
-        return self.at(a, b, True).forward(a, b, f)
+        return self.bind(a, b, True).forward(a, b, f)
 
     def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
         raise ValueError("bdia has no inverse from its output alone: that takes the bits which its forward has kept")

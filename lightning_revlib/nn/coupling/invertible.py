@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+
+from lightning_revlib.nn.coupling.base import Coupling, Streams
+
+
+@dataclass(frozen=True)
+class Invertible(Coupling):
+    """(a, b) -> (m(a), m(b)); inverse by m.inverse. A step without a block."""
+
+    module: Any
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        return self.module(a), self.module(b)
+
+    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
+        return self.module.inverse(b_out)
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.module.inverse(a_out)
 
 
 class SpaceToDepth(nn.Module):
@@ -31,26 +50,13 @@ class SpaceToDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] % self.block_size or x.shape[-2] % self.block_size:
             raise ValueError(f"SpaceToDepth({self.block_size}) does not divide an image of {list(x.shape[-2:])} pixels")
-        if not _by_views(x):
-            return F.pixel_unshuffle(x, self.block_size)
-        *batch, c, h, w, k = *x.shape, self.block_size
-        patches = x.view(*batch, c, h // k, k, w // k, k).movedim((-3, -1), (-4, -3))
-        return patches.reshape(*batch, c * k**2, h // k, w // k)
+        return F.pixel_unshuffle(x, self.block_size)
 
     def inverse(self, y: Tensor) -> Tensor:
-        if not _by_views(y) or y.shape[-3] % self.block_size**2:  # which is an error that says so
-            return F.pixel_shuffle(y, self.block_size)
-        *batch, c, h, w, k = *y.shape, self.block_size
-        patches = y.view(*batch, c // k**2, k, k, h, w).movedim((-2, -1), (-4, -2))
-        return patches.reshape(*batch, c // k**2, h * k, w * k)
+        return F.pixel_shuffle(y, self.block_size)
 
     def extra_repr(self) -> str:
         return str(self.block_size)
-
-
-def _by_views(x: Tensor) -> bool:
-    """Whether views and a copy take less time than torch's kernel, which knows other layouts and dynamic sizes, too."""
-    return not torch.compiler.is_compiling() and x.ndim > 2 and x.numel() >= 2**17 and x.is_contiguous()
 
 
 class Permutation(nn.Module):

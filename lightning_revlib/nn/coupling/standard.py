@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Alternating, Coupling, Streams
-from lightning_revlib.nn.coupling.exact import BDIA, Summing
+from lightning_revlib.nn.coupling.exact import Summing
 
 
 @dataclass(frozen=True)
@@ -22,12 +19,6 @@ class Additive(Summing):
 
     The default: its reconstruction error only adds up. RevNet, https://arxiv.org/abs/1707.04585.
     """
-
-    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
-        return b, a + f
-
-    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return b_out - f
 
 
 @dataclass(frozen=True)
@@ -180,88 +171,6 @@ class Scaled(Alternating):
 
     def finish(self, a: Tensor, b: Tensor) -> Tensor:
         return b
-
-
-def additive_coupling_forward(other_stream: Tensor, fn_out: Tensor) -> Tensor:
-    """The additive coupling in RevLib's signature, (other, f) -> out."""
-    return other_stream + fn_out
-
-
-def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
-    """Undoes `additive_coupling_forward`: (out, f) -> other."""
-    return output - fn_out
-
-
-@dataclass(frozen=True)
-class Pair(Alternating):
-    """(a, b) -> (b, coupling_forward(a, f)); inverse a = coupling_inverse(b', f).
-
-    A user's own pair of callables, in RevLib's signature.
-    """
-
-    coupling_forward: Callable[[Tensor, Tensor], Tensor] = additive_coupling_forward
-    coupling_inverse: Callable[[Tensor, Tensor], Tensor] = additive_coupling_inverse
-
-    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return self.coupling_forward(a, f)
-
-    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return self.coupling_inverse(out, f)
-
-
-@dataclass(frozen=True)
-class Invertible(Coupling):
-    """(a, b) -> (m(a), m(b)); inverse by m.inverse. A step without a block."""
-
-    module: Any
-
-    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
-        return self.module(a), self.module(b)
-
-    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
-        return self.module.inverse(b_out)
-
-    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return self.module.inverse(a_out)
-
-
-COUPLINGS: dict[str, type[Coupling]] = {
-    "additive": Additive,
-    "affine": Affine,
-    "momentum": Momentum,
-    "midpoint": Midpoint,
-    "leapfrog": Leapfrog,
-    "scaled": Scaled,
-    "bdia": BDIA,
-}
-
-
-CouplingSpec: TypeAlias = str | Coupling | Mapping[str, Any]
-
-
-def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
-    """A coupling by name, `get_coupling("momentum", gamma=0.9)`, or by mapping, `{"name": "momentum", "gamma": 0.9}`.
-
-    A `Coupling` is returned as it is. Raises ValueError for an unknown name or option.
-    """
-    if isinstance(coupling, Coupling):
-        return coupling
-    if isinstance(coupling, Mapping):
-        options = {**coupling, **options}
-        if "name" not in options:
-            raise ValueError(f"coupling={dict(coupling)!r} has no name; write {{'name': 'momentum', 'gamma': 0.9}}")
-        coupling = options.pop("name")
-    if coupling not in COUPLINGS:
-        near = difflib.get_close_matches(str(coupling), COUPLINGS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"coupling={coupling!r} is unknown; {hint}There is {', '.join(COUPLINGS)}, or your own Coupling"
-        )
-    cls = COUPLINGS[coupling]
-    known = inspect.signature(cls).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    return cls(**options)
 
 
 def _nonzero(name: str, value: float) -> None:

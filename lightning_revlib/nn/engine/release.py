@@ -1,7 +1,7 @@
-"""Whether only autograd holds a tensor's memory: then to copy a part of it lets go of the rest.
+"""Freeing the whole of a tensor as soon as its halves have been copied.
 
-A stack's output and the gradient of that are read by halves, one step after the other. A view of a half keeps all of
-them; a copy does not, unless somebody else does.
+A stack's output, and the gradient of the output, are read by halves, one step after the other. A view of one half keeps
+the whole in memory; a copy frees it, if autograd holds the only reference. It saves up to two outputs at the peak.
 """
 
 from __future__ import annotations
@@ -12,42 +12,36 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_revlib.nn.internals import holders
+
 LARGE = 512 * 1024  # bytes of a half below which its copy takes more time than the bytes are worth
 
 
-def is_alone(t: Tensor) -> bool:
-    """Whether no other tensor shares the memory of this one, which the caller holds and nobody besides."""
-    return _holders(t) == _holders(torch.empty(0))
+def is_sole_owner(t: Tensor) -> bool:
+    """Return whether no other tensor shares the memory of this one, which is `outputs[0]` of a tape that reads it."""
+    return holders(t)[0] == holders(torch.empty(0))[0]
 
 
-def part_gradient(y: Tensor) -> None:
-    """Have backward make the halves of y's gradient tensors of their own, where that lets go of the whole."""
+def free_whole_gradient(y: Tensor) -> None:
+    """Have backward copy the halves of y's gradient if that frees the whole; y joins two streams."""
     if y.grad_fn is not None:
-        _in_a_hook()
+        _holders_in_a_hook()
         y.grad_fn.register_hook(_copy)
 
 
 def _copy(halves: Sequence[Tensor | None], whole: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
-    if _counts(whole[0]) != _in_a_hook():
+    if holders(whole[0]) != _holders_in_a_hook():
         return None
     return tuple(None if half is None else half.clone() for half in halves)
 
 
-def _counts(t: Tensor) -> tuple[int, int]:
-    return _holders(t), t._use_count()  # type: ignore[attr-defined]
-
-
-def _holders(t: Tensor) -> int:
-    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-
-
 @lru_cache(maxsize=1)
-def _in_a_hook() -> tuple[int, int]:
-    """The counts of a gradient that nobody else holds, found by an example."""
+def _holders_in_a_hook() -> tuple[int, int]:
+    """Return the holders of a gradient that nobody else refers to, found by an example."""
     found: list[tuple[int, int]] = []
     with torch.enable_grad():
         a = torch.zeros(1, device="cpu", requires_grad=True)
         y = torch.cat((a * 1, a * 1))
-        y.grad_fn.register_hook(lambda halves, whole: found.append(_counts(whole[0])))  # type: ignore[union-attr]
+        y.grad_fn.register_hook(lambda halves, whole: found.append(holders(whole[0])))  # type: ignore[union-attr]
         torch.autograd.grad((y * torch.ones(2, device="cpu")).sum(), a)
     return found[0]

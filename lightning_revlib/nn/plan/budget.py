@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_revlib.nn.plan.fingerprint import digest
-from lightning_revlib.nn.plan.profile import Figures, Measured
+from lightning_revlib.nn.plan.cost import CostModel, StepCosts
+from lightning_revlib.nn.plan.fingerprint import fingerprint
+from lightning_revlib.nn.plan.limit import MemoryBudget, read_budget
+from lightning_revlib.nn.plan.profile import measure
 from lightning_revlib.nn.plan.solver import Plan, make_plan
-from lightning_revlib.nn.stacks.options import MemoryBudget, Treatment, read_budget
+from lightning_revlib.nn.treatments.base import StepCost
 
 log = logging.getLogger("lightning_revlib")
 
@@ -44,23 +46,24 @@ class Budget:
     value: MemoryBudget
     paths: tuple[str, ...] = ()
     announce: Callable[[str], Any] = log.info
+    cost_model: CostModel = measure
     plan: Plan | None = None  # the last that was followed or made
-    _known: dict[str, dict[Signature, tuple[list[Measured], int]]] = field(default_factory=dict)
+    _known: dict[str, dict[Signature, tuple[list[StepCosts], int]]] = field(default_factory=dict)
     _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run, or is expected to
-    _ran: dict[str, tuple[Treatment, ...]] = field(default_factory=dict)  # what stacks have done in this step
+    _ran: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what stacks have done in this step
     _together: dict[tuple[str, Signature], dict[str, Signature]] = field(default_factory=dict)  # in a step with this
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
-    _digests: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
-    _checked: set[str] = field(default_factory=set)  # whose digest is that of the stack that runs
-    _loaded: dict[str, tuple[str, dict[Signature, tuple[list[Measured], int]]]] = field(default_factory=dict)
+    _fingerprints: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
+    _checked: set[str] = field(default_factory=set)  # whose fingerprint is that of the stack that runs
+    _loaded: dict[str, tuple[str, dict[Signature, tuple[list[StepCosts], int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         read_budget(self.value)
 
-    def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[Treatment, ...] | None:
+    def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[str, ...] | None:
         """The plan's for this stack; None if it has to be measured first."""
         if path not in self._checked:
-            self._check(path, digest(stack))
+            self._check(path, fingerprint(stack))
         known = self._known.get(path, {})
         covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
         if covering is None:
@@ -74,17 +77,17 @@ class Budget:
         return self._ran[path]
 
     def _check(self, path: str, now: str) -> None:
-        of, figures = self._loaded.pop(path, (self._digests.get(path), self._known.get(path, {})))
+        of, figures = self._loaded.pop(path, (self._fingerprints.get(path), self._known.get(path, {})))
         if of == now:
             self._known[path] = figures
         else:
             self.forget(path)
-        self._digests[path] = now
+        self._fingerprints[path] = now
         self._checked.add(path)
 
     def forget(self, path: str) -> None:
         """All that is known of a stack, and the plans that follow from it."""
-        for known in (self._known, self._last, self._digests, self._loaded, self._ran, *self._together.values()):
+        for known in (self._known, self._last, self._fingerprints, self._loaded, self._ran, *self._together.values()):
             known.pop(path, None)  # type: ignore[attr-defined]
         self._together = {key: step for key, step in self._together.items() if key[0] != path}
         self._checked.discard(path)
@@ -95,12 +98,12 @@ class Budget:
     def share(self, paths: Iterable[str]) -> None:
         """Be that of these stacks from now on, which may be others than before under the same paths."""
         self.paths = tuple(paths)
-        for path in {*self._last, *self._digests} - {*self.paths}:
+        for path in {*self._last, *self._fingerprints} - {*self.paths}:
             self.forget(path)
         self._checked.clear()
         self._ran.clear()
 
-    def add(self, path: str, signature: Signature, steps: list[Measured], output: int) -> None:
+    def add(self, path: str, signature: Signature, steps: list[StepCosts], output: int) -> None:
         """Note a stack's figures; with the last stack's, make a plan. ValueError if the budget is too small."""
         self._known.setdefault(path, {})[signature] = steps, output
         self._arrive(path, signature)
@@ -125,12 +128,12 @@ class Budget:
         """The figures of all stacks that have run, as plain data, from which the same plans follow."""
         return {
             path: {
-                "digest": self._digests[path],
+                "fingerprint": self._fingerprints[path],
                 "last": list(known).index(self._last[path]),
                 "figures": [
                     (
                         tuple(s),
-                        [(m.streams, m.sentinel, {t: tuple(f) for t, f in m.figures.items()}) for m in steps],
+                        [(m.streams, m.sentinel, {t: tuple(f) for t, f in m.costs.items()}) for m in steps],
                         output,
                     )
                     for s, (steps, output) in known.items()
@@ -144,14 +147,17 @@ class Budget:
         """Take figures from `state_dict`, each for a stack that is still the same when it runs first."""
         for path, saved in state.items():
             figures = {
-                Signature(*s): ([Measured(a, b, {t: Figures(*f) for t, f in by.items()}) for a, b, by in steps], output)
+                Signature(*s): (
+                    [StepCosts(a, b, {t: StepCost(*c) for t, c in by.items()}) for a, b, by in steps],
+                    output,
+                )
                 for s, steps, output in saved["figures"]
             }
             self.forget(path)
-            self._loaded[path] = saved["digest"], figures
+            self._loaded[path] = saved["fingerprint"], figures
             self._last[path] = list(figures)[saved["last"]]
 
-    def _figures(self, path: str) -> dict[Signature, tuple[list[Measured], int]]:
+    def _figures(self, path: str) -> dict[Signature, tuple[list[StepCosts], int]]:
         return self._known.get(path) or self._loaded.get(path, ("", {}))[1]
 
     def _follow(self) -> Plan | None:
@@ -169,7 +175,7 @@ class Budget:
             self._ran.clear()
             raise
 
-    def _plan(self, taken: Mapping[str, tuple[Treatment, ...]]) -> Plan:
+    def _plan(self, taken: Mapping[str, tuple[str, ...]]) -> Plan:
         combination = tuple(self._last.items())
         key = combination, tuple(taken.items())
         if key not in self._plans:
@@ -180,9 +186,9 @@ class Budget:
         return self.plan
 
 
-def _undone(steps: Sequence[Measured]) -> tuple[Treatment, ...]:
+def _undone(steps: Sequence[StepCosts]) -> tuple[str, ...]:
     """What steps do that are all to be undone."""
-    return tuple("reversible" if "reversible" in step.figures else "store" for step in steps)
+    return tuple("reversible" if "reversible" in step.costs else "store" for step in steps)
 
 
 def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:

@@ -1,4 +1,4 @@
-"""Which blocks, and which stacks, are alike: they take the same bytes and work, and need not be measured again."""
+"""Descriptions of blocks and stacks: those with the same one take the same bytes and work."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.state.attributes import PLAIN
 from lightning_revlib.nn.steps.step import Step
 
-PLAIN = bool, int, float, str, type(None)
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def description(step: Step) -> tuple[Any, ...]:
-    """What two steps agree in that take the same bytes and work, as far as can be told."""
-    arguments = [_text(x) for x in tree_leaves((step.args, step.kwargs))]
+    """Return what two steps agree in that take the same bytes and work, as far as can be told."""
+    arguments = [_text(x) for x in pytree.tree_leaves((step.args, step.kwargs))]
     branch = step.key.partition(".")[2]
     chunks = getattr(step, "count", 1)
     return branch, chunks, *_of_module(step.module), _text(step.coupling), repr(arguments)
@@ -40,7 +40,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def _text(value: Any, depth: int = 4) -> str:
-    """What it says of what a block does, the same for alike blocks and in each process: without addresses."""
+    """Return a text about a value that is the same for alike blocks and in each process: it has no addresses."""
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, Tensor):
@@ -58,9 +58,11 @@ def _text(value: Any, depth: int = 4) -> str:
     return f"{ADDRESS.sub('', repr(value))} {getattr(getattr(value, '__code__', None), 'co_firstlineno', '')}"
 
 
-def digest(stack: Any) -> str:
-    """Of all that figures depend on besides their signature: they hold for another stack with the same one."""
-    options = [stack.couplings, stack.branches, stack.chunks, stack.chunk_dim, stack.stream_dtype, stack.residual]
-    more = [stack.grid_bits, stack.split_dim, stack.ordinary, stack.offload, stack.context_fn]
-    text = repr([torch.__version__, _text(options), _text(more), *[_of_module(m, but="training") for m in stack]])
+def fingerprint(stack: Any) -> str:
+    """Return a hash of all that a stack's costs depend on, besides the signature of its inputs."""
+    o = stack.options
+    options = [stack.couplings, o.branches, stack.chunks, o.chunk_dim, o.stream_dtype, o.residual]
+    options += [o.grid_bits, o.split_dim, o.ordinary, o.offload, o.context_fn]
+    modules = [_of_module(m, but="training") for m in stack]
+    text = repr([torch.__version__, *map(_text, options), *modules])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -17,14 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.nn.plan.profile import Measured
-from lightning_revlib.nn.stacks.options import MemoryBudget, Treatment, read_budget
+from lightning_revlib.nn.plan.cost import StepCosts
+from lightning_revlib.nn.plan.limit import MemoryBudget, limit_in_bytes
 
 FRONT = 1024  # pairs that are kept at a step; with more, near ones are merged to the safe side
-MARGIN = 0.1  # of the free memory, which "auto" leaves
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Plan:
     `minimum` is the least peak and `plain` that of ordinary autograd; `work` is over ordinary autograd's.
     """
 
-    treatments: Mapping[str, tuple[Treatment, ...]]
+    treatments: Mapping[str, tuple[str, ...]]
     limit: int
     peak: int
     minimum: int
@@ -53,9 +50,9 @@ class Plan:
 
 
 def make_plan(
-    stacks: Mapping[str, tuple[Sequence[Measured], int]],
+    stacks: Mapping[str, tuple[Sequence[StepCosts], int]],
     value: MemoryBudget,
-    taken: Mapping[str, Sequence[Treatment]] | None = None,
+    taken: Mapping[str, Sequence[str]] | None = None,
 ) -> Plan:
     """The plan with the least work for stacks of so many output bytes. Raises ValueError if none fits.
 
@@ -64,7 +61,7 @@ def make_plan(
     steps = lay_out(stacks)
     alike = _alike(steps)
     minimum, plain = min(walk(steps, treatments)[0] for treatments in alike.values()), walk(steps, alike["store"])
-    limit = _limit(value, plain[0])
+    limit = limit_in_bytes(value, plain[0])
     if limit < minimum:
         raise ValueError(
             f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
@@ -73,7 +70,7 @@ def make_plan(
     if taken:
         steps = lay_out({path: (_only(each, taken.get(path)), output) for path, (each, output) in stacks.items()})
         alike = _alike(steps)
-    best = [min(reversed(list(step.figures)), key=lambda t: step.figures[t].work) for step, _ in steps]
+    best = [min(reversed(list(step.costs)), key=lambda t: step.costs[t].work) for step, _ in steps]
     if walk(steps, best)[0] > limit:
         fitting = [treatments for treatments in alike.values() if walk(steps, treatments)[0] <= limit]
         if (found := _search(steps, limit)) is not None:
@@ -89,78 +86,78 @@ def make_plan(
     return Plan(treatments, limit, peak, minimum, plain[0], work / max(plain[1], 1))
 
 
-def _alike(steps: Sequence[tuple[Measured, int]]) -> dict[Treatment, list[Treatment]]:
+def _alike(steps: Sequence[tuple[StepCosts, int]]) -> dict[str, list[str]]:
     """All steps under one treatment, by it, as far as they can."""
-    choices = list({treatment: None for step, _ in steps for treatment in step.figures})
-    return {t: [t if t in step.figures else next(iter(step.figures)) for step, _ in steps] for t in choices}
+    choices = list({treatment: None for step, _ in steps for treatment in step.costs})
+    return {t: [t if t in step.costs else next(iter(step.costs)) for step, _ in steps] for t in choices}
 
 
-def _only(measured: Sequence[Measured], taken: Sequence[Treatment] | None) -> Sequence[Measured]:
+def _only(measured: Sequence[StepCosts], taken: Sequence[str] | None) -> Sequence[StepCosts]:
     if taken is None:
         return measured
-    return [m._replace(figures={t: m.figures[t]}) for m, t in zip(measured, taken, strict=True)]
+    return [m._replace(costs={t: m.costs[t]}) for m, t in zip(measured, taken, strict=True)]
 
 
-def lay_out(stacks: Mapping[str, tuple[Sequence[Measured], int]]) -> list[tuple[Measured, int]]:
+def lay_out(stacks: Mapping[str, tuple[Sequence[StepCosts], int]]) -> list[tuple[StepCosts, int]]:
     """The steps of all stacks, each with the bytes that live outside of it.
 
     They are all outputs, the gradient of its stack's output, unless the last step's figures contain it, and what later
     steps hold when they are undone, since their frames refer to each other, or keep for their further outputs.
     """
     outside = sum(output for _, output in stacks.values())
-    steps: list[tuple[Measured, int]] = []
+    steps: list[tuple[StepCosts, int]] = []
     for measured, output in reversed(list(stacks.values())):
         for step in reversed(measured):
             last = step is measured[-1]
             steps.insert(0, (step, outside + (0 if last else output)))
-            kept = [figures.kept for figures in step.figures.values() if figures.kept]
-            if "reversible" in step.figures:
-                held = step.figures["reversible"].held
+            kept = [cost.kept for cost in step.costs.values() if cost.kept]
+            if "reversible" in step.costs:
+                held = step.costs["reversible"].held
                 kept.append(held - step.streams if last and held >= step.streams else held)  # without what comes out
             outside += max(kept, default=0)
     return steps
 
 
-def walk(steps: Sequence[tuple[Measured, int]], treatments: Sequence[Treatment]) -> tuple[int, int]:
+def walk(steps: Sequence[tuple[StepCosts, int]], treatments: Sequence[str]) -> tuple[int, int]:
     """Peak bytes and work of one choice of treatments."""
     peak = held = work = 0
     befores = [None, *treatments[:-1]]
     samples = sum(map(_sample, (step for step, _ in steps), befores, treatments))
     for (step, outside), before, treatment in zip(steps, befores, treatments, strict=True):
-        figures = step.figures[treatment]
+        cost = step.costs[treatment]
         held += _boundary(step, before, treatment)
         samples -= _sample(step, before, treatment)
-        peak = max(peak, held + figures.forward, outside + held + samples + figures.backward)
-        held, work = held + figures.held, work + figures.work
+        peak = max(peak, held + cost.forward, outside + held + samples + cost.backward)
+        held, work = held + cost.held, work + cost.work
     return peak, work
 
 
-def _sample(step: Measured, before: Treatment | None, treatment: Treatment) -> int:
+def _sample(step: StepCosts, before: str | None, treatment: str) -> int:
     """What stays, when it is undone, of a reversible part that begins here."""
     return step.sentinel if treatment == "reversible" and before != "reversible" else 0
 
 
-def _boundary(step: Measured, before: Treatment | None, treatment: Treatment) -> int:
+def _boundary(step: StepCosts, before: str | None, treatment: str) -> int:
     """What is kept where reversible steps begin, a sample, and where they end, the streams."""
     return step.streams if before == "reversible" != treatment else _sample(step, before, treatment)
 
 
-def _search(steps: Sequence[tuple[Measured, int]], limit: int) -> list[Treatment] | None:
+def _search(steps: Sequence[tuple[StepCosts, int]], limit: int) -> list[str] | None:
     """The treatments with the least work whose peak is within the limit, or None.
 
     As if what stays of later parts were there in all steps, of as many parts as there can be.
     """
     limit -= max(step.sentinel for step, _ in steps) * ((len(steps) + 1) // 2)
-    fronts: dict[Treatment | None, list[tuple[int, int, Any]]] = {None: [(0, 0, None)]}
+    fronts: dict[str | None, list[tuple[int, int, Any]]] = {None: [(0, 0, None)]}
     for step, outside in steps:
-        grown: dict[Treatment | None, list[tuple[int, int, Any]]] = {}
-        for treatment, figures in step.figures.items():
-            room = limit - max(figures.forward, outside + figures.backward)
+        grown: dict[str | None, list[tuple[int, int, Any]]] = {}
+        for treatment, cost in step.costs.items():
+            room = limit - max(cost.forward, outside + cost.backward)
             kind = treatment if treatment == "reversible" else None
             for before, front in fronts.items():
                 extra = _boundary(step, before, treatment)
                 grown.setdefault(kind, []).extend(
-                    (held + extra + figures.held, work + figures.work, (treatment, way))
+                    (held + extra + cost.held, work + cost.work, (treatment, way))
                     for held, work, way in front
                     if held + extra <= room
                 )
@@ -169,7 +166,7 @@ def _search(steps: Sequence[tuple[Measured, int]], limit: int) -> list[Treatment
     if not ends:
         return None
     way = min(ends, key=lambda pair: (pair[1], pair[0]))[2]
-    treatments: list[Treatment] = []
+    treatments: list[str] = []
     while way is not None:
         treatment, way = way
         treatments.append(treatment)
@@ -187,18 +184,3 @@ def _unbeaten(pairs: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
         buckets = {int((pair[0] - front[0][0]) / max(step, 1)): pair for pair in reversed(front)}  # the least bytes
         front = sorted(buckets.values(), key=lambda pair: pair[:2])
     return front
-
-
-def _limit(value: MemoryBudget, plain: int) -> int:
-    read = read_budget(value)
-    if isinstance(read, float):
-        return int(read * plain)
-    if read is not None:
-        return read
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "memory_budget='auto' needs a CUDA device; pass bytes, such as '2GiB', or a fraction, such as 0.5"
-        )
-    free, _ = torch.cuda.mem_get_info()
-    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int((free + cached) * (1 - MARGIN))

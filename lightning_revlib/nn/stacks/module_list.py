@@ -1,8 +1,8 @@
 """A list of layers that its model's own forward calls one by one, run reversibly.
 
-The layers' `forward` is stood in for by a `Layer`, which takes the model's call with all its arguments, runs the layer
-as a step on two streams, and returns what the layer returns, with the stream in the place of its first output. Between
-the layers the model sees one stream, b; the list keeps the other:
+A `LayerProxy` stands in for each layer's `forward`. It takes the model's call with all its arguments, runs the layer as
+a step on two streams, and returns what the layer returns, with the stream in the place of its first output. Between the
+layers the model sees one stream, b; the list keeps the other:
 
     a, b = start(x); for each layer: a, b = coupling(a, b, layer(b, ...)), the model gets b; at the last finish(a, b)
 
@@ -11,177 +11,190 @@ Masks, position embeddings, tuples, hooks, keys and parameters stay what they we
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import set_eval_frame
 
-from lightning_revlib.nn.coupling.base import Coupling
+from lightning_revlib.nn.internals import in_transform, set_compiler
 from lightning_revlib.nn.stacks.build import steps_of
-from lightning_revlib.nn.stacks.layer import Layer, Run, cached, describe, same_memory, without_cache
-from lightning_revlib.nn.stacks.options import Treatment
+from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
+from lightning_revlib.nn.stacks.options import StackOptions
 from lightning_revlib.nn.stacks.reversible import Reversible
-from lightning_revlib.nn.stacks.sequential import CoupledSequential
-from lightning_revlib.nn.steps.branches import BranchSpec
-from lightning_revlib.nn.steps.step import Step, rest_of, with_first
-from lightning_revlib.nn.treatments.run import Execution
+from lightning_revlib.nn.steps.outputs import replace_first, split_output
+from lightning_revlib.nn.steps.step import Step
 
 
-class _LayerStep(Step):
-    __slots__ = ()
+class LayerProxy:
+    """Stands in for the forward of one layer: an attribute of the layer, whose class and hooks stay."""
 
-    def split(self, out: Any) -> tuple[Any, Any]:
-        return rest_of(out)[0], with_first(out, None)
+    def __init__(self, owner: Layerwise, module: nn.Module) -> None:
+        self.owner, self.module = owner, module
+        self.inner: Any = vars(module).get("forward")  # a stand-in of somebody else's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.owner.call if torch.compiler.is_exporting() else self.owner.call_eagerly
+        return call(self, args, kwargs)
+
+    def original(self) -> Any:
+        return self.inner or partial(type(self.module).forward, self.module)
+
+    def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Return the stream, which may be given by name, and the other arguments."""
+        if args:
+            return args[0], args[1:], kwargs
+        name = next(iter(inspect.signature(self.original()).parameters), "")
+        if name not in kwargs:
+            raise TypeError(f"{self.owner.name_of(self.module)} was called without its first argument, the stream")
+        return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 class Layerwise(Reversible):
-    """A container whose layers are stood in for; see `ReversibleModuleList`."""
+    """A container with a proxy for each of its layers; see `ReversibleModuleList`."""
 
-    if TYPE_CHECKING:  # of the containers
-        training: bool
-
-        def __len__(self) -> int: ...
-        def __iter__(self) -> Iterator[nn.Module]: ...
-        def __getitem__(self, index: Any) -> Any: ...
-
-    _modules: dict[str, Any]
-    OPTIONS = (*CoupledSequential.OPTIONS, "_runs")
-    _step: type[Step] = _LayerStep
     path = "layers"
-    listed = True
-    couplings: tuple[Coupling, ...]
-    treatments: tuple[Treatment, ...]
-    ordinary: int
-    branches: tuple[BranchSpec, ...]
+    _forwards: dict[int, ListForward]  # by thread
 
-    def set_options(self, options: Mapping[str, Any]) -> None:
+    def set_options(self, options: StackOptions) -> None:
         """Take the options and stand in for the layers; ValueError or TypeError before anything has changed."""
-        if options.get("split_dim") is not None:
+        if options.split_dim is not None:
             raise ValueError(
-                f"split_dim={options['split_dim']!r}: layers that their model calls see the whole stream; leave it out"
+                f"split_dim={options.split_dim!r}: layers that their model calls see the whole stream; leave it out"
             )
+        if not len(self):
+            raise ValueError(f"{type(self).__name__} got no blocks; pass at least one module")
         for layer in self:
-            stand_in = layer.__dict__.get("forward")
-            if isinstance(stand_in, Layer) and stand_in.owner is not self:
+            proxy = vars(layer).get("forward")
+            if isinstance(proxy, LayerProxy) and proxy.owner is not self:
                 raise ValueError(
-                    f"{self._name(layer)} is a layer of {stand_in.owner.path}, too, which runs it reversibly; a layer"
+                    f"{self.name_of(layer)} is a layer of {proxy.owner.path}, too, which runs it reversibly; a layer"
                     " can be in one reversible list only: leave one of them as it is, or give it copies of the layers"
                 )
-        template = CoupledSequential(OrderedDict(self._modules), **{**options, "split_dim": None})
-        self.__dict__.update({name: template.__dict__[name] for name in CoupledSequential.OPTIONS})
-        self._runs: dict[int, Run] = {}  # by thread
-        for layer in list(self)[self.ordinary :]:
-            if not isinstance(layer.__dict__.get("forward"), Layer):
-                layer.forward = Layer(self, layer)
+        super().set_options(options)
+        self._forwards = {}
+        for layer in list(self)[options.ordinary :]:
+            if not isinstance(vars(layer).get("forward"), LayerProxy):
+                layer.forward = LayerProxy(self, layer)
 
     def release(self) -> None:
         """Give the layers their own forward back."""
         for layer in self:
-            stand_in = layer.__dict__.get("forward")
-            if isinstance(stand_in, Layer):
+            proxy = vars(layer).get("forward")
+            if isinstance(proxy, LayerProxy):
                 del layer.forward
-                if stand_in.inner is not None:
-                    layer.forward = stand_in.inner
+                if proxy.inner is not None:
+                    layer.forward = proxy.inner
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runs": {}}
+        return {**self.__dict__, "_forwards": {}}
 
-    def call(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A layer's call by the model, in place of its forward."""
-        compiler = set_eval_frame(None)
+    def call(self, proxy: LayerProxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer, called by the model, in place of its forward."""
+        compiler = set_compiler(None)
         thread = threading.get_ident()
-        run = self._runs.pop(thread, None)  # back when the layer has run: an error ends the run
+        forward = self._forwards.pop(thread, None)  # put back when the layer has run: an error ends the forward
         try:
-            x, args, kwargs = layer.first(args, kwargs)
-            run = self._go_on(run, layer.module, x) or self._begin(layer.module, x, (args, kwargs), compiler)
-            if run.execution is not None:
+            x, args, kwargs = proxy.first(args, kwargs)
+            if forward is None or not self._continues(forward, proxy.module, x):
+                forward = self._begin(forward, proxy.module, x, (args, kwargs), compiler)
+            if forward.run is not None:
                 args, kwargs = without_cache((args, kwargs), self.path)
-            key, first = list(self._modules)[run.index], (run.index - self.ordinary) * (len(self.branches) or 1)
-            steps = steps_of(self, run.index, first, key, layer.module, x.dtype, (args, kwargs))
-            if not self.branches:
-                steps[0].call = layer.original()
-            out = self._advance(run, steps, compiler)
-            if run.index < len(self):
-                self._runs[thread] = run
+            out = self._advance(forward, self._steps(forward.index, proxy, x.dtype, args, kwargs), compiler)
+            if forward.index < len(self):
+                self._forwards[thread] = forward
             return out
         finally:
-            set_eval_frame(compiler)
+            set_compiler(compiler)
 
     call_eagerly = torch.compiler.disable(call, recursive=False)
 
-    def _advance(self, run: Run, steps: list[Step], compiler: Any) -> Any:
-        run.index += 1
-        for step in steps:
-            if run.execution is None:
-                run.a, run.b = step.run(run.a, run.b, compiler)
-            else:
-                run.a, run.b = run.execution.step(step, run.a, run.b)
-        if run.index < len(self):
-            out = run.hand(step.dtype, step.name)
-        else:
-            if run.execution is not None:
-                run.a, run.b = run.execution.close(run.a, run.b)
-                self.__dict__["_draws"] = run.execution.drew
-            out = self._join(run.a, run.b).to(step.dtype)  # type: ignore[misc]
-            if run.execution is not None:
-                run.execution.end(out)
-        extra, step.extra = step.extra, None  # it refers to the graph, which refers to the step
-        return out if extra is None else with_first(extra, out)
+    def name_of(self, layer: nn.Module) -> str:
+        key = next(key for key, m in self._modules.items() if m is layer)
+        return f"{self.path}.{key} ({type(layer).__name__})"
 
-    def _begin(self, layer: nn.Module, x: Any, call: Any, compiler: Any) -> Run:
-        if len(self.treatments) != len(self) or any(
-            not isinstance(m.__dict__.get("forward"), Layer) for m in list(self)[self.ordinary :]
-        ):
+    def _steps(self, index: int, proxy: LayerProxy, dtype: torch.dtype, args: Any, kwargs: Any) -> list[Step]:
+        """Return the steps of the layer of that number."""
+        key, branches = list(self._modules)[index], self.options.branches
+        first = (index - self.options.ordinary) * len(branches or (None,))
+        return steps_of(
+            self, first, key, proxy.module, dtype, (args, kwargs), call=proxy.original(), split=_split_layer_output
+        )
+
+    def _advance(self, forward: ListForward, steps: list[Step], compiler: Any) -> Any:
+        last = steps[-1]
+        try:
+            for step in steps:
+                forward.step(step, compiler)
+            forward.next_layer()
+            if forward.index < len(self):
+                out = forward.hand(last.dtype, last.name)
+            else:
+                out = self._finish(forward).to(last.dtype)
+            extra = last.take_extra()
+            return out if extra is None else replace_first(extra, out)
+        finally:
+            for step in steps:
+                step.take_extra()
+
+    def _finish(self, forward: ListForward) -> Tensor:
+        if forward.run is None:
+            return self.join(forward.a, forward.b)
+        out = self.join(*forward.run.close(forward.a, forward.b))
+        self.end_run(forward.run, out)
+        return out
+
+    def _begin(self, abandoned: ListForward | None, layer: nn.Module, x: Any, call: Any, compiler: Any) -> ListForward:
+        """Begin a forward with its first layer; another one may have been given up before."""
+        first = self[self.options.ordinary]
+        if layer is not first:
+            raise ValueError(f"{self.name_of(layer)} was called before {self.name_of(first)}: {ORDER}")
+        layers = list(self)[self.options.ordinary :]
+        if len(self.treatments) != len(self) or any(not isinstance(vars(m).get("forward"), LayerProxy) for m in layers):
             raise RuntimeError(f"{self.path}: its layers are others than when it was swapped; call swap again")
-        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+        is_recorded = torch.is_grad_enabled()
+        if is_recorded and in_transform():
             raise RuntimeError(
                 "torch.func transforms cannot run reversible layers, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes them ordinary ones, with the same parameters"
             )
-        if torch.is_grad_enabled() and layer.training and _checkpointed(layer):
+        if is_recorded and layer.training and _checkpointed(layer):
             raise ValueError(
-                f"{self._name(layer)}: gradient checkpointing is on, and would call the layers of a reversible list a"
+                f"{self.name_of(layer)}: gradient checkpointing is on, and would call the layers of a reversible list a"
                 " second time; they hold nothing already: model.gradient_checkpointing_disable()"
             )
-        run = Run(self.ordinary)
-        run.a, run.b = self._split(x)  # type: ignore[misc]
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting() and not cached(call, self.path):
-            run.execution = Execution(self, compiler, (len(self) - self.ordinary) * (len(self.branches) or 1))
-        return run
+        a, b = self.split(x)
+        is_recorded = is_recorded and not torch.compiler.is_exporting() and not has_cache(call, self.path)
+        return ListForward(self.options.ordinary, a, b, self.new_run(None, compiler) if is_recorded else None)
 
-    def _go_on(self, run: Run | None, layer: nn.Module, x: Any) -> Run | None:
-        """The run, if the call continues it; None if it begins one; an error else."""
-        first = self[self.ordinary]
-        if run is None:
-            if layer is not first:
-                raise ValueError(f"{self._name(layer)} was called before {self._name(first)}: {ORDER}")
-            return None
-        if self[run.index] is not layer:
-            if layer is first and not (isinstance(x, Tensor) and same_memory(x, run.handed)):
-                return None  # the last forward was given up
-            last, due = self[run.index - 1], self._name(self[run.index])
-            what = "a second time" if layer is last else f"where {due} was due"
-            raise ValueError(f"{self._name(layer)} was called {what}, after {self._name(last)}: {ORDER}")
-        if not run.continues_with(x):
-            if layer is first:
-                return None
-            raise ValueError(
-                f"{self._name(layer)} was called with something else than what {self._name(self[run.index - 1])} had"
-                f" returned ({describe(run.handed)}, now {describe(x)}): between the layers of a reversible list the"
-                " model may do nothing, such as adding a skip connection or position embeddings. It cannot be swapped;"
-                " lightning_revlib.restore(model) undoes the swap"
-            )
-        return run
+    def _continues(self, forward: ListForward, layer: nn.Module, x: Any) -> bool:
+        """Return whether the call continues the forward; False if it begins another. Raises ValueError else."""
+        first = self[self.options.ordinary]
+        last, due = self[forward.index - 1], self[forward.index]
+        if due is not layer:
+            if layer is first and not (isinstance(x, Tensor) and same_memory(x, forward.handed)):
+                return False  # the last forward was given up
+            what = "a second time" if layer is last else f"where {self.name_of(due)} was due"
+            raise ValueError(f"{self.name_of(layer)} was called {what}, after {self.name_of(last)}: {ORDER}")
+        if forward.continues_with(x):
+            return True
+        if layer is first:
+            return False
+        raise ValueError(
+            f"{self.name_of(layer)} was called with something else than what {self.name_of(last)} had"
+            f" returned ({describe(forward.handed)}, now {describe(x)}): between the layers of a reversible list the"
+            " model may do nothing, such as adding a skip connection or position embeddings. It cannot be swapped;"
+            " lightning_revlib.restore(model) undoes the swap"
+        )
 
-    def _name(self, layer: nn.Module) -> str:
-        key = next(key for key, m in self._modules.items() if m is layer)
-        return f"{self.path}.{key} ({type(layer).__name__})"
 
-    _split, _join = CoupledSequential._split, CoupledSequential._join
+def _split_layer_output(out: Any) -> tuple[Any, Any]:
+    """Return a layer's branch and all that it returned, for another branch to be put in its place."""
+    return split_output(out)[0], replace_first(out, None)
 
 
 class ReversibleModuleList(Layerwise, nn.ModuleList):
@@ -195,7 +208,7 @@ class ReversibleModuleList(Layerwise, nn.ModuleList):
 
     The model must call each layer once, in order, with what the one before returned. Gradients are
     those of the same loop by ordinary autograd, which is what runs with all layers stored,
-    ``store_last=len(layers)``, and where gradients are off. `swap` makes one of an nn.ModuleList,
+    ``store_last=len(layers)``, and if gradients are off. `swap` makes one of an nn.ModuleList,
     `restore` an nn.ModuleList of it. Not for models that read the hidden states between the layers.
 
     Args:
@@ -211,7 +224,7 @@ class ReversibleModuleList(Layerwise, nn.ModuleList):
 
     def __init__(self, modules: Iterable[nn.Module] = (), **options: Any) -> None:
         super().__init__(modules)
-        self.set_options(options)
+        self.set_options(StackOptions(**{"split_dim": None, **options}))
 
     def __getitem__(self, index: Any) -> Any:
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
@@ -233,5 +246,5 @@ ORDER = (
 
 
 def _checkpointed(layer: nn.Module) -> bool:
-    """Whether transformers' layers, up to 5.22 or so, checkpoint their whole call; later ones do so inside of it."""
+    """Return whether a layer of transformers checkpoints its whole call, as up to version 5.22."""
     return bool(getattr(layer, "gradient_checkpointing", False)) and type(layer).__call__ is not nn.Module.__call__

@@ -1,82 +1,151 @@
-"""A stack's options in the forms in which users give them, checked, and as the stack keeps them."""
+"""A stack's options: as a user gives them, checked, and as the stack uses them."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, get_args
 
-from torch import Tensor
+import torch
+from torch import nn
 
 from lightning_revlib.nn.coupling.base import Coupling
-from lightning_revlib.nn.coupling.standard import CouplingSpec, Pair, get_coupling
+from lightning_revlib.nn.coupling.registry import CouplingFunction, CouplingSpec, read_couplings
+from lightning_revlib.nn.engine.saved_tensors import ContextFunction
+from lightning_revlib.nn.plan.budget import Budget
+from lightning_revlib.nn.plan.limit import MemoryBudget, read_budget
+from lightning_revlib.nn.stacks.build import is_invertible
+from lightning_revlib.nn.steps.branches import BranchSpec, check_branches
+from lightning_revlib.nn.steps.chunks import check_chunks, read_chunks
+from lightning_revlib.nn.treatments.base import TREATMENTS
 
-CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Treatment: TypeAlias = Literal["reversible", "checkpoint", "selective", "offload", "store"]
-MemoryBudget: TypeAlias = int | float | str
 OnDrift: TypeAlias = Literal["ignore", "warn_once", "warn", "raise"]
-UNITS = {"b": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("b", 1000), ("ib", 1024))
-    for power, prefix in enumerate("kmgt", start=1)
-}
+# Options that say the same: who gives one of a group in a swap replaces the whole group.
+RIVALS = (
+    {"coupling", "coupling_forward", "coupling_inverse"},
+    {"store_last", "treatments", "memory_budget"},
+)
 
 
-def read_couplings(
-    coupling: CouplingSpec | Sequence[CouplingSpec],
-    forward: CouplingFunction | Sequence[CouplingFunction] | None,
-    inverse: CouplingFunction | Sequence[CouplingFunction] | None,
-) -> tuple[Coupling, ...]:
-    """One coupling or more, from names, mappings, couplings or pairs of callables. Raises ValueError."""
-    if forward is None and inverse is None:
-        many = coupling if isinstance(coupling, Sequence) and not isinstance(coupling, str) else [coupling]
-        if not many:
-            raise ValueError(f"coupling={coupling!r} is empty; name at least one, such as 'additive'")
-        return tuple(get_coupling(one) for one in many)
-    if forward is None or inverse is None:
-        given, missing = ("coupling_forward", "coupling_inverse")[:: 1 if inverse is None else -1]
-        raise ValueError(f"{given} was given without {missing}: the engine needs both directions of your coupling")
-    forwards = list(forward) if isinstance(forward, Sequence) else [forward]
-    inverses = list(inverse) if isinstance(inverse, Sequence) else [inverse]
-    if len(forwards) != len(inverses) or not forwards:
-        raise ValueError(
-            f"coupling_forward has {len(forwards)} entries and coupling_inverse {len(inverses)}; pass as many of each,"
-            " and at least one"
-        )
-    return tuple(Pair(f, g) for f, g in zip(forwards, inverses, strict=True))
+@dataclass
+class Resolved:
+    """Options as a stack of certain blocks uses them."""
+
+    couplings: tuple[Coupling, ...]  # cycled over the steps
+    treatments: tuple[str, ...]  # one for each block
+    chunks: tuple[int, ...]  # cycled over the steps
+    budget: Budget | None
 
 
-def read_treatments(treatments: Sequence[Treatment] | None, store_last: int, count: int) -> tuple[Treatment, ...]:
-    """A treatment for each of `count` blocks. Raises ValueError."""
-    if not isinstance(store_last, int) or not 0 <= store_last <= count:
-        raise ValueError(f"store_last={store_last!r}: the stack has {count} blocks; take a number from 0 to {count}")
-    if treatments is None:
-        treatments = [*["reversible"] * (count - store_last), *["store"] * store_last]  # type: ignore[list-item]
-        return tuple(treatments)
-    if store_last:
-        raise ValueError(f"treatments={list(treatments)!r} and store_last={store_last} say the same; pass one of them")
-    if len(treatments) != count or not set(treatments) <= set(get_args(Treatment)):
-        raise ValueError(
-            f"treatments={list(treatments)!r}: pass one of {', '.join(map(repr, get_args(Treatment)))} for each of"
-            f" {count} blocks"
-        )
-    return tuple(treatments)
+@dataclass(frozen=True, kw_only=True)
+class StackOptions:
+    """The options of a stack; `CoupledSequential` describes each. Raises ValueError or TypeError."""
 
+    split_dim: int | None = 1
+    coupling: CouplingSpec | Sequence[CouplingSpec] = "additive"
+    coupling_forward: CouplingFunction | Sequence[CouplingFunction] | None = None
+    coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None
+    stream_dtype: torch.dtype | None = None
+    residual: bool = False
+    branches: Sequence[BranchSpec] | None = None
+    grid_bits: int | None = None
+    ordinary: int = 0
+    chunks: int | Sequence[int] = 1
+    chunk_dim: int = 0
+    store_last: int = 0
+    treatments: Sequence[str] | None = None
+    memory_budget: MemoryBudget | None = None
+    offload: bool = False
+    overlap: bool = False
+    context_fn: ContextFunction | None = None
+    on_drift: OnDrift = "warn_once"
+    drift_tolerance: float = 1e-2
 
-def read_budget(value: MemoryBudget) -> int | float | None:
-    """Bytes as an int, a fraction as a float, None for "auto". Raises ValueError or TypeError."""
-    if isinstance(value, str):
-        if value == "auto":
-            return None
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", value.lower())
-        if match and match[2] in {"", *UNITS} and 1 <= (count := float(match[1]) * UNITS[match[2] or "b"]) < math.inf:
-            return int(count)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"memory_budget={value!r}: pass bytes, a text such as '2GiB', a fraction, or 'auto'")
-    elif (isinstance(value, int) and value > 0) or 0 < value <= 1:
-        return value
-    raise ValueError(
-        f"memory_budget={value!r}: pass a positive number of bytes as an int or a text such as '2GiB' or '800MB', a"
-        " fraction of ordinary autograd's peak between 0.0 and 1.0 as a float, not a text, or 'auto' on a CUDA device"
-    )
+    def __post_init__(self) -> None:
+        """Check what can be checked without the blocks."""
+        if self.split_dim is not None and (not isinstance(self.split_dim, int) or isinstance(self.split_dim, bool)):
+            raise TypeError(f"split_dim={self.split_dim!r}: pass the dimension to halve as an int, or None")
+        if self.on_drift not in get_args(OnDrift):
+            raise ValueError(f"on_drift={self.on_drift!r} is none of {', '.join(map(repr, get_args(OnDrift)))}")
+        for name, value in (("offload", self.offload), ("overlap", self.overlap)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}: pass True or False")
+        if self.memory_budget is not None:
+            self._check_budget()
+        read_chunks(self.chunks, self.chunk_dim)
+        self.couplings()
+
+    def merged(self, changes: Mapping[str, Any]) -> StackOptions:
+        """Return these options with others above; of options that say the same, the new ones alone."""
+        replaced = {name for group in RIVALS if group & set(changes) for name in group}
+        defaults = {f.name: f.default for f in fields(self) if f.name in replaced and f.default is not MISSING}
+        return replace(self, **(defaults | dict(changes)))
+
+    def couplings(self) -> tuple[Coupling, ...]:
+        """Return the couplings, made exact by `grid_bits`."""
+        couplings = read_couplings(self.coupling, self.coupling_forward, self.coupling_inverse)
+        bits = self.grid_bits
+        if bits is None:
+            if needy := [c for c in couplings if c.needs_grid]:
+                name = type(needy[0]).__name__.lower()
+                raise ValueError(f"coupling {name!r} works on the exact grid only; set grid_bits, such as grid_bits=12")
+            return couplings
+        if not isinstance(bits, int) or not 0 <= bits < 24:
+            raise ValueError(f"grid_bits={bits!r}: the grid is 2^-grid_bits; take an int from 0 to 23, such as 12")
+        return tuple(c.on_grid(bits) for c in couplings)
+
+    def resolve(self, blocks: Mapping[str, nn.Module]) -> Resolved:
+        """Return the options as a stack of these blocks uses them, by name in their order."""
+        if not isinstance(self.ordinary, int) or not 0 <= self.ordinary < len(blocks):
+            raise ValueError(
+                f"ordinary={self.ordinary!r}: of {len(blocks)} blocks, 0 to {len(blocks) - 1} can be ordinary ones"
+            )
+        steps = dict(list(blocks.items())[self.ordinary :])
+        coupled = {key: m for key, m in steps.items() if not is_invertible(m)}
+        if self.branches is not None:
+            check_branches(coupled, self.branches, self.residual)
+        if self.grid_bits is not None:
+            self._check_exactness(steps)
+        chunks = read_chunks(self.chunks, self.chunk_dim)
+        check_chunks(chunks, coupled, self.branches or ())
+        budget = None if self.memory_budget is None else Budget(self.memory_budget)
+        return Resolved(self.couplings(), self._treatments(len(blocks)), chunks, budget)
+
+    def _treatments(self, count: int) -> tuple[str, ...]:
+        if not isinstance(self.store_last, int) or not 0 <= self.store_last <= count:
+            raise ValueError(
+                f"store_last={self.store_last!r}: the stack has {count} blocks; take a number from 0 to {count}"
+            )
+        if self.treatments is None:
+            return ("reversible",) * (count - self.store_last) + ("store",) * self.store_last
+        if self.store_last:
+            raise ValueError(
+                f"treatments={list(self.treatments)!r} and store_last={self.store_last} say the same; pass one of them"
+            )
+        if len(self.treatments) != count or not set(self.treatments) <= TREATMENTS.keys():
+            raise ValueError(
+                f"treatments={list(self.treatments)!r}: pass one of {', '.join(map(repr, TREATMENTS))} for each of"
+                f" {count} blocks"
+            )
+        return tuple(self.treatments)
+
+    def _check_budget(self) -> None:
+        if self.overlap:
+            raise ValueError(
+                f"overlap=True holds what two blocks save, memory_budget={self.memory_budget!r} counts one: pass one of"
+                " them"
+            )
+        if self.store_last or self.treatments:
+            raise ValueError(
+                f"memory_budget={self.memory_budget!r} chooses the treatments; leave out store_last and treatments"
+            )
+        assert self.memory_budget is not None
+        read_budget(self.memory_budget)
+
+    def _check_exactness(self, blocks: Mapping[str, nn.Module]) -> None:
+        for name, module in blocks.items():
+            if is_invertible(module) and not getattr(module, "exact", False):
+                raise ValueError(
+                    f"grid_bits={self.grid_bits}: invertible step {name} ({type(module).__name__}) is not exact; steps"
+                    " that only move numbers, and say so by an attribute `exact`, are"
+                )

@@ -1,42 +1,66 @@
-"""What the reversible classes share: the drift of the last backward, and what one forward has learnt for the next."""
+"""What the reversible stacks share: how a forward runs, the drift of the last backward, and what to do about it."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine.drift import Sentinel, take
-from lightning_revlib.nn.plan.budget import Budget
+from lightning_revlib.nn.plan.planner import PlannedRun
 from lightning_revlib.nn.plan.solver import Plan
-from lightning_revlib.nn.stacks.options import OnDrift
+from lightning_revlib.nn.stacks.stack import Stack
+from lightning_revlib.nn.treatments.base import OnEntrance
+from lightning_revlib.nn.treatments.run import Run
 
-REMEMBERED = ("_backwards", "_warned", "_rebuilt", "_draws", "_calls_autograd", "_counts", "_learnt_training")
+
+class DriftHistory:
+    """What the last backward of a stack has rebuilt, and whether a user was warned of its drift."""
+
+    def __init__(self) -> None:
+        self.backwards = 0  # how many have rebuilt an entrance
+        self.warned = False
+        self.rebuilt: dict[Sentinel, Streams] = {}  # samples of the last one's streams, by what they should be
+
+    def add(self, sentinel: Sentinel, parts: dict[Sentinel, Streams], sample: Streams) -> None:
+        """Note what backward has rebuilt of one reversible part; `parts` are those of the same forward."""
+        if not parts:
+            self.backwards += 1
+        parts[sentinel] = sample
+        self.rebuilt = parts
+
+    def forget(self) -> None:
+        self.rebuilt = {}
+
+    def measure(self) -> Tensor | None:
+        """Return the drift without waiting for the device, the largest of all parts'; None if nothing was rebuilt."""
+        if not self.rebuilt:
+            return None
+        return torch.stack([sentinel.error(sample) for sentinel, sample in self.rebuilt.items()]).max()
+
+    def is_due(self, a: Tensor) -> bool:
+        """Return whether to look at this backward's drift: that of the first, the second, the fourth and so on."""
+        if self.warned or self.backwards & (self.backwards - 1) or type(a) is not Tensor or a.is_meta:
+            return False
+        return not (a.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def warn(self, message: str) -> None:
+        self.warned = True
+        warnings.warn(message, stacklevel=2)
 
 
-class Reversible:
-    """What the reversible classes share: the drift of the last backward, and what to do about it."""
+class Reversible(Stack):
+    """A stack that runs reversibly."""
 
-    path: str
-    on_drift: OnDrift
-    drift_tolerance: float
-    context_fn: Callable[[], tuple[Any, Any]] | None
-    budget: Budget | None
-    offload: bool
-    overlap: bool
-    listed = False  # a model calls its layers, and may do something else between them
-    _backwards = 0  # how many have rebuilt an entrance
-    _warned = False  # of the drift, if that is to be done once
-    _rebuilt: Mapping[Sentinel, Streams] | None = None  # what the last backward rebuilt of each sample
-    _draws = True  # whether the last forward has drawn random numbers
-    _calls_autograd: bool | None = None  # whether any block has, in its forward; None before the first
-    _counts: bool | None = None  # whether any block has changed a number among its attributes; the same
-    _learnt_training = False  # whether these two are from a forward in training
+    @property
+    def history(self) -> DriftHistory:
+        return self.__dict__.setdefault("_history", DriftHistory())
 
     @property
     def drift(self) -> float | None:
@@ -44,33 +68,54 @@ class Reversible:
 
         With several reversible parts between stored or checkpointed blocks, the largest of theirs.
         """
-        return None if (drift := self._drift()) is None else drift.item()
+        return None if (drift := self.drift_on_device()) is None else drift.item()
 
-    def _drift(self) -> Tensor | None:
-        """The drift without waiting for the device."""
-        if self._rebuilt is None:
-            return None
-        return torch.stack([sentinel.error(taken) for sentinel, taken in self._rebuilt.items()]).max()
+    def drift_on_device(self) -> Tensor | None:
+        """Return `drift` as a tensor, without waiting for the device."""
+        return self.history.measure()
 
     @property
     def plan(self) -> Plan | None:
         """The memory plan that `memory_budget` has led to; None before the first forward, or without a budget."""
         return None if self.budget is None else self.budget.plan
 
-    def _arrived(self, sentinel: Sentinel, rebuilt: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
-        """Backward has rebuilt the entrance of a reversible part; `rebuilt` are those of the forward's parts."""
-        own = self.__dict__  # nn.Module's own way to set an attribute is ten times as long
-        if not rebuilt:  # the first part of this backward
-            own["_backwards"] = self._backwards + 1
-        rebuilt[sentinel] = take(a, b)
-        own["_rebuilt"] = rebuilt
-        if self.on_drift == "warn_once" and not self._looks(a):
+    def new_run(self, blocks: Iterable[nn.Module] | None, compiler: Any) -> Run:
+        """Begin a forward: by the plan of a budget, or each step by its own treatment."""
+        options, treatments, budget = self.options, self.step_treatments(), self.budget
+        common: dict[str, Any] = {
+            "compiler": compiler,
+            "context_fn": options.context_fn,
+            "overlap": options.overlap,
+            # Weights that steps share get gradients to the last bit only if all steps use the same cast of them.
+            "keeps_casts": options.grid_bits is not None and budget is None,
+            "watch": partial(self._watch, {}),
+        }
+        if budget is not None and set(treatments) == {"reversible"}:
+            return PlannedRun(self, treatments, blocks, **common)
+        return Run(treatments, blocks, **common)
+
+    def end_run(self, run: Run, y: Tensor) -> None:
+        """End a forward with its output."""
+        run.finish(y)
+        if not run.is_watched:
+            self.history.forget()  # backward will measure nothing
+
+    def _watch(self, parts: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> OnEntrance | None:
+        if self.on_drift == "ignore":
+            return None
+        return partial(self._on_entrance, Sentinel(a.detach(), b.detach()), parts)
+
+    def _on_entrance(self, sentinel: Sentinel, parts: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
+        """Compare the streams that backward has rebuilt with those of forward."""
+        history = self.history
+        history.add(sentinel, parts, take(a, b))
+        if self.on_drift == "warn_once" and not history.is_due(a):
             return
         drift = self.drift
         if drift is None or drift <= self.drift_tolerance:
             return
         if self.on_drift == "warn_once" and math.isnan(drift) and not torch.stack(sentinel.sample).isfinite().all():
-            return  # as it came
+            return  # the input itself was not finite
         message = (
             f"{self.path or 'the model'}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
             f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
@@ -80,11 +125,6 @@ class Reversible:
         if self.on_drift == "raise":
             raise RuntimeError(message)
         if self.on_drift == "warn_once":
-            own["_warned"] = True
-        warnings.warn(message, stacklevel=2)
-
-    def _looks(self, a: Tensor) -> bool:
-        """Whether this backward is one of the few whose drift is waited for."""
-        if self._warned or self._backwards & (self._backwards - 1) or type(a) is not Tensor or a.is_meta:
-            return False
-        return not (a.is_cuda and torch.cuda.is_current_stream_capturing())
+            history.warn(message)
+        else:
+            warnings.warn(message, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace in it."""
+"""Running a model without changing it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lightning_revlib.nn.plan.fingerprint import PLAIN
+from lightning_revlib.nn.state.attributes import PLAIN
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers, attributes that are numbers, texts or generators, and random states are put back at the end.
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """Put back at the end gradients, buffers, random states, and attributes that are plain values or generators.
 
     Parameters have no gradient inside.
     """
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    ready = [m for m in model.modules() if not isinstance(m, LazyModuleMixin)]  # others get their sizes now
+    ready = [m for m in model.modules() if not isinstance(m, LazyModuleMixin)]  # lazy ones get sizes
     plain = [(m, name, x) for m in ready for name, x in m.__dict__.items() if isinstance(x, PLAIN)]
     generators = {x for m in model.modules() for x in m.__dict__.values() if isinstance(x, torch.Generator)}
     states = [(generator, generator.get_state()) for generator in generators]
     devices = {p.device for p, _ in grads if p.is_cuda}
-    if torch.cuda.is_initialized():  # where blocks without parameters run
+    if torch.cuda.is_initialized():  # of blocks without parameters
         devices.add(torch.device("cuda", torch.cuda.current_device()))
     with torch.random.fork_rng(devices):
         try:

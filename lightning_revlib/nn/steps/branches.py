@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lightning_revlib.nn.steps.step import rest_of
+from lightning_revlib.nn.steps.outputs import split_output
 
 BranchSpec: TypeAlias = Sequence[str] | Callable[..., Any]
 
@@ -41,7 +41,7 @@ class Branch:
             part = getattr(self.block, name)
             names, others = _parameters(_function(part))
             out = part(x, **{key: value for key, value in given.items() if others or key in names[1:]})
-            x = out if isinstance(out, Tensor) else rest_of(out)[0]
+            x = out if isinstance(out, Tensor) else split_output(out)[0]
         return x
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

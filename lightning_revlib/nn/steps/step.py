@@ -1,108 +1,124 @@
-"""One step of one call of a stack: the block, its coupling and its arguments."""
+"""One step of one forward: a block, its coupling and its arguments.
+
+f = block(b, *args, **kwargs);  a, b = coupling.forward(a, b, f)
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import set_eval_frame
-from torch.utils._pytree import tree_leaves
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams
-from lightning_revlib.nn.coupling.standard import Invertible
-from lightning_revlib.nn.stacks.options import Treatment
-from lightning_revlib.nn.state.parameters import version
+from lightning_revlib.nn.coupling.invertible import Invertible
+from lightning_revlib.nn.internals import pytree, set_compiler
+from lightning_revlib.nn.state.base import version
+from lightning_revlib.nn.steps.outputs import split_output
 
-if TYPE_CHECKING:
-    from lightning_revlib.nn.stacks.sequential import CoupledSequential
-
-Call: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
+Arguments: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
 Branch: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
 
 
+@dataclass(slots=True)
 class Step:
-    """What a stack runs and the engine runs again. `extra` is what the block has returned besides its branch."""
+    """What a stack runs, and what backward runs again.
 
-    __slots__ = ("args", "call", "coupling", "dtype", "extra", "key", "kwargs", "module", "stack", "treatment")
+    `call` is called with a stream of `dtype`; it is the block `module`, or a branch of it. With `residual` it contains
+    its skip connection: call(x) - x is its branch then. `split` parts what it returns into the branch and an `extra`.
+    """
 
-    def __init__(
-        self, stack: CoupledSequential, key: str, module: nn.Module, coupling: Coupling, dtype: torch.dtype, call: Call,
-        treatment: Treatment,
-    ) -> None:  # fmt: skip
-        self.stack, self.key, self.module, self.coupling, self.dtype = stack, key, module, coupling, dtype
-        self.args, self.kwargs = call
-        self.call: Callable[..., Any] = module
-        self.extra: Any = None
-        self.treatment = treatment
+    path: str  # of the stack
+    key: str  # of the block in it, and of the branch
+    module: nn.Module
+    coupling: Coupling
+    call: Callable[..., Any]
+    dtype: torch.dtype
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    residual: bool = False
+    training: bool = False
+    split: Callable[[Any], tuple[Any, Any]] = split_output
+    extra: Any = None
 
     @property
     def name(self) -> str:
-        return f"{self.stack.path}.{self.key} ({type(self.module).__name__})"
+        return f"{self.path}.{self.key} ({type(self.module).__name__})"
 
     def run(self, a: Tensor, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Streams:
-        """The whole step, by ordinary autograd; `branch` may stand for the method of that name."""
-        count = None if torch.compiler.is_compiling() or b.is_inference() else b._version
-        f, self.extra = (branch or self.branch)(b, compiler)
-        self.check(b, f, count)
-        streams = self.bind(a, b).forward(a, b, f)
-        if self.stack.grid_bits is not None:
-            self.check_grid(streams[1])
+        """Run the step by ordinary autograd, and return the streams after it; `branch` may replace the method."""
+        _, streams = self.couple(a, b, self.evaluate(b, compiler, branch))
         return streams
 
-    def branch(self, b: Tensor, compiler: Any = None) -> tuple[Any, Any]:
-        """The block's branch for stream b and what it returns besides, compiled if `compiler` is given.
+    def each(self, a: Tensor, b: Tensor, run: Callable[[Tensor, Tensor, Any], Streams]) -> Streams:
+        """Return `run(a, b, chunk)`: in a step by chunks, joined from its chunks; else chunk is None."""
+        return run(a, b, None)
 
-        (None, None) for an invertible step, which has no block.
+    def evaluate(self, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Any:
+        """Run the block on stream b the first time, and return its branch; what it returns besides is `extra`.
+
+        Raises TypeError, ValueError or RuntimeError if the block does what no coupling can undo.
         """
-        if type(self.coupling) is Invertible:
-            return None, None
-        x = b if b.dtype is self.dtype else b.to(self.dtype)
-        if compiler is None:
-            out = self.call(x, *self.args, **self.kwargs)
-        else:
-            engine = set_eval_frame(compiler)
-            try:
-                out = self.call(x, *self.args, **self.kwargs)
-            finally:
-                set_eval_frame(engine)
-        f, extra = (out, None) if isinstance(out, Tensor) else self.split(out)
-        if self.stack.residual and isinstance(f, Tensor) and (f.is_nested or f.shape == x.shape):
-            f = f - x
-        return f, extra
-
-    def inverse(self, a_out: Tensor, b_out: Tensor) -> Streams:
-        """The streams before the step, from those behind it."""
-        b = self.coupling.recover(a_out, b_out)
-        f, _ = self.branch(b)
-        self.check(b, f, None)
-        return self.coupling.inverse(a_out, b_out, b, f), b
-
-    def tensors(self) -> list[Tensor]:
-        """Those among the call's arguments."""
-        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-
-    def split(self, out: Any) -> tuple[Any, Any]:
-        """What a block returned that is no tensor, as its branch and the rest."""
-        return rest_of(out)
-
-    def bind(self, a: Tensor, b: Tensor) -> Coupling:
-        return self.coupling.at(a, b, self.stack.training)
-
-    def check(self, b: Tensor, f: Any, count: int | None) -> None:
-        """Raise where the block did what a coupling cannot undo; `count` is b's version before it, if known."""
-        self._check_branch(b, f)
+        count = None if torch.compiler.is_compiling() or b.is_inference() else b._version
+        f, self.extra = (branch or self.branch)(b, compiler)
+        self.check(b, f)
         if count is not None and b._version != count:
             raise RuntimeError(
                 f"{self.name} changes its input in place, and with it the stream that the next block sees;"
                 " use inplace=False in its first operation"
             )
+        return f
+
+    def branch(self, b: Tensor, compiler: Any = None) -> tuple[Any, Any]:
+        """Return the block's branch for stream b, and what it returns besides; (None, None) for an invertible step.
+
+        `compiler` compiles the block: it is torch.compile's callback, or None.
+        """
+        if isinstance(self.coupling, Invertible):
+            return None, None
+        x = b if b.dtype is self.dtype else b.to(self.dtype)
+        if compiler is None:
+            out = self.call(x, *self.args, **self.kwargs)
+        else:
+            engine = set_compiler(compiler)
+            try:
+                out = self.call(x, *self.args, **self.kwargs)
+            finally:
+                set_compiler(engine)
+        f, extra = (out, None) if isinstance(out, Tensor) else self.split(out)
+        if self.residual and isinstance(f, Tensor) and (f.is_nested or f.shape == x.shape):
+            f = f - x
+        return f, extra
+
+    def couple(self, a: Tensor, b: Tensor, f: Any) -> tuple[Coupling, Streams]:
+        """Return the coupling as it is in this call, and the streams after the step."""
+        coupling = self.coupling.bind(a, b, self.training)
+        streams = coupling.forward(a, b, f)
+        self._check_grid(streams[1])
+        return coupling, streams
+
+    def inverse(self, a_out: Tensor, b_out: Tensor) -> Streams:
+        """Return the streams before the step, given those after it."""
+        b = self.coupling.recover(a_out, b_out)
+        f, _ = self.branch(b)
+        self.check(b, f)
+        return self.coupling.inverse(a_out, b_out, b, f), b
+
+    def take_extra(self) -> Any:
+        """Return the extra output and forget it: it refers to the graph, which refers to the step."""
+        extra, self.extra = self.extra, None
+        return extra
+
+    def arguments(self) -> list[Tensor]:
+        """Return the tensors among the call's arguments."""
+        if not self.args and not self.kwargs:
+            return []
+        return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
     def check_arguments(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
-        """Raise where the block has changed an argument in place, given its version before, and would do so again."""
+        """Raise RuntimeError if the block has changed an argument in place, given its version before the call."""
         for t, count in arguments:
             if version(t) != count:
                 raise RuntimeError(
@@ -110,15 +126,16 @@ class Step:
                     " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
                 )
 
-    def _check_branch(self, b: Tensor, f: Any) -> None:
-        if f is None and type(self.coupling) is Invertible:
+    def check(self, b: Tensor, f: Any) -> None:
+        """Raise TypeError or ValueError if f is no branch for stream b."""
+        if f is None and isinstance(self.coupling, Invertible):
             return
         if not isinstance(f, Tensor):
             raise TypeError(
                 f"{self.name} returned {type(f).__name__} for its branch; a block returns a tensor, or a tuple, dict or"
                 " dataclass that begins with it"
             )
-        if f.is_nested:  # of nn.TransformerEncoder, where gradients are off; it has no shape
+        if f.is_nested:  # of nn.TransformerEncoder, if gradients are off; it has no shape
             return
         if f.shape != (shape := self.coupling.branch_shape(b.shape)):
             raise ValueError(
@@ -129,42 +146,13 @@ class Step:
         if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
 
-    def check_grid(self, stream: Tensor) -> None:
-        """Raise where an exact stream becomes too large to be exact."""
-        limit = getattr(self.coupling, "limit", None)
-        if limit is None or not stream.numel():  # an invertible step, an empty batch
+    def _check_grid(self, stream: Tensor) -> None:
+        """Raise ValueError if an exact stream becomes too large to be exact."""
+        if self.coupling.bits is None or not stream.numel():
             return
-        largest = stream.detach().abs().amax().item()
-        if not largest < limit(stream.dtype):
+        limit, largest = self.coupling.limit(stream.dtype), stream.detach().abs().amax().item()
+        if not largest < limit:
             raise ValueError(
-                f"{self.name}: the stream reaches {largest:.3g}, and on the grid of grid_bits={self.stack.grid_bits} it"
-                f" must stay below {limit(stream.dtype):.3g} to be exact; take fewer grid_bits, or smaller outputs"
+                f"{self.name}: the stream reaches {largest:.3g}, and on the grid of grid_bits={self.coupling.bits} it"
+                f" must stay below {limit:.3g} to be exact; take fewer grid_bits, or smaller outputs"
             )
-
-
-def rest_of(out: Any) -> tuple[Any, Any]:
-    """The first member of what a block returned, and the others: a tuple, or a dict by name."""
-    if isinstance(out, Mapping):
-        names = list(out)
-        return (out[names[0]], {name: out[name] for name in names[1:]}) if names else (out, None)
-    if dataclasses.is_dataclass(out) and not isinstance(out, type):
-        names = [field.name for field in dataclasses.fields(out)]
-        return getattr(out, names[0]), {name: getattr(out, name) for name in names[1:]}
-    if isinstance(out, Sequence) and len(out):
-        return out[0], tuple(out[1:])
-    return out, None
-
-
-def with_first(out: Any, first: Any) -> Any:
-    """What a block returned with its first member replaced; the same type."""
-    if isinstance(out, Mapping):  # before dataclasses: some are both
-        copied = copy.copy(out)
-        copied[next(iter(out))] = first  # type: ignore[index]
-        return copied
-    if dataclasses.is_dataclass(out) and not isinstance(out, type):
-        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: first})
-    if hasattr(out, "_fields"):
-        return out._replace(**{out._fields[0]: first})
-    if isinstance(out, Sequence) and len(out):
-        return type(out)([first, *out[1:]])  # type: ignore[call-arg]
-    return out

@@ -1,74 +1,107 @@
-"""Steps whose saved tensors wait for backward in the host's pinned memory, copied beside the device's work.
+"""Treatment "offload": what blocks save waits for backward in pinned memory of the host.
 
     main   step 1 | step 2        | ... | backward 2     | backward 1
     side          | 1 to the host | ...   1 to the device |
 
-Storages are copied whole, once each however many tensors of them are saved. What the block owns, parameters and
-buffers, stays where it is, and so does what is small. On the device is, at most, what two steps save. Side waits for
-main before it begins; main waits for side before memory that side reads may be freed, and before it uses what side has
-brought.
+Copies run beside the device's work. Storages are copied whole, and once each, however many tensors of them are saved.
+What the block owns, parameters and buffers, stays where it is, and so does what is small. At most, what two steps save
+is on the device. Side waits for main before it begins; main waits for side before memory that side reads may be freed,
+and before it uses what side has brought.
 """
 
 from __future__ import annotations
 
 import weakref
-from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, get_device_module, nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling.base import Streams
+from lightning_revlib.nn.engine import errors
+from lightning_revlib.nn.steps.step import Step
+from lightning_revlib.nn.treatments.base import Forward, StepCost, Treatment
+from lightning_revlib.nn.treatments.streams import device_module, has_streams, side_stream
 
-if TYPE_CHECKING:
-    from lightning_revlib.nn.steps.step import Step
-
-SMALLEST = 64 * 1024  # bytes; copies of less take longer to begin than to make
+SMALLEST = 64 * 1024  # bytes; a copy of less takes longer to begin than to make
+FLOPS_PER_CARRIED_BYTE = 8_000  # FLOPs that a GPU does while a byte is copied to the host or back
 
 
-class Convoy:
-    """What the parcels of one forward of a stack share: the way, and who is on it in backward."""
+class Offload(Treatment):
+    """Keep everything that the block saves in the host's memory, on devices with streams."""
+
+    keeps = "all that the block saves, in the host's memory"
+    costs = "copies beside the device's work"
+
+    def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
+        super().__init__(forward, a, b)
+        self.transfer = Transfer(a.device)
+        self.last: OffloadedStep | None = None
+
+    @classmethod
+    def is_possible(cls, step: Step, device: torch.device) -> bool:
+        return super().is_possible(step, device) and has_streams(device)
+
+    def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+        self.last = OffloadedStep(self.transfer, step.module, self.last)
+        return self.last.run(step, a, b, self.forward.compiler)
+
+    def close(self, a: Tensor, b: Tensor) -> None:
+        if self.last is not None:
+            self.last.end()
+
+    def close_joined(self, y: Tensor, halve: Any) -> None:
+        self.close(y, y)
+
+    @classmethod
+    def cost(cls, alone: StepCost, stored: StepCost) -> StepCost:
+        """Add what the steps beside it have on their way, and the time of copies."""
+        moved = stored.held - alone.held
+        work = max(stored.work, 2 * moved * FLOPS_PER_CARRIED_BYTE)
+        return StepCost(alone.held, alone.forward + moved, alone.backward + moved, work, alone.kept)
+
+
+class Transfer:
+    """The copies of steps in a row: their stream, and which step's tensors backward uses."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, get_device_module(device)
-        self.side = copy_stream(device)
-        self.here: weakref.ref[Parcel] | None = None  # the one whose tensors backward uses
-        self.ahead: weakref.ref[Parcel] | None = None  # the one that is on its way, for the step before
+        self.device, self.module = device, device_module(device)
+        self.side = side_stream(self.module, device, "copies")
+        self.current: weakref.ref[OffloadedStep] | None = None  # the one whose tensors backward uses
+        self.coming: weakref.ref[OffloadedStep] | None = None  # the one before it, which is on its way
 
     @property
     def main(self) -> Any:
         return self.module.current_stream(self.device)
 
-    def fetch(self, parcel: Parcel) -> None:
-        """Bring a parcel's tensors to the device, if they are not on their way, and send for the step's before."""
-        here, ahead = (None if ref is None else ref() for ref in (self.here, self.ahead))
-        if ahead is not parcel:
-            self._load(parcel)
+    def fetch(self, step: OffloadedStep) -> None:
+        """Bring a step's tensors to the device, unless they are coming, and begin with those of the step before."""
+        current, coming = (None if ref is None else ref() for ref in (self.current, self.coming))
+        if coming is not step:
+            self._load(step)
         self.main.wait_stream(self.side)
-        parcel.arrived = True
-        for other in (here, ahead):
-            if other is not None and other is not parcel and other is not parcel.before:
+        step.arrive()
+        for other in (current, coming):
+            if other is not None and other is not step and other is not step.before:
                 other.drop()  # what is left was saved for an output that nobody uses
-        if parcel.before is not None and ahead is not parcel.before:
-            self._load(parcel.before)
-        self.here, self.ahead = weakref.ref(parcel), None if parcel.before is None else weakref.ref(parcel.before)
+        if step.before is not None and coming is not step.before:
+            self._load(step.before)
+        self.current, self.coming = weakref.ref(step), None if step.before is None else weakref.ref(step.before)
 
-    def _load(self, parcel: Parcel) -> None:
-        self.side.wait_stream(self.main)  # of the memory of side's pool, what main has let go is not in use
-        parcel.drop()
+    def _load(self, step: OffloadedStep) -> None:
+        self.side.wait_stream(self.main)  # memory of side's pool that main has freed is no longer in use then
+        step.drop()
         with self.module.stream(self.side):
-            for number, host in enumerate(parcel.hosts):
-                parcel.there[number] = torch.empty_like(host, device=self.device, pin_memory=False)
-                parcel.there[number].copy_(host, non_blocking=True)
+            step.load(self.device)
 
 
-class Parcel:
-    """What autograd saves in one step; `before` is the parcel of the step before, if that is offloaded, too."""
+class OffloadedStep:
+    """What autograd saves in one step; `before` is the step before it, if that is offloaded, too."""
 
-    def __init__(self, convoy: Convoy, module: nn.Module, before: Parcel | None) -> None:
-        self.convoy, self.module, self.before = convoy, module, before
+    def __init__(self, transfer: Transfer, module: nn.Module, before: OffloadedStep | None) -> None:
+        self.transfer, self.module, self.before = transfer, module, before
         self.owned: set[int] | None = None  # storages that stay
         self.hosts: list[Tensor] = []  # storages' bytes in host memory
         self.there: list[Any] = []  # tensors or None: and on the device, in backward
@@ -86,15 +119,15 @@ class Parcel:
         return a, b
 
     def end(self) -> None:
-        """The last of steps in a row: what follows may change and free what is being copied."""
-        self.convoy.main.wait_stream(self.convoy.side)
-        for parcel in filter(None, (self, self.before)):
-            parcel.sources.clear()
+        """Wait for the copies of the last step in a row: what follows may change and free their sources."""
+        self.transfer.main.wait_stream(self.transfer.side)
+        for step in filter(None, (self, self.before)):
+            step.sources.clear()
 
     @torch.compiler.disable
     def pack(self, t: Tensor) -> Any:
         storage = t.untyped_storage()
-        if type(t) is not Tensor or t.device != self.convoy.device or storage.nbytes() < SMALLEST:
+        if type(t) is not Tensor or t.device != self.transfer.device or storage.nbytes() < SMALLEST:
             return t
         if self.owned is None:
             tensors = chain(self.module.parameters(), self.module.buffers())
@@ -110,25 +143,22 @@ class Parcel:
         return number, t.dtype, t.storage_offset(), t.shape, t.stride()
 
     def _send(self, storage: torch.UntypedStorage) -> None:
-        convoy = self.convoy
-        source = torch.empty(0, dtype=torch.uint8, device=convoy.device).set_(storage)
+        transfer = self.transfer
+        source = torch.empty(0, dtype=torch.uint8, device=transfer.device).set_(storage)
         host = host_memory(source)
-        convoy.side.wait_stream(convoy.main)
-        with convoy.module.stream(convoy.side):
+        transfer.side.wait_stream(transfer.main)
+        with transfer.module.stream(transfer.side):
             host.copy_(source, non_blocking=True)
         self.hosts.append(host)
         self.uses.append(0)
 
     def _close(self, name: str) -> None:
         if changed := [t.shape for (_, count), (_, t) in self.sources.items() if t._version != count]:
-            raise RuntimeError(
-                f"{name}: a tensor of shape {list(changed[0])} needed for its gradient has been modified by an inplace"
-                " operation inside the block; use the operation that is not in-place"
-            )
+            raise errors.saved_modified(name, changed[0])
         self.drop()
-        self.sent = self.convoy.side.record_event()
+        self.sent = self.transfer.side.record_event()
         if self.before is not None and self.before.sources:
-            self.convoy.main.wait_event(self.before.sent)
+            self.transfer.main.wait_event(self.before.sent)
             self.before.sources.clear()
 
     @torch.compiler.disable
@@ -140,21 +170,27 @@ class Parcel:
             whole = list(self.sources.values())[number][1]
         else:
             if not self.arrived or self.there[number] is None:
-                self.convoy.fetch(self)
+                self.transfer.fetch(self)
             whole = self.there[number]
             self.left[number] -= 1
             if not self.left[number]:
                 self.there[number] = None
         return torch.empty(0, dtype=dtype, device=whole.device).set_(whole.untyped_storage(), offset, shape, stride)
 
+    def load(self, device: torch.device) -> None:
+        """Begin to copy all storages to the device."""
+        for number, host in enumerate(self.hosts):
+            self.there[number] = torch.empty_like(host, device=device, pin_memory=False)
+            self.there[number].copy_(host, non_blocking=True)
+
+    def arrive(self) -> None:
+        """Note that the copies on the device may be used."""
+        self.arrived = True
+
     def drop(self) -> None:
+        """Free the copies on the device."""
         self.there, self.left, self.arrived = [None] * len(self.hosts), [*self.uses], False
 
 
 def host_memory(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type != "cpu")
-
-
-@lru_cache(maxsize=64)
-def copy_stream(device: torch.device) -> Any:
-    return get_device_module(device).Stream(device=device)

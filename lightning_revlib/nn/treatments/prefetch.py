@@ -1,76 +1,75 @@
-"""The step before is undone on a stream of its own, while the backward of this one runs, where a device has streams.
+"""Overlap: the step before is undone on a stream of its own while the backward of this one runs.
 
     main   undo n | backward n     | backward n - 1 | ...
     side          | undo n - 1     | undo n - 2     | ...
 
-Small kernels leave a device idle; here it has two queues of them, and holds what two steps have saved, not one. The
+Small kernels leave a device idle; it has two queues of them here, and holds what two steps have saved, not one. The
 idea is PaReprop's, https://arxiv.org/abs/2306.09342. What makes it right at every depth:
 
 1. Side waits for main before it begins: all that it reads has been written, and memory of its own pool that main has
-   used and let go is no longer in use.
+   used and freed is no longer in use.
 2. Main waits for side when autograd asks for the step, and before anything that side uses may be freed.
 3. The streams that side reads are kept until then, as main may have allocated them, and would use their memory again.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, get_device_module
+from torch import Tensor
 
-from lightning_revlib.nn.state.rng import NOTHING
+from lightning_revlib.nn.coupling.base import Streams
+from lightning_revlib.nn.engine.chunks import ChunkFrame
+from lightning_revlib.nn.engine.schedule import Schedule
+from lightning_revlib.nn.engine.tape import Frame, Tape
+from lightning_revlib.nn.state.base import NOTHING
+from lightning_revlib.nn.treatments.streams import device_module, side_stream
 
-if TYPE_CHECKING:
-    from lightning_revlib.nn.engine.frame import Frame
-    from lightning_revlib.nn.engine.norm_outputs import Norms
-    from lightning_revlib.nn.engine.tape import Tape
 
-
-class Ahead:
-    """The step of a tape that is undone before autograd asks for it."""
+class Prefetch(Schedule):
+    """Undo one step more than autograd has asked for, on a side stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, get_device_module(device)
-        self.side = side_stream(device)
-        self.main: Any = None  # if it has not yet waited for side
-        self.index = -1  # of the step; no frame, which would refer to this
-        self.caught: list[Tensor | None] | None = None
-        self.norms: Norms | None = None
+        self.device, self.module = device, device_module(device)
+        self.side = side_stream(self.module, device, "overlap")
+        self.main: Any = None  # the stream that has yet to wait for side
+        self.index = -1  # of the step that was undone ahead; a frame would refer to this
+        self.recomputed: list[Tensor | None] | None = None  # what the step saves
+        self.above: Streams | None = None  # the streams that it was undone from: those before the step above it
 
     def start(self) -> None:
-        """Another backward begins."""
         self.wait()
-        self.caught = self.norms = None
+        self.recomputed = self.above = None
 
-    def begin(self, tape: Tape, frame: Frame) -> None:
-        """Undo the step below the frame's, if autograd can ask for it."""
-        below = None if frame.below is None else frame.below()
+    def rewind(self, tape: Tape, frame: Frame) -> None:
+        self.wait()
+        if self.recomputed is not None and self.index == frame.index:
+            frame.put_recomputed(self.recomputed)
+            frame.release_next()
+        elif self.above is not None and self.index == frame.index - 1 == tape.position:
+            frame.undo(self.above, before=self.above)  # what it saves was given away, and is asked for again
+            return
+        else:
+            tape.undo_to(frame)
+        self.recomputed = self.above = None
+        if tape.position == frame.index and not tape.retain:
+            self._undo_ahead(tape, frame)
+
+    def _undo_ahead(self, tape: Tape, frame: Frame) -> None:
+        """Begin to undo the step before the frame's, if autograd can ask for it."""
+        before = tape.frames[frame.index - 1]() if frame.index else None
         main = self.module.current_stream(self.device)
-        if below is None or not below.saved or below.chunk or frame.chunk or below.again or main == self.side:
-            return  # what the second run's context has kept may be freed before side has read it
-        assert tape.streams is not None
-        self.main, tape.passed = main, {frame.index: tape.streams}
+        if before is None or not (_can_run_ahead(before) and _can_run_ahead(frame)) or main == self.side:
+            return
+        self.main, self.above = main, tape.streams
         self.side.wait_stream(main)
-        with self.module.stream(self.side), below.environment.again() if below.environment else NOTHING:
-            tape._undo(below, ahead=True)
-        self.index, self.caught, self.norms = below.index, below.caught, below.norms
-        below.caught = below.norms = None  # until autograd asks, and main waits
-
-    def take(self, frame: Frame) -> bool:
-        """Whether the step is the one undone; the frame then has caught what it saves."""
-        self.wait()
-        found = self.caught is not None and self.index == frame.index
-        if found:
-            frame.caught, frame.norms = self.caught, self.norms
-            frame.tape.leave(frame)
-        if self.index >= frame.index:
-            self.caught = self.norms = None
-        return found
+        with self.module.stream(self.side):
+            tape.undo(before)
+        self.index, self.recomputed = before.index, before.take_recomputed()
 
     def wait(self) -> None:
-        """From here on main may use, and free, what side has used."""
+        """From here on, main may use and free what side has used."""
         if self.main is not None:
             self.main.wait_stream(self.side)
             self.main = None
@@ -79,12 +78,6 @@ class Ahead:
         self.wait()
 
 
-def has_streams(device: torch.device) -> bool:
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator is not None and accelerator.type == device.type
-
-
-@lru_cache(maxsize=64)
-def side_stream(device: torch.device) -> Any:
-    """One for each device, so that memory of its pool serves one backward after the other."""
-    return get_device_module(device).Stream(device=device)
+def _can_run_ahead(frame: Frame) -> bool:
+    """Return whether the frame's step is whole, is asked for, and has no context that frees what side reads."""
+    return not isinstance(frame, ChunkFrame) and bool(frame.sizes) and frame.rerun is NOTHING

@@ -1,0 +1,105 @@
+"""Couplings by name, and a user's own: as a name, a mapping, a `Coupling` or a pair of callables."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from lightning_revlib.nn.coupling.base import Alternating, Coupling
+from lightning_revlib.nn.coupling.exact import BDIA
+from lightning_revlib.nn.coupling.standard import Additive, Affine, Leapfrog, Midpoint, Momentum, Scaled
+
+CouplingSpec: TypeAlias = str | Coupling | Mapping[str, Any]
+CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def additive_coupling_forward(other_stream: Tensor, fn_out: Tensor) -> Tensor:
+    """The additive coupling in RevLib's signature, (other, f) -> out."""
+    return other_stream + fn_out
+
+
+def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
+    """Undoes `additive_coupling_forward`: (out, f) -> other."""
+    return output - fn_out
+
+
+@dataclass(frozen=True)
+class Pair(Alternating):
+    """(a, b) -> (b, coupling_forward(a, f)); inverse a = coupling_inverse(b', f).
+
+    A user's own pair of callables, in RevLib's signature.
+    """
+
+    coupling_forward: Callable[[Tensor, Tensor], Tensor] = additive_coupling_forward
+    coupling_inverse: Callable[[Tensor, Tensor], Tensor] = additive_coupling_inverse
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.coupling_forward(a, f)
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.coupling_inverse(out, f)
+
+
+COUPLINGS: dict[str, type[Coupling]] = {
+    "additive": Additive,
+    "affine": Affine,
+    "momentum": Momentum,
+    "midpoint": Midpoint,
+    "leapfrog": Leapfrog,
+    "scaled": Scaled,
+    "bdia": BDIA,
+}
+
+
+def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
+    """A coupling by name, `get_coupling("momentum", gamma=0.9)`, or by mapping, `{"name": "momentum", "gamma": 0.9}`.
+
+    A `Coupling` is returned as it is. Raises ValueError for an unknown name or option.
+    """
+    if isinstance(coupling, Coupling):
+        return coupling
+    if isinstance(coupling, Mapping):
+        options = {**coupling, **options}
+        if "name" not in options:
+            raise ValueError(f"coupling={dict(coupling)!r} has no name; write {{'name': 'momentum', 'gamma': 0.9}}")
+        coupling = options.pop("name")
+    if coupling not in COUPLINGS:
+        near = difflib.get_close_matches(str(coupling), COUPLINGS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"coupling={coupling!r} is unknown; {hint}There is {', '.join(COUPLINGS)}, or your own Coupling"
+        )
+    cls = COUPLINGS[coupling]
+    known = inspect.signature(cls).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return cls(**options)
+
+
+def read_couplings(
+    coupling: CouplingSpec | Sequence[CouplingSpec],
+    forward: CouplingFunction | Sequence[CouplingFunction] | None,
+    inverse: CouplingFunction | Sequence[CouplingFunction] | None,
+) -> tuple[Coupling, ...]:
+    """One coupling or more, from names, mappings, couplings or pairs of callables. Raises ValueError."""
+    if forward is None and inverse is None:
+        many = coupling if isinstance(coupling, Sequence) and not isinstance(coupling, str) else [coupling]
+        if not many:
+            raise ValueError(f"coupling={coupling!r} is empty; name at least one, such as 'additive'")
+        return tuple(get_coupling(one) for one in many)
+    if forward is None or inverse is None:
+        given, missing = ("coupling_forward", "coupling_inverse")[:: 1 if inverse is None else -1]
+        raise ValueError(f"{given} was given without {missing}: the engine needs both directions of your coupling")
+    forwards = list(forward) if isinstance(forward, Sequence) else [forward]
+    inverses = list(inverse) if isinstance(inverse, Sequence) else [inverse]
+    if len(forwards) != len(inverses) or not forwards:
+        raise ValueError(
+            f"coupling_forward has {len(forwards)} entries and coupling_inverse {len(inverses)}; pass as many of each,"
+            " and at least one"
+        )
+    return tuple(Pair(f, g) for f, g in zip(forwards, inverses, strict=True))

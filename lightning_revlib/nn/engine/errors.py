@@ -1,0 +1,61 @@
+"""Errors of the engine: what happened, in which block, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_revlib.nn.steps.step import Step
+
+
+def output_freed() -> RuntimeError:
+    return RuntimeError("backward through a reversible stack a second time, after its output has been freed")
+
+
+def output_modified() -> RuntimeError:
+    return RuntimeError(
+        "the output of a reversible stack has been modified by an inplace operation, and backward has to"
+        " begin with it; use the operation that is not in-place on it, such as y = y + 1 for y += 1"
+    )
+
+
+def input_modified(step: Step) -> RuntimeError:
+    return RuntimeError(
+        f"the input of {step.name} has been modified by an inplace operation since forward, and"
+        " backward has to run the block on it again; use the operation that is not in-place"
+    )
+
+
+def saved_modified(name: str, shape: Sequence[int]) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: a tensor of shape {list(shape)} needed for its gradient has been"
+        " modified by an inplace operation inside the block; use the operation that is not in-place"
+    )
+
+
+def inverse_modifies(step: Step, coupling: Any) -> RuntimeError:
+    return RuntimeError(
+        f"{step.name}: the inverse of its coupling, {coupling}, changes a stream in place, which"
+        " the next block may still need; use the operation that is not in-place, such as out - f"
+    )
+
+
+def computes_otherwise(step: Step, sizes: Sequence[int], recomputed: Sequence[Tensor]) -> RuntimeError:
+    """Return an error that compares the bytes of what a block has saved with what it saves when it runs again."""
+    pairs = [(n, size, t) for n, (size, t) in enumerate(zip(sizes, recomputed, strict=False)) if size != t.nbytes]
+    lines = [
+        f"{step.name} computes something else in backward than it did in forward: it saved"
+        f" {len(sizes)} tensors for its gradient, and {len(recomputed)} when recomputed.",
+        *[f"  {n}: saved {size:,} bytes, recomputed {_show(t)}" for n, size, t in pairs[:3]],
+        "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
+    ]
+    if any(isinstance(m, torch.jit.ScriptModule) for m in step.module.modules()):
+        lines.append("A scripted block is compiled after its first call with gradients; make one, as block(x).")
+    return RuntimeError("\n".join(lines))
+
+
+def _show(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}, {tensor.nbytes:,}"

@@ -1,0 +1,126 @@
+"""All private names of torch that the package uses, each with its reason and the public replacement to watch for.
+
+No other module of the package reaches for one (tests/test_house.py holds it). If a name is missing in a release of
+torch, what depends on it fails here, and what can do without it goes on: see each function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["TorchDispatchMode", "pytree"]  # as they are: both are used by many libraries, and have no public twin yet
+
+try:
+    # Turns torch.compile off while the engine runs and on again for a block. Watch torch.compiler for a context manager
+    # that does both; `torch.compiler.disable` cannot turn compilation on again inside.
+    from torch._dynamo.eval_frame import set_eval_frame, skip_code
+except ImportError:  # blocks run eagerly then
+
+    def set_eval_frame(callback: Any) -> Any:  # type: ignore[misc]
+        return None
+
+    def skip_code(code: Any) -> None: ...  # type: ignore[misc]
+
+
+def set_compiler(callback: Any) -> Any:
+    """Make `callback` compile what this thread runs from now on, None for nothing, and return the callback before."""
+    return set_eval_frame(callback)
+
+
+def never_compile(*functions: Callable[..., Any]) -> None:
+    """Keep torch.compile away from functions that autograd calls while a compiled block runs.
+
+    `torch.compiler.disable` does the same by a wrapper, which costs a context manager for each saved tensor.
+    """
+    for function in functions:
+        skip_code(function.__code__)
+
+
+def graph_task() -> int:
+    """Return the number of the backward that runs in this thread, -1 if none does. No public twin."""
+    return torch._C._current_graph_task_id()
+
+
+def graph_is_kept() -> bool:
+    """Return whether the backward that runs was called with `retain_graph`. No public twin."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def in_transform() -> bool:
+    """Return whether a torch.func transform is active, which allows no saved-tensor hooks. Watch torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def surrounding_hooks() -> Any:
+    """Return the innermost saved-tensor hooks that are active, as (pack, unpack), or None. Watch torch.autograd.graph."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def holders(tensor: Tensor) -> tuple[int, int]:
+    """Return how many tensors share this tensor's storage, and how many owners it has itself, in C++ and Python.
+
+    No public twin; without them `engine.release` could free nothing early.
+    """
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata), tensor._use_count()  # type: ignore[attr-defined]
+
+
+def detach_with_version(tensor: Tensor) -> Tensor:
+    """Detach inside a dispatch mode so that in-place changes of `tensor` show in the version of the result.
+
+    There, `detach` by itself starts a version of its own. `torch.utils.checkpoint` does the same for its caches.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def function_modes() -> list[Any]:
+    """Return the TorchFunctionModes that are active, outermost first. Watch torch.overrides."""
+    return _get_current_function_mode_stack()
+
+
+@contextmanager
+def only_function_modes(modes: Sequence[Any]) -> Iterator[None]:
+    """Have exactly these TorchFunctionModes active inside.
+
+    Entering a mode again by `with` would run its `__enter__`, which may keep count of it.
+    """
+    now = function_modes()
+    _replace_modes(now, modes)
+    try:
+        yield
+    finally:
+        _replace_modes(modes, now)
+
+
+def _replace_modes(old: Sequence[Any], new: Sequence[Any]) -> None:
+    for _ in old:
+        _pop_mode()
+    for mode in new:
+        _push_mode(mode)
+
+
+@contextmanager
+def fsdp_as_in_backward(modules: Sequence[Any]) -> Iterator[None]:
+    """Have the hooks of modules that `fully_shard` has sharded act as in backward, where a block runs again.
+
+    Watch FSDPModule's methods.
+    """
+    states = [m._get_fsdp_state() for m in modules]
+    before = {state: (state._training_state, {*state._modules_to_run_forward}) for state in states}
+    for state, (training_state, _) in before.items():
+        state._training_state = type(training_state).PRE_BACKWARD
+    try:
+        yield
+    finally:
+        for state, (training_state, to_run) in before.items():
+            state._training_state = training_state
+            state._modules_to_run_forward.clear()
+            state._modules_to_run_forward.update(to_run)

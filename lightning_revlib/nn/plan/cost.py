@@ -1,0 +1,38 @@
+"""What steps cost under each treatment: all that the solver sees, and what a model of costs has to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from lightning_revlib.nn.steps.step import Step
+from lightning_revlib.nn.treatments.base import StepCost
+
+
+class StepCosts(NamedTuple):
+    """One step: the bytes of its streams as they come in, those of a drift sentinel, and its cost by treatment."""
+
+    streams: int
+    sentinel: int
+    costs: Mapping[str, StepCost]
+
+
+class CostModel(Protocol):
+    """Tells what a step costs under a treatment, on streams like a and b.
+
+    `run(a, b)` runs the step by itself under the treatment and returns what comes out: the streams, or, of the `last`
+    step, the stack's output. `profile.measure` runs it and counts; a table or a timer could be another model.
+    """
+
+    def __call__(
+        self,
+        step: Step,
+        treatment: str,
+        a: Tensor,
+        b: Tensor,
+        *,
+        last: bool,
+        run: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    ) -> StepCost: ...

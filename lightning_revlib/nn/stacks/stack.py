@@ -1,0 +1,141 @@
+"""What all stacks share: their options, and how an input becomes two streams and two streams an output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_revlib.nn.coupling.base import Coupling, Streams, has_gaps
+from lightning_revlib.nn.coupling.exact import grid_limit, round_to_grid
+from lightning_revlib.nn.plan.budget import Budget
+from lightning_revlib.nn.stacks.options import Resolved, StackOptions
+
+
+class Option:
+    """An option of a stack as an attribute: read from `stack.options`, which is replaced when the attribute is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, stack: Any, owner: type) -> Any:
+        return self if stack is None else getattr(stack.options, self.name)
+
+    def __set__(self, stack: Any, value: Any) -> None:
+        stack.options = replace(stack.options, **{self.name: value})
+
+
+class Setting:
+    """What a stack makes of an option, as an attribute: read from `stack.resolved`, and set there."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, stack: Any, owner: type) -> Any:
+        return self if stack is None else getattr(stack.resolved, self.name)
+
+    def __set__(self, stack: Any, value: Any) -> None:
+        stack.resolved = replace(stack.resolved, **{self.name: value})
+
+
+class Stack:
+    """A container of blocks with options."""
+
+    is_stack = True
+    path = "stack"  # where the stack is in its model, for errors; `swap` sets it
+    options: StackOptions
+    resolved: Resolved
+    if TYPE_CHECKING:  # of the container
+        training: bool
+        _modules: dict[str, nn.Module | None]
+
+        def __len__(self) -> int: ...
+        def __iter__(self) -> Iterator[nn.Module]: ...
+        def __getitem__(self, index: Any) -> Any: ...
+
+    split_dim, stream_dtype, residual, branches = Option(), Option(), Option(), Option()
+    grid_bits, ordinary, chunk_dim, context_fn = Option(), Option(), Option(), Option()
+    offload, overlap, on_drift, drift_tolerance = Option(), Option(), Option(), Option()
+    couplings, treatments, chunks, budget = Setting(), Setting(), Setting(), Setting()
+
+    def set_options(self, options: StackOptions) -> None:
+        """Take options; ValueError or TypeError if they do not fit the blocks, and nothing has changed then."""
+        resolved = options.resolve(self._modules)
+        self.options, self.resolved = options, resolved
+
+    @property
+    def step_count(self) -> int:
+        """The number of steps in a forward: of each block one, or one for each of its branches."""
+        return (len(self) - self.options.ordinary) * len(self.options.branches or (None,))
+
+    def step_treatments(self) -> tuple[str, ...]:
+        """Return the name of each step's treatment. Raises ValueError if it is not known, as blocks were added."""
+        treatments = self.resolved.treatments
+        if len(treatments) != len(self):  # blocks were appended, or deleted
+            if len(set(treatments)) > 1:
+                raise ValueError(
+                    f"{self.path} has {len(self)} blocks, and was made of {len(treatments)} with treatments of their"
+                    " own; make it anew, or name all by lightning_revlib.swap(model, {path: {'treatments': [...]}})"
+                )
+            treatments = self.treatments = treatments[:1] * len(self)
+        each = len(self.options.branches or (None,))
+        return tuple(t for t in treatments[self.options.ordinary :] for _ in range(each))
+
+    def split(self, x: Tensor, what: str = "input") -> Streams:
+        """Return the streams that an input starts, or that an output ends with. Raises TypeError or ValueError."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
+        options = self.options
+        if options.stream_dtype is not None or x.dtype in (torch.bfloat16, torch.float16):
+            x = x.to(options.stream_dtype or torch.float32)
+        if options.grid_bits is not None:
+            x = self._on_grid(x, options.grid_bits)
+        dim = options.split_dim
+        if dim is None:
+            return self.couplings[0].start(dense(x))
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"split_dim={dim} is out of range for an {what} of shape {list(x.shape)}")
+        if x.shape[dim] % 2:
+            raise ValueError(
+                f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
+                " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
+            )
+        return self.halve(x)
+
+    def halve(self, x: Tensor, copy: bool = True) -> Streams:
+        """Return the halves of x along `split_dim`, without gaps. Without `copy`, the second may be a view."""
+        assert self.options.split_dim is not None
+        a, b = x.chunk(2, self.options.split_dim)
+        return dense(a), dense(b) if copy else b
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the output that the last streams make."""
+        if self.options.split_dim is None:
+            last: Coupling = self.couplings[(self.step_count - 1) % len(self.couplings)]
+            return last.finish(a, b)
+        return torch.cat((a, b), self.options.split_dim)
+
+    def _on_grid(self, x: Tensor, bits: int) -> Tensor:
+        if x.is_nested:
+            raise TypeError(
+                f"grid_bits={bits}: {self.path} got a nested tensor, which torch cannot round; set"
+                " use_nested_tensor = False on your nn.TransformerEncoder"
+            )
+        grid_limit(x.dtype, bits)
+        return round_to_grid(x, bits)
+
+
+def dense(stream: Tensor) -> Tensor:
+    """Return the stream without gaps in memory, in the same order of dimensions: as streams between blocks are.
+
+    Kernels, what they save and how they round, depend on how memory is laid out.
+    """
+    return stream.clone() if has_gaps(stream) else stream
+
+
+def fresh_budget(budget: Budget | None) -> Budget | None:
+    """Return a budget of the same value that knows nothing yet."""
+    return None if budget is None else Budget(budget.value)

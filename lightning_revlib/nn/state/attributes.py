@@ -1,0 +1,88 @@
+"""Plain attributes of modules: numbers, flags, texts and None, such as a counter or a data-dependent initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_not
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from lightning_revlib.nn.state.base import Call, State
+
+PLAIN = (bool, int, float, str, type(None))
+ABSENT: Any = object()
+Values: TypeAlias = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # attributes of modules, and values for some
+
+
+class Snapshot:
+    """All attributes of some modules at a time, of which the plain ones can be told and put back."""
+
+    __slots__ = ("before",)
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.before = [(vars(m), vars(m).copy()) for m in modules]
+
+    def changes(self) -> Values:
+        """Return the plain values that are others now, and ABSENT for those that were not there."""
+        found = []
+        for own, before in self.before:
+            # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
+            if len(own) == len(before) and not any(map(is_not, own.values(), before.values())):
+                continue
+            former = {name: before.get(name, ABSENT) for name in own.keys() | before.keys()}
+            former = {name: value for name, value in former.items() if _is_other(value, own.get(name, ABSENT))}
+            if former:
+                found.append((own, former))
+        return found
+
+    def put_back(self) -> None:
+        _set(self.changes())
+
+
+class Attributes(State):
+    """The plain attributes that a block's call changes, adds or deletes, as they were before the call.
+
+    A tensor or a container among the attributes stays as it is.
+    """
+
+    __slots__ = ("before", "changed")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.before: Snapshot | None = Snapshot(modules)
+        self.changed: Values = []
+
+    @classmethod
+    def capture(cls, call: Call) -> Attributes:
+        return cls(call.modules)
+
+    def close(self) -> bool:
+        assert self.before is not None
+        self.changed, self.before = self.before.changes(), None
+        return bool(self.changed)
+
+    @contextmanager
+    def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in self.changed]
+        _set(self.changed)
+        try:
+            yield
+        finally:
+            _set(now)
+
+
+def _set(values: Values) -> None:
+    for own, attributes in values:
+        for name, value in attributes.items():
+            if value is ABSENT:
+                own.pop(name, None)
+            else:
+                own[name] = value
+
+
+def _is_other(before: Any, now: Any) -> bool:
+    """Return whether a plain attribute has changed. One that was added counts if it is plain, too."""
+    if before is ABSENT:
+        return isinstance(now, PLAIN) and now is not None
+    return isinstance(before, PLAIN) and (type(now) is not type(before) or now != before)

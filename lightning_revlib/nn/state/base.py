@@ -1,0 +1,144 @@
+"""What a block's call depends on besides its input, noted in forward and restored for the block's second run.
+
+A kind of state is one class in a file of its own and one entry of `KINDS`. A kind that is `shared` is captured once a
+forward, in a `Scope`; the others are captured for each call, in a `CallState`. Neither knows what its parts are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_revlib.nn.internals import graph_task
+
+NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+class Call(NamedTuple):
+    """A block's call, or all calls of a forward: the blocks' modules, a stream, and the tensors among the arguments.
+
+    The arguments of a whole forward are complete when its scope is closed.
+    """
+
+    modules: Sequence[nn.Module]
+    stream: Tensor
+    arguments: Sequence[Tensor]
+
+
+class State(ABC):
+    """One thing that a block's call depends on besides its input.
+
+    >>> class Seed(State):  # of a library with a random state of its own
+    ...     def __init__(self):
+    ...         self.before = library.seed
+    ...     @classmethod
+    ...     def capture(cls, call):
+    ...         return cls()
+    ...     def close(self):
+    ...         return library.seed != self.before
+    ...     @contextmanager
+    ...     def restore(self, modules):
+    ...         now, library.seed = library.seed, self.before
+    ...         try:
+    ...             yield
+    ...         finally:
+    ...             library.seed = now
+    >>> KINDS.append(Seed)
+    """
+
+    __slots__ = ()
+    shared: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def capture(cls, call: Call) -> State:
+        """Note the state before the call; of a shared kind, before the first call of a forward."""
+
+    def close(self) -> bool:
+        """Note what the call has changed; return whether a second run needs this state at all."""
+        return True
+
+    def is_current(self) -> bool:
+        """Return whether there is nothing to restore. Shared kinds only are asked, once in each backward."""
+        return False
+
+    @abstractmethod
+    def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+        """Put the state in place for a block of these modules, and at the end what was there before.
+
+        Raises RuntimeError if the state cannot be put in place, since it was overwritten.
+        """
+
+
+KINDS: list[type[State]] = []  # in the order of restoring; those of torch are listed in `state/__init__.py`
+
+
+class Scope:
+    """State that the calls of one forward have in common: the forward of a stack, or of one layer of a list.
+
+    `blocks` are those that are called, `stream` is a tensor on their device. `close` it after the last call.
+    """
+
+    __slots__ = ("_arguments", "_modules", "_outdated", "_shared", "_task", "grad_enabled")
+
+    def __init__(self, blocks: Iterable[nn.Module], stream: Tensor) -> None:
+        self.grad_enabled = torch.is_grad_enabled()
+        self._modules = {block: [*block.modules()] for block in blocks}
+        self._arguments: list[Tensor] = []
+        self._task: int | None = None  # the backward for which it is known what is outdated
+        self._outdated: list[State] = []
+        call = Call([m for modules in self._modules.values() for m in modules], stream, self._arguments)
+        self._shared = [kind.capture(call) for kind in KINDS if kind.shared]
+
+    def capture(self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor]) -> CallState:
+        """Return the state before a call of `block`."""
+        self._arguments += arguments
+        call = Call(self._modules[block], stream, arguments)
+        return CallState(self, call, [kind.capture(call) for kind in KINDS if not kind.shared])
+
+    def close(self) -> None:
+        self._shared = [state for state in self._shared if state.close()]
+
+    def outdated(self) -> list[State]:
+        """Return the shared states that have to be restored in the backward that runs."""
+        if self._task is None or self._task != graph_task():
+            self._task = graph_task()
+            self._outdated = [state for state in self._shared if not state.is_current()]
+        return self._outdated
+
+
+class CallState:
+    """State of one call of a block. `close` it after the call; `restore` it around the second run.
+
+    `arguments` are the tensors among the call's arguments, with their versions before it.
+    """
+
+    __slots__ = ("arguments", "modules", "parts", "scope")
+
+    def __init__(self, scope: Scope, call: Call, parts: list[State]) -> None:
+        self.scope, self.modules, self.parts = scope, call.modules, parts
+        self.arguments = [(t, version(t)) for t in call.arguments]
+
+    def close(self) -> None:
+        self.parts = [part for part in self.parts if part.close()]
+
+    def restore(self) -> AbstractContextManager[Any]:
+        parts = [*self.parts, *self.scope.outdated()]
+        return self._restore(parts) if parts else NOTHING
+
+    @contextmanager
+    def _restore(self, parts: list[State]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.restore(self.modules))
+            yield
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often the tensor was changed in place; 0 for inference tensors, which do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

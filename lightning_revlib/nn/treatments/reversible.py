@@ -1,0 +1,69 @@
+"""Treatment "reversible": steps on a tape, which backward undoes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_revlib.nn.coupling.base import Streams
+from lightning_revlib.nn.coupling.standard import Additive
+from lightning_revlib.nn.engine import release
+from lightning_revlib.nn.engine.chunks import ChunkedUndo, ChunkFrame
+from lightning_revlib.nn.engine.tape import Frame, Tape
+from lightning_revlib.nn.steps.chunks import Chunk
+from lightning_revlib.nn.steps.step import Step
+from lightning_revlib.nn.treatments.base import Forward, Treatment
+from lightning_revlib.nn.treatments.prefetch import Prefetch
+from lightning_revlib.nn.treatments.streams import has_streams
+
+
+class Reversible(Treatment):
+    """Keep nothing but the streams after the last step; rebuild the others in backward."""
+
+    keeps = "the streams after the last step in a row"
+    costs = "the block once more"
+    rebuilds = True
+
+    def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
+        super().__init__(forward, a, b)
+        schedule = Prefetch(a.device) if forward.overlap and has_streams(a.device) else None
+        self.tape = Tape(forward.compiler, forward.context_fn, schedule, forward.watch(a, b))
+        self.last: Frame | None = None
+
+    @classmethod
+    def is_possible(cls, step: Step, device: torch.device) -> bool:
+        return step.coupling.invertible(step.training)
+
+    def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+        if a.is_inference():  # such a tensor would not count its changes
+            a, b = a.clone(), b.clone()
+        return step.each(a, b, partial(self._record, step, ChunkedUndo()))
+
+    def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
+        state = self.forward.scope(step, b).capture(step.module, b, step.arguments())
+        if chunk is None:
+            frame = Frame(self.tape, step, state, a, b)
+        else:
+            frame = ChunkFrame(self.tape, step, state, a, b, chunk, undoing)
+        if self.last is not None:
+            self.last.follow_by(frame)
+        self.last = frame
+        return frame.record(a, b)
+
+    def close(self, a: Tensor, b: Tensor) -> None:
+        self.tape.hold(tuple, a, b)  # type: ignore[arg-type]
+
+    def close_joined(self, y: Tensor, halve: Callable[[Tensor, bool], Streams]) -> None:
+        assert self.last is not None
+        is_large = y.nbytes >= 2 * release.LARGE
+        copies = type(self.last.coupling) is not Additive  # of which the inverse only reads the second stream
+
+        def read(outputs: list[Tensor]) -> Streams:
+            return halve(outputs[0], copies or (is_large and release.is_sole_owner(outputs[0])))
+
+        self.tape.hold(read, y)
+        if is_large:
+            release.free_whole_gradient(y)
