@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.nn.conditions.base import WIDTH, Case, condition
+from tests.nn.conditions.base import Case, condition
 
 
 class Conditioned(nn.Module):
@@ -25,15 +25,15 @@ class Conditioned(nn.Module):
 
 @condition
 def arguments_of_all_kinds(case: Case) -> list[Tensor | None]:
-    stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=WIDTH)
-    shift = torch.ones(WIDTH, dtype=case.dtype)
+    stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=case.width)
+    shift = torch.ones(case.width, dtype=case.dtype)
     result = case.train(stack, x, shift, None, scale=0.5, memory={"key": leaf * 2, "name": "memory"})
     return [*result, leaf.grad]
 
 
 @condition
 def layerwise_arguments(case: Case) -> list[Tensor | None]:
-    stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=WIDTH)
+    stack, x, leaf = case.stack(*[Conditioned(case) for _ in range(3)]), case.input(), case.input(width=case.width)
     calls = [((leaf * k,), {"scale": k + 1.0}) for k in range(3)]
     return [*case.train(stack, x, 0.1, layerwise=calls), leaf.grad]
 
@@ -98,8 +98,8 @@ def extra_outputs_alone(case: Case) -> list[Tensor | None]:
 
 @condition
 def duplicated_input(case: Case) -> list[Tensor | None]:
-    blocks = [case.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
-    return case.train(case.stack(*blocks, split_dim=None), case.input(width=WIDTH))
+    blocks = [case.block(nn.Linear(case.width, case.width), nn.Tanh()) for _ in range(4)]
+    return case.train(case.stack(*blocks, split_dim=None), case.input(width=case.width))
 
 
 @condition

@@ -34,10 +34,14 @@ def drawn(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Case:
+    """What a condition runs with: the class and options of its stacks, and the size and dtype of its tensors."""
+
     cls: type[nn.Module]
     options: dict[str, Any]  # of the stack: the coupling, or a pair of callables, or the grid
     dtype: torch.dtype
     autocast: bool
+    width: int = WIDTH  # of a stream
+    batch: int = BATCH
 
     def forward_context(self) -> Any:
         return torch.autocast(torch.get_default_device().type, torch.bfloat16) if self.autocast else nullcontext()
@@ -48,22 +52,23 @@ class Case:
 
     @property
     def out_width(self) -> int:
-        """Return the width that a block has to return for a stream of WIDTH."""
+        """Return the width that a block has to return for a stream."""
         coupling = self.options.get("coupling", "additive")
         first = revlib.get_coupling(coupling[0] if isinstance(coupling, list) else coupling)
-        return first.branch_shape(torch.Size([BATCH, WIDTH]))[1]
+        return first.branch_shape(torch.Size([self.batch, self.width]))[1]
 
     def block(self, *before: nn.Module, after: tuple[nn.Module, ...] = ()) -> nn.Module:
-        return nn.Sequential(*before, nn.Linear(WIDTH, self.out_width), *after)
+        return nn.Sequential(*before, nn.Linear(self.width, self.out_width), *after)
 
     def stack(self, *blocks: nn.Module, **options: Any) -> nn.Module:
         return self.cls(*blocks, **{**self.options, **options}).to(self.dtype)
 
     def mlp(self, depth: int = 4) -> nn.Module:
-        return self.stack(*[self.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth)])
+        return self.stack(*[self.block(nn.Linear(self.width, self.width), nn.Tanh()) for _ in range(depth)])
 
-    def input(self, requires_grad: bool = True, *, width: int = 2 * WIDTH) -> Tensor:
-        return drawn(7, BATCH, width, dtype=self.dtype).requires_grad_(requires_grad)
+    def input(self, requires_grad: bool = True, *, width: int | None = None) -> Tensor:
+        width = 2 * self.width if width is None else width
+        return drawn(7, self.batch, width, dtype=self.dtype).requires_grad_(requires_grad)
 
     def call(self, stack: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with self.forward_context():

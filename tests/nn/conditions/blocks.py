@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_revlib as revlib
-from tests.nn.conditions.base import WIDTH, Case, condition
+from tests.nn.conditions.base import Case, condition
 
 
 @condition
@@ -29,12 +29,14 @@ def one_block(case: Case) -> list[Tensor | None]:
 
 @condition
 def chunks(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(*[case.block(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)], chunks=[1, 3]))
+    return case.train(
+        case.stack(*[case.block(nn.Linear(case.width, case.width), nn.Tanh()) for _ in range(4)], chunks=[1, 3])
+    )
 
 
 @condition
 def bare_linear(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(*[nn.Linear(WIDTH, case.out_width) for _ in range(4)]))
+    return case.train(case.stack(*[nn.Linear(case.width, case.out_width) for _ in range(4)]))
 
 
 class Wide(nn.Module):
@@ -50,18 +52,18 @@ class Wide(nn.Module):
 
 @condition
 def identity_between(case: Case) -> list[Tensor | None]:
-    wide = Wide(case.out_width // WIDTH)
+    wide = Wide(case.out_width // case.width)
     return case.train(case.stack(wide, case.block(nn.Tanh()), wide, case.block(nn.Tanh()), wide))
 
 
 @condition
 def identity_only(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(*[Wide(case.out_width // WIDTH) for _ in range(3)]))
+    return case.train(case.stack(*[Wide(case.out_width // case.width) for _ in range(3)]))
 
 
 @condition
 def inplace_inside(case: Case) -> list[Tensor | None]:
-    blocks = [case.block(nn.Linear(WIDTH, WIDTH), nn.ELU(inplace=True)) for _ in range(3)]
+    blocks = [case.block(nn.Linear(case.width, case.width), nn.ELU(inplace=True)) for _ in range(3)]
     return case.train(case.stack(*blocks))
 
 
@@ -94,11 +96,11 @@ def saved_tensors_of_chunks_asked_twice(case: Case) -> list[Tensor | None]:
 
 
 class Force(nn.Module):
-    """The gradient of a potential, by autograd inside the block."""
+    """Computes the gradient of a potential by autograd inside the block."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.potential = nn.Linear(WIDTH, WIDTH)
+        self.potential = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -109,7 +111,7 @@ class Force(nn.Module):
 
 @condition
 def autograd_inside_a_block(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(*[case.block(Force()) for _ in range(3)]))
+    return case.train(case.stack(*[case.block(Force(case.width)) for _ in range(3)]))
 
 
 class Checkpointed(nn.Module):
@@ -138,9 +140,9 @@ def checkpoint_around(case: Case) -> list[Tensor | None]:
 @condition
 def stack_in_a_stack(case: Case) -> list[Tensor | None]:
     def inner() -> nn.Module:
-        parts = [nn.Sequential(nn.Linear(WIDTH // 2, WIDTH // 2), nn.Tanh()) for _ in range(3)]
+        parts = [nn.Sequential(nn.Linear(case.width // 2, case.width // 2), nn.Tanh()) for _ in range(3)]
         grid = {"grid_bits": 12} if case.exact else {}
-        return nn.Sequential(case.cls(*parts, **grid), nn.Dropout(0.3), nn.Linear(WIDTH, case.out_width))
+        return nn.Sequential(case.cls(*parts, **grid), nn.Dropout(0.3), nn.Linear(case.width, case.out_width))
 
     return case.train(case.stack(*[inner() for _ in range(3)]))
 
@@ -160,9 +162,9 @@ class Roll(nn.Module):
 class Stretch(nn.Module):
     """An invertible step with a parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.log = nn.Parameter(torch.linspace(-0.3, 0.3, WIDTH))
+        self.log = nn.Parameter(torch.linspace(-0.3, 0.3, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.log.to(x.dtype).exp()
@@ -173,11 +175,11 @@ class Stretch(nn.Module):
 
 @condition
 def invertible_steps(case: Case) -> list[Tensor | None]:
-    middle = Roll() if case.exact else Stretch()
+    middle = Roll() if case.exact else Stretch(case.width)
     return case.train(case.stack(Roll(), case.block(nn.Tanh()), middle, case.block(nn.Tanh()), Roll()))
 
 
 @condition
 def library_invertible_steps(case: Case) -> list[Tensor | None]:
-    middle = revlib.Permutation(WIDTH) if case.exact else revlib.Orthogonal(WIDTH)
-    return case.train(case.stack(revlib.Permutation(WIDTH), case.block(nn.Tanh()), middle, case.block(nn.Tanh())))
+    middle = revlib.Permutation(case.width) if case.exact else revlib.Orthogonal(case.width)
+    return case.train(case.stack(revlib.Permutation(case.width), case.block(nn.Tanh()), middle, case.block(nn.Tanh())))

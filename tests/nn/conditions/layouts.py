@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.nn.conditions.base import WIDTH, Case, condition, drawn
+from tests.nn.conditions.base import Case, condition, drawn
 
 
 def _layout(case: Case, x: Tensor, **options: Any) -> list[Tensor | None]:
     """What kernels save depends on how memory is laid out; the blocks are bare, to see their input's layout."""
-    stack = case.stack(*[nn.Linear(WIDTH, case.out_width) for _ in range(3)], **options)
+    stack = case.stack(*[nn.Linear(case.width, case.out_width) for _ in range(3)], **options)
     leaf = x.detach().requires_grad_()
     y = case.call(stack, leaf)
     case.loss(y).backward()
@@ -31,36 +31,36 @@ def _tokens(case: Case, *shape: int) -> Tensor:
 
 @condition
 def as_many_tokens_as_channels(case: Case) -> list[Tensor | None]:
-    return _layout(case, _tokens(case, 2, WIDTH // 2, 2 * WIDTH), **_last(case))
+    return _layout(case, _tokens(case, 2, case.width // 2, 2 * case.width), **_last(case))
 
 
 @condition
 def three_dimensions(case: Case) -> list[Tensor | None]:
-    return _layout(case, _tokens(case, 4, 5, 2 * WIDTH), **_last(case))
+    return _layout(case, _tokens(case, case.batch, 5, 2 * case.width), **_last(case))
 
 
 @condition
 def one_sample(case: Case) -> list[Tensor | None]:
-    return _layout(case, _tokens(case, 1, WIDTH, 2 * WIDTH), **_last(case))
+    return _layout(case, _tokens(case, 1, case.width, 2 * case.width), **_last(case))
 
 
 @condition
 def transposed_input(case: Case) -> list[Tensor | None]:
-    return _layout(case, _tokens(case, WIDTH, 2, 2 * WIDTH).transpose(0, 1), **_last(case))
+    return _layout(case, _tokens(case, case.width, 2, 2 * case.width).transpose(0, 1), **_last(case))
 
 
 @condition
 def expanded_input(case: Case) -> list[Tensor | None]:
-    x = _tokens(case, 1, 1, 2 * WIDTH).requires_grad_()
-    stack = case.stack(*[nn.Linear(WIDTH, case.out_width) for _ in range(3)], **_last(case))
-    y = case.call(stack, x.expand(2, WIDTH // 2, -1))
+    x = _tokens(case, 1, 1, 2 * case.width).requires_grad_()
+    stack = case.stack(*[nn.Linear(case.width, case.out_width) for _ in range(3)], **_last(case))
+    y = case.call(stack, x.expand(2, case.width // 2, -1))
     case.loss(y).backward()
     return [y, x.grad, *case.gradients(stack)]
 
 
 @condition
 def transposed_and_duplicated_input(case: Case) -> list[Tensor | None]:
-    return _layout(case, _tokens(case, WIDTH, 2, WIDTH).transpose(0, 1), **{**_last(case), "split_dim": None})
+    return _layout(case, _tokens(case, case.width, 2, case.width).transpose(0, 1), **{**_last(case), "split_dim": None})
 
 
 class Turned(nn.Module):
@@ -68,7 +68,7 @@ class Turned(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.layer = nn.Linear(WIDTH, case.out_width)
+        self.layer = nn.Linear(case.width, case.out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).transpose(0, 1).contiguous().transpose(0, 1)
@@ -76,12 +76,15 @@ class Turned(nn.Module):
 
 @condition
 def branches_in_another_layout(case: Case) -> list[Tensor | None]:
-    stack, x = case.stack(*[Turned(case) for _ in range(4)], **_last(case)), _tokens(case, 3, 2, 2 * WIDTH)
+    stack, x = (
+        case.stack(*[Turned(case) for _ in range(4)], **_last(case)),
+        _tokens(case, case.batch - 1, 2, 2 * case.width),
+    )
     return case.train(stack, x.requires_grad_())
 
 
 @condition
 def channels_last(case: Case) -> list[Tensor | None]:
-    blocks = [nn.Conv2d(WIDTH, case.out_width, 3, padding=1) for _ in range(3)]
-    x = _tokens(case, 2, 2 * WIDTH, 4, 4).to(memory_format=torch.channels_last)
+    blocks = [nn.Conv2d(case.width, case.out_width, 3, padding=1) for _ in range(3)]
+    x = _tokens(case, case.batch // 2, 2 * case.width, 4, 4).to(memory_format=torch.channels_last)
     return case.train(case.stack(*blocks, split_dim=1), x.requires_grad_())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tests.nn.conditions.base import WIDTH, Case, condition
+from tests.nn.conditions.base import Case, condition
 
 
 @condition
@@ -48,7 +48,7 @@ def frozen_between_forward_and_backward(case: Case) -> list[Tensor | None]:
 
 @condition
 def eval_between_forward_and_backward(case: Case) -> list[Tensor | None]:
-    stack, x = case.stack(*[case.block(nn.Dropout(0.5), nn.BatchNorm1d(WIDTH)) for _ in range(3)]), case.input()
+    stack, x = case.stack(*[case.block(nn.Dropout(0.5), nn.BatchNorm1d(case.width)) for _ in range(3)]), case.input()
     y = case.call(stack, x)
     stack.eval()
     case.loss(y).backward()

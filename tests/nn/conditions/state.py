@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tests.nn.conditions.base import WIDTH, Case, condition
+from tests.nn.conditions.base import Case, condition
 
 
 @condition
@@ -23,7 +23,7 @@ def dropout_in_some(case: Case) -> list[Tensor | None]:
 
 @condition
 def draws_unexpectedly(case: Case) -> list[Tensor | None]:
-    parts = (nn.BatchNorm1d(WIDTH), nn.Dropout(0.3), nn.Tanh())
+    parts = (nn.BatchNorm1d(case.width), nn.Dropout(0.3), nn.Tanh())
     stack = case.stack(*[case.block(*copy.deepcopy(parts)) for _ in range(4)])
     quiet = case.train(stack.eval())  # the engine learns that this stack does not draw
     loud = case.train(stack.train())
@@ -43,41 +43,45 @@ def functional_noise(case: Case) -> list[Tensor | None]:
 @condition
 def batch_norm(case: Case) -> list[Tensor | None]:
     return case.train(
-        case.stack(*[case.block(nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)) for _ in range(4)])
+        case.stack(
+            *[case.block(nn.BatchNorm1d(case.width), nn.ReLU(), nn.Linear(case.width, case.width)) for _ in range(4)]
+        )
     )
 
 
 @condition
 def batch_norm_cumulative(case: Case) -> list[Tensor | None]:
-    stack = case.stack(*[case.block(nn.BatchNorm1d(WIDTH, momentum=None), nn.Tanh()) for _ in range(3)])
+    stack = case.stack(*[case.block(nn.BatchNorm1d(case.width, momentum=None), nn.Tanh()) for _ in range(3)])
     return [*case.train(stack), *case.train(stack)]
 
 
 @condition
 def batch_norm_eval(case: Case) -> list[Tensor | None]:
-    stack = case.stack(*[case.block(nn.BatchNorm1d(WIDTH), nn.ReLU()) for _ in range(3)])
+    stack = case.stack(*[case.block(nn.BatchNorm1d(case.width), nn.ReLU()) for _ in range(3)])
     case.train(stack)
     return case.train(stack.eval())
 
 
 @condition
 def batch_norm_shared(case: Case) -> list[Tensor | None]:
-    norm = nn.BatchNorm1d(WIDTH)
+    norm = nn.BatchNorm1d(case.width)
     return case.train(case.stack(*[case.block(norm, nn.Tanh()) for _ in range(3)]))
 
 
 @condition
 def spectral(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(*[case.block(spectral_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh()) for _ in range(3)]))
+    return case.train(
+        case.stack(*[case.block(spectral_norm(nn.Linear(case.width, case.width)), nn.Tanh()) for _ in range(3)])
+    )
 
 
 class Counter(nn.Module):
     """Changes what it reads: a counter in place, an average by a new tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("mean", torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
         out = x * (1 + 0.1 * self.calls.to(x.dtype)) + self.mean.to(x.dtype)
@@ -88,7 +92,7 @@ class Counter(nn.Module):
 
 @condition
 def changing_buffers(case: Case) -> list[Tensor | None]:
-    stack = case.stack(*[case.block(Counter(), nn.Tanh()) for _ in range(3)])
+    stack = case.stack(*[case.block(Counter(case.width), nn.Tanh()) for _ in range(3)])
     first, second = case.call(stack, case.input()), case.call(stack, case.input())
     (case.loss(first) + case.loss(second)).backward()
     return [first, second, *case.gradients(stack)]

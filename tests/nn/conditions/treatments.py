@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from tests.nn.conditions.base import WIDTH, Case, condition
+from tests.nn.conditions.base import Case, condition
 from tests.nn.conditions.requires_grad import Settles
 
 
 def _parts(case: Case) -> list[nn.Module]:
-    return [case.block(nn.BatchNorm1d(WIDTH), nn.Dropout(0.3), nn.Tanh()) for _ in range(6)]
+    return [case.block(nn.BatchNorm1d(case.width), nn.Dropout(0.3), nn.Tanh()) for _ in range(6)]
 
 
 @condition
@@ -46,7 +46,7 @@ def treatments_mixed(case: Case) -> list[Tensor | None]:
 @condition
 def treatments_mixed_on_duplicated_input(case: Case) -> list[Tensor | None]:
     mixed = ["store", "reversible", "reversible", "checkpoint", "reversible", "checkpoint"]
-    return case.train(case.stack(*_parts(case), treatments=mixed, split_dim=None), case.input(width=WIDTH))
+    return case.train(case.stack(*_parts(case), treatments=mixed, split_dim=None), case.input(width=case.width))
 
 
 def _keep_products() -> Any:
@@ -67,19 +67,21 @@ def all_blocks_selective(case: Case) -> list[Tensor | None]:
 class ChangesProducts(nn.Module):
     """Changes the outputs of what selective checkpointing keeps, in place, and views of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner, self.outer = nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.inner(x).view(-1, 2 * WIDTH)
-        a, b = h.sub_(1).sigmoid_().view(*x.shape[:-1], 2 * WIDTH).chunk(2, -1)
+        h = self.inner(x).view(-1, self.inner.out_features)
+        a, b = h.sub_(1).sigmoid_().view(*x.shape[:-1], -1).chunk(2, -1)
         return self.outer(a * b).mul_(0.5).tanh_()
 
 
 @condition
 def selective_where_products_change_in_place(case: Case) -> list[Tensor | None]:
-    return case.train(case.stack(*[case.block(ChangesProducts()) for _ in range(3)], treatments=["selective"] * 3))
+    return case.train(
+        case.stack(*[case.block(ChangesProducts(case.width)) for _ in range(3)], treatments=["selective"] * 3)
+    )
 
 
 @condition
