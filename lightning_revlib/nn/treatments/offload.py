@@ -17,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, get_device_module, nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.coupling.base import Streams
@@ -32,8 +32,8 @@ class Convoy:
     """What the parcels of one forward of a stack share: the way, and who is on it in backward."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, get_device_module(device)
-        self.side = copy_stream(device)
+        self.device, self.module = device, torch.get_device_module(device)
+        self.side = copy_stream(self.module, device)
         self.here: weakref.ref[Parcel] | None = None  # the one whose tensors backward uses
         self.ahead: weakref.ref[Parcel] | None = None  # the one that is on its way, for the step before
 
@@ -152,9 +152,9 @@ class Parcel:
 
 
 def host_memory(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type != "cpu")
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
 
 
 @lru_cache(maxsize=64)
-def copy_stream(device: torch.device) -> Any:
-    return get_device_module(device).Stream(device=device)
+def copy_stream(module: Any, device: torch.device) -> Any:
+    return module.Stream(device=device)

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, get_device_module
+from torch import Tensor
 
 from lightning_revlib.nn.state.rng import NOTHING
 
@@ -32,8 +32,8 @@ class Ahead:
     """The step of a tape that is undone before autograd asks for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, get_device_module(device)
-        self.side = side_stream(device)
+        self.device, self.module = device, torch.get_device_module(device)
+        self.side = side_stream(self.module, device)
         self.main: Any = None  # if it has not yet waited for side
         self.index = -1  # of the step; no frame, which would refer to this
         self.caught: list[Tensor | None] | None = None
@@ -85,6 +85,6 @@ def has_streams(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=64)
-def side_stream(device: torch.device) -> Any:
+def side_stream(module: Any, device: torch.device) -> Any:
     """One for each device, so that memory of its pool serves one backward after the other."""
-    return get_device_module(device).Stream(device=device)
+    return module.Stream(device=device)
