@@ -1,4 +1,4 @@
-"""Bytes counted at dispatch: exact, repeatable to the byte, and the same on every machine."""
+"""Count the bytes of tensors at dispatch. Counts are exact and the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of the tensors that come to life while it is active.
+    """A context manager that counts the bytes of the storages allocated while it is active.
 
     >>> with MemoryMeter() as meter:
     ...     y = stack(x)
-    ...     held = meter.live                      # bytes alive now that were not before
+    ...     held = meter.live                      # bytes allocated since then and not yet freed
     ...     meter.reset_peak()
     ...     y.backward(g)
     >>> held / y.nbytes, meter.peak / y.nbytes
 
-    What was alive before does not count, such as inputs and parameters. Storages are counted, not
-    tensors: views are free. It slows eager execution two to four times. Kernels' scratch memory
-    does not show; for that, use `torch.cuda.max_memory_allocated`.
+    Storages allocated before, such as inputs and parameters, do not count. Views add nothing. Eager
+    execution takes two to four times as long. The scratch memory of kernels is not counted: use
+    `torch.cuda.max_memory_allocated` for it.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,11 @@ class MemoryMeter(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def reset_peak(self) -> None:
+        """Set the peak to the bytes that are alive now."""
         self.peak = self.live
 
     def forget_gradient(self, parameter: Tensor) -> None:
-        """Stop counting the parameter's gradient; made for `register_post_accumulate_grad_hook`."""
+        """Stop counting the gradient of a parameter, as a hook for `register_post_accumulate_grad_hook`."""
         if parameter.grad is not None and (known := self._known.get(_key(parameter.grad))):
             known()
 
@@ -64,7 +65,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes in the unit that suits them: 1536 -> "1.5 KiB"."""
+    """Return the count with its unit, such as "1.5 KiB" for 1536."""
     value, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
     while value >= 1024:

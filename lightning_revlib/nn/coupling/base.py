@@ -1,13 +1,14 @@
-"""Couplings: how a block's output joins two streams so that the step can be undone.
+"""Couplings: invertible functions that join a block's output to two streams.
 
-With f = block(b), a coupling states four things:
+With f = block(b), a coupling defines:
 
     forward(a, b, f)      -> (a', b')    the step
-    recover(a', b')       -> b           what the block saw, found without the block
-    inverse(a', b', b, f) -> a           the other stream, found with the block's output
-    start(x) -> (a, b), finish(a, b) -> y    one stream in, one out (split_dim=None)
+    recover(a', b')       -> b           the block's input, computed without the block
+    inverse(a', b', b, f) -> a           the other stream, computed from the block's output
+    start(x)              -> (a, b)      the streams of one input     (split_dim=None)
+    finish(a, b)          -> y           the output of two streams    (split_dim=None)
 
-A coupling never states a gradient: autograd derives it from `forward`.
+A coupling never defines a gradient: autograd derives it from `forward`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Streams: TypeAlias = tuple[Tensor, Tensor]
 
 
 def has_gaps(stream: Tensor) -> bool:
-    """Whether its memory, in whatever order of dimensions, holds more than its elements."""
+    """Return True if the stream is a view with gaps, in any order of its dimensions."""
     if stream.is_contiguous():
         return False
     strides = stream.stride()
@@ -32,27 +33,28 @@ def has_gaps(stream: Tensor) -> bool:
 
 
 class Coupling(ABC):
-    """Base of all couplings; subclass it, or `Alternating`, for your own.
+    """Base class of all couplings.
 
-    `start` and `finish` serve stacks with `split_dim=None`: by default the input goes on both
-    streams and their mean comes out.
+    Subclass `Alternating` if your coupling leaves b as it is, and this class otherwise. Stacks with
+    `split_dim=None` call `start` and `finish`: by default the input is both streams, and the output
+    is the mean of both. Register a coupling's name in `COUPLINGS`, or pass an instance of it.
     """
 
-    needs_grid = False  # works on the exact grid only
-    growth = 1.0  # the factor by which a step's inverse multiplies an error; 0 if it makes none
+    needs_grid = False  # True: the coupling needs `grid_bits`
+    growth = 1.0  # factor by which a step's inverse multiplies the streams' error; 0 if the inverse is exact
     bits: int | None = None  # of the grid 2^-bits, if the coupling is exact
 
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
-        """The step, by ordinary differentiable operations."""
+        """Return the new streams, computed by differentiable operations."""
 
     @abstractmethod
     def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
-        """The stream `b` that the block saw."""
+        """Return the stream b, which was the block's input."""
 
     @abstractmethod
     def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        """The stream `a`."""
+        """Return the stream a."""
 
     def start(self, x: Tensor) -> Streams:
         return x, x
@@ -61,18 +63,18 @@ class Coupling(ABC):
         return (a + b) / 2
 
     def branch_shape(self, stream: torch.Size) -> torch.Size:
-        """The shape a block has to return for a stream of shape `stream`."""
+        """Return the shape that a block must return for a stream of shape `stream`."""
         return stream
 
     def on_grid(self, bits: int) -> Coupling:
-        """This coupling made exact on the grid of 2^-bits; ValueError where that cannot be."""
+        """Return this coupling on the grid of multiples of 2^-bits. Raises ValueError if it cannot be exact."""
         raise ValueError(
             f"grid_bits={bits}: {type(self).__name__.lower()} cannot be exact, since its inverse divides or multiplies;"
             " exact are additive, midpoint, leapfrog and bdia"
         )
 
     def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
-        """The coupling of one step of one forward, for those that draw or remember; called after the block."""
+        """Return the coupling of one step of one forward; override it to draw numbers or to keep state."""
         return self
 
     def limit(self, dtype: torch.dtype) -> float:
@@ -80,12 +82,12 @@ class Coupling(ABC):
         return math.inf
 
     def invertible(self, training: bool) -> bool:
-        """Whether steps can be undone; where not, backward needs what autograd stores."""
+        """Return True if the step has an inverse; if not, autograd stores its tensors."""
         return True
 
 
 class Alternating(Coupling):
-    """(a, b) -> (b, combine(a, b, f)): the streams take turns, so that two callables say all.
+    """(a, b) -> (b, combine(a, b, f)): the streams take turns, and a subclass defines two methods only.
 
     >>> @dataclass(frozen=True)
     ... class Mirrored(Alternating):
@@ -96,11 +98,11 @@ class Alternating(Coupling):
 
     @abstractmethod
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        """The new stream. All shapes are the stream's, but f's, which is `branch_shape`."""
+        """Return the new stream. f has the shape `branch_shape`, all others the stream's."""
 
     @abstractmethod
     def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        """`out = combine(a, b, f)` solved for a."""
+        """Return a, the solution of `out = combine(a, b, f)`."""
 
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
         return b, self.combine(a, b, f)

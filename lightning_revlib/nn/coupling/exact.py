@@ -1,4 +1,4 @@
-"""Exact couplings: streams on a grid of multiples of 2^-bits, where additions round nothing.
+"""Exact couplings: streams on a grid of multiples of 2^-bits, on which additions do not round.
 
 (a, b) -> (b, carry(a, b) + Q(contribution(f)))       Exact, made from additive, midpoint, leapfrog
 x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x))       BDIA
@@ -16,9 +16,12 @@ from lightning_revlib.nn.coupling.base import Alternating, Coupling, Streams
 
 
 class Summing(Alternating):
-    """(a, b) -> (b, carry(a, b) + contribution(f)), where carry is its own inverse in a: can be made exact."""
+    """(a, b) -> (b, carry(a, b) + contribution(f)), with carry its own inverse in a.
 
-    headroom = 1  # by how much intermediate results may exceed the streams
+    Base class of the couplings that `on_grid` can make exact.
+    """
+
+    headroom = 1  # factor by which intermediate results may exceed the streams
 
     def carry(self, a: Tensor, b: Tensor) -> Tensor:
         return a
@@ -38,10 +41,11 @@ class Summing(Alternating):
 
 @dataclass(frozen=True)
 class Exact(Alternating):
-    """(a, b) -> (b, carry(a, b) + Q(contribution(f))), Q rounding to multiples of 2^-bits; exact inverse.
+    """(a, b) -> (b, carry(a, b) + Q(contribution(f))), with Q rounding to multiples of 2^-bits.
 
-    On the grid every addition is exact while |x| < 2^(24 - bits) in float32, so that reconstruction
-    is bit for bit, and so are gradients. The gradient passes straight through Q. Made by `on_grid`.
+    In float32 every addition on the grid is exact while |x| < 2^(24 - bits). The streams are therefore
+    rebuilt to the last bit, and gradients equal those of stored activations to the last bit. The
+    gradient of Q is the identity. Made by `on_grid`.
     """
 
     inner: Summing
@@ -61,7 +65,7 @@ class Exact(Alternating):
         return self.inner.finish(a, b)
 
     def limit(self, dtype: torch.dtype) -> float:
-        """What streams must stay below, in absolute value."""
+        """Return the bound that the streams' absolute values must stay below."""
         return grid_limit(dtype, self.bits) / self.inner.headroom
 
     def _contribution(self, b: Tensor, f: Tensor) -> Tensor:
@@ -72,12 +76,14 @@ class Exact(Alternating):
 class BDIA(Coupling):
     """x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x)), with g = gamma or -gamma, drawn for each sample and step.
 
-    Streams are (x-, x), u = 2^-bits is the grid, Q rounds to it, and s = (x- / u) mod 2 makes the
-    first term a multiple of u: these parities, one bit an element, are kept, and make the step exact:
-    x- = (x+ - Q(...)) / g - s u. In evaluation g = 0: the plain residual network x + Q(f(x)), which
-    keeps its activations if it is differentiated. For training residual architectures as they are,
-    with `grid_bits` and best with `split_dim=None`. Not where one bit an element and block is too
-    much. https://arxiv.org/abs/2407.09093.
+    The streams are (x-, x), u = 2^-bits, and Q rounds to multiples of u. The parity s = (x- / u) mod 2
+    makes the first term a multiple of u. A step keeps its parities, one bit an element, and its inverse
+    x- = (x+ - Q(...)) / g - s u is exact. In evaluation g = 0, which is the plain residual network
+    x + Q(f(x)); backward of it needs stored activations.
+
+    Use it, with `grid_bits` and best with `split_dim=None`, to train a residual architecture that is
+    used unchanged in evaluation. Do not use it if one bit for each element and block is too much.
+    BDIA-transformer, https://arxiv.org/abs/2407.09093.
     """
 
     gamma: float = 0.5
@@ -123,8 +129,10 @@ class BDIA(Coupling):
 
 @dataclass(frozen=True)
 class _BDIAStep(Alternating):
-    gamma: Tensor  # (batch, 1, ...)
-    odd: Tensor | None  # packed parities of x-
+    """One step of BDIA, with its draw and its parities."""
+
+    gamma: Tensor  # (batch, 1, ...), or a zero in evaluation
+    odd: Tensor | None  # parities of x-, eight a byte; None in evaluation
     bits: int
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ class _BDIAStep(Alternating):
 
 
 class _Round(torch.autograd.Function):
-    """Rounds to multiples of 1 / scale; the gradient passes straight through."""
+    """Round to multiples of 1 / scale, with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -156,12 +164,12 @@ class _Round(torch.autograd.Function):
 
 
 def round_to_grid(x: Tensor, bits: int) -> Tensor:
-    """x rounded to multiples of 2^-bits, with the gradient of the identity."""
+    """Round x to multiples of 2^-bits, with the gradient of the identity."""
     return _Round.apply(x, 2.0**bits)
 
 
 def grid_limit(dtype: torch.dtype, bits: int) -> float:
-    """Below it, all multiples of 2^-bits are numbers of `dtype`."""
+    """Return the bound below which `dtype` represents every multiple of 2^-bits."""
     mantissa = {torch.float32: 24, torch.float64: 53}.get(dtype)
     if mantissa is None:
         raise ValueError(f"grid_bits={bits} needs streams of float32 or float64, not {dtype}; set stream_dtype")
@@ -169,7 +177,7 @@ def grid_limit(dtype: torch.dtype, bits: int) -> float:
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
-    """Eight booleans a byte."""
+    """Return the booleans packed, eight a byte."""
     flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
     return (flat * _weights(bits.device)).sum(1, dtype=torch.uint8)
 

@@ -15,7 +15,7 @@ from lightning_revlib.nn.coupling.base import Coupling, Streams
 
 @dataclass(frozen=True)
 class Invertible(Coupling):
-    """(a, b) -> (m(a), m(b)); inverse by m.inverse. A step without a block."""
+    """(a, b) -> (m(a), m(b)); inverse (m.inverse(a'), m.inverse(b')). A step without a block."""
 
     module: Any
 
@@ -30,13 +30,13 @@ class Invertible(Coupling):
 
 
 class SpaceToDepth(nn.Module):
-    """psi: (B, C, H, W) -> (B, C k^2, H/k, W/k), each k x k patch of pixels into channels.
+    """(B, C, H, W) -> (B, C k^2, H/k, W/k): the pixels of each k x k patch become channels.
 
     >>> SpaceToDepth(2)(torch.randn(1, 3, 8, 8)).shape
     torch.Size([1, 12, 4, 4])
 
-    Loses nothing, unlike pooling or strides. i-RevNet, https://arxiv.org/abs/1802.07088.
-    Raises ValueError where k does not divide the height and the width.
+    Downsampling without loss, unlike pooling or strides. i-RevNet, https://arxiv.org/abs/1802.07088.
+    Raises ValueError if k does not divide both height and width.
     """
 
     exact = True
@@ -60,12 +60,12 @@ class SpaceToDepth(nn.Module):
 
 
 class Permutation(nn.Module):
-    """A fixed random permutation of the `size` entries along `dim`, saved with the state.
+    """A fixed random permutation of the `size` entries along `dim`, saved in the state dict.
 
     >>> Permutation(16)(torch.randn(2, 16)).shape
     torch.Size([2, 16])
 
-    Mixes what a split would otherwise keep apart. Glow, https://arxiv.org/abs/1807.03039.
+    Mixes channels that a split would otherwise keep apart. Glow, https://arxiv.org/abs/1807.03039.
     """
 
     exact = True
@@ -94,7 +94,7 @@ class Orthogonal(nn.Module):
     >>> Orthogonal(16)(torch.randn(2, 16, 8, 8)).shape
     torch.Size([2, 16, 8, 8])
 
-    W starts at random. Not for exact stacks, as it rounds. Glow, https://arxiv.org/abs/1807.03039.
+    W is random at first. Not for exact stacks, since the product rounds. Glow, https://arxiv.org/abs/1807.03039.
     """
 
     def __init__(self, size: int, dim: int = 1) -> None:
@@ -103,7 +103,7 @@ class Orthogonal(nn.Module):
         linear = nn.Linear(size, size, bias=False)
         self.linear = parametrizations.orthogonal(linear, orthogonal_map="householder", use_trivialization=False)
         original: Any = self.linear.parametrizations.weight.original  # type: ignore[union-attr]
-        original.data = original.data.contiguous()  # FSDP2 shards no others
+        original.data = original.data.contiguous()  # FSDP2 shards contiguous parameters only
 
     def forward(self, x: Tensor) -> Tensor:
         return self._rotate(x, back=False)
@@ -112,7 +112,7 @@ class Orthogonal(nn.Module):
         return self._rotate(y, back=True)
 
     def _rotate(self, x: Tensor, back: bool) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # rounded to 16 bits, W is not orthogonal
+        with torch.autocast(x.device.type, enabled=False):  # in 16 bits W would not be orthogonal
             weight: Tensor = self.linear.weight  # type: ignore[assignment]
             return F.linear(x.movedim(self.dim, -1), weight.mT if back else weight).movedim(-1, self.dim)
 

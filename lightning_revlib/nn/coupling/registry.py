@@ -19,12 +19,12 @@ CouplingFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def additive_coupling_forward(other_stream: Tensor, fn_out: Tensor) -> Tensor:
-    """The additive coupling in RevLib's signature, (other, f) -> out."""
+    """Return other + f, the additive coupling in RevLib's signature."""
     return other_stream + fn_out
 
 
 def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
-    """Undoes `additive_coupling_forward`: (out, f) -> other."""
+    """Return out - f, the inverse of `additive_coupling_forward`."""
     return output - fn_out
 
 
@@ -32,7 +32,7 @@ def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
 class Pair(Alternating):
     """(a, b) -> (b, coupling_forward(a, f)); inverse a = coupling_inverse(b', f).
 
-    A user's own pair of callables, in RevLib's signature.
+    A pair of callables in RevLib's signature, given as `coupling_forward` and `coupling_inverse`.
     """
 
     coupling_forward: Callable[[Tensor, Tensor], Tensor] = additive_coupling_forward
@@ -57,9 +57,12 @@ COUPLINGS: dict[str, type[Coupling]] = {
 
 
 def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
-    """A coupling by name, `get_coupling("momentum", gamma=0.9)`, or by mapping, `{"name": "momentum", "gamma": 0.9}`.
+    """Return the coupling that a name with options, a mapping or a `Coupling` stands for.
 
-    A `Coupling` is returned as it is. Raises ValueError for an unknown name or option.
+    >>> get_coupling("momentum", gamma=0.9) == get_coupling({"name": "momentum", "gamma": 0.9})
+    True
+
+    Raises ValueError for an unknown name or option.
     """
     if isinstance(coupling, Coupling):
         return coupling
@@ -86,7 +89,7 @@ def read_couplings(
     forward: CouplingFunction | Sequence[CouplingFunction] | None,
     inverse: CouplingFunction | Sequence[CouplingFunction] | None,
 ) -> tuple[Coupling, ...]:
-    """One coupling or more, from names, mappings, couplings or pairs of callables. Raises ValueError."""
+    """Return one coupling or more, from names, mappings, couplings or pairs of callables. Raises ValueError."""
     if forward is None and inverse is None:
         many = coupling if isinstance(coupling, Sequence) and not isinstance(coupling, str) else [coupling]
         if not many:

@@ -1,4 +1,4 @@
-"""The couplings by name, each with its equation, its inverse and its paper. Their drift: docs/figures.md."""
+"""The couplings by name, each with its equation, its inverse and its paper. Their drift is in docs/figures.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_revlib.nn.coupling.exact import Summing
 class Additive(Summing):
     """(a, b) -> (b, a + f); inverse a = b' - f.
 
-    The default: its reconstruction error only adds up. RevNet, https://arxiv.org/abs/1707.04585.
+    The default: no step multiplies the reconstruction error. RevNet, https://arxiv.org/abs/1707.04585.
     """
 
 
@@ -25,10 +25,10 @@ class Additive(Summing):
 class Affine(Alternating):
     """(a, b) -> (b, a exp(s) + t) with (s, t) = f split in two and s bounded; inverse a = (b' - t) exp(-s).
 
-    A block returns twice its input's size along `dim`. s = bound tanh(s / bound) keeps a step from
-    scaling by more than e^bound, up or down; what is scaled down loses digits, so that deep float32
-    stacks drift more than additive ones. For flows and where a step should gate. RealNVP,
-    https://arxiv.org/abs/1605.08803.
+    A block returns twice its input's size along `dim`. The bound s = bound tanh(s / bound) limits the
+    factor of a step to between e^-bound and e^bound. A stream that is scaled down loses digits: deep
+    float32 stacks drift more than additive ones. Use it for flows, and for steps that should gate.
+    RealNVP, https://arxiv.org/abs/1605.08803.
     """
 
     dim: int = 1
@@ -59,11 +59,11 @@ class Affine(Alternating):
 class Momentum(Coupling):
     """v' = gamma v + (1 - gamma) f(x), x' = x + v'; inverse x = x' - v', v = (v' - (1 - gamma) f) / gamma.
 
-    The streams are (v, x) and the block always sees x. With `split_dim=None`, v starts at zero or
-    at `init(x)`, and x comes out. Each step multiplies the reconstruction's error by 1 / gamma
-    (float32, 24 blocks: about 1e-7 at 0.99, 8e-6 at 0.9), so not for deep stacks with small
-    gamma. With gamma 0 it is the plain residual network, which stores its activations. Momentum
-    ResNet, https://arxiv.org/abs/2102.07870.
+    The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at
+    `init(x)`, and the output is x. Each step of the inverse multiplies the error of v by 1 / gamma:
+    do not use a small gamma in a deep stack (the drift by depth is in docs/figures.md). With gamma 0
+    it is the plain residual network, whose activations are stored. Momentum ResNet,
+    https://arxiv.org/abs/2102.07870.
     """
 
     gamma: float = 0.9
@@ -101,8 +101,8 @@ class Momentum(Coupling):
 class Midpoint(Summing):
     """(x-, x) -> (x, x- + 2h f(x)); inverse x- = x+ - 2h f(x).
 
-    The midpoint rule for x' = f(x) with step `h`: as stable as additive. With `split_dim=None` the
-    input is taken for both points and the last one comes out. Reversible architectures for
+    The midpoint rule for x' = f(x) with step size `h`: as stable as additive. With `split_dim=None`
+    the input is both points, and the output is the last point. Reversible architectures for
     arbitrarily deep residual networks, https://arxiv.org/abs/1709.03698.
     """
 
@@ -122,9 +122,9 @@ class Midpoint(Summing):
 class Leapfrog(Summing):
     """(x-, x) -> (x, 2x - x- + h^2 f(x)); inverse x- = 2x - x+ + h^2 f(x).
 
-    The leapfrog rule for x'' = f(x) with step `h`. Without a restoring force the state grows
-    linearly with depth, so not for blocks with large outputs. With `split_dim=None` it starts at
-    rest and the last point comes out. https://arxiv.org/abs/1709.03698.
+    The leapfrog rule for x'' = f(x) with step size `h`. Without a restoring force the state grows
+    linearly with depth: do not use it for blocks with large outputs. With `split_dim=None` the input
+    is both points, and the output is the last point. https://arxiv.org/abs/1709.03698.
     """
 
     h: float = 1.0
@@ -147,10 +147,10 @@ class Leapfrog(Summing):
 class Scaled(Alternating):
     """(a, b) -> (b, scale a + f); inverse a = (b' - f) / scale.
 
-    With a small scale a pretrained network is nearly itself, for fine-tuning: f is the whole block,
-    its skip connection included (so not `residual=True`), and with `split_dim=None` b comes out.
-    Each step multiplies the reconstruction's error by 1 / scale, so not for deep stacks with small
-    scale. With scale 0 it is the network as it was, which stores its activations. MEFT,
+    For fine-tuning: with a small scale the function of a pretrained network changes little. f is the
+    whole block with its skip connection, so leave out `residual=True`. With `split_dim=None` the
+    output is b. Each step of the inverse multiplies the error by 1 / scale: do not use a small scale
+    in a deep stack. With scale 0 it is the original network, whose activations are stored. MEFT,
     https://arxiv.org/abs/2306.00477.
     """
 

@@ -50,7 +50,7 @@ class Stack:
     resolved: Resolved
     if TYPE_CHECKING:  # of the container
         training: bool
-        _modules: dict[str, nn.Module | None]
+        _modules: Any
 
         def __len__(self) -> int: ...
         def __iter__(self) -> Iterator[nn.Module]: ...
