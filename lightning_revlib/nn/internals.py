@@ -60,7 +60,7 @@ def in_transform() -> bool:
 
 
 def surrounding_hooks() -> Any:
-    """Return the innermost saved-tensor hooks that are active, as (pack, unpack), or None. Watch torch.autograd.graph."""
+    """Return the innermost active saved-tensor hooks, as (pack, unpack), or None. Watch torch.autograd.graph."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 

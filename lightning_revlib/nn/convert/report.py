@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_revlib.nn.convert.discover import TOLERANCE, steadier, survey
-from lightning_revlib.nn.convert.swap import Match, Targets, find, put_back, record, swap
+from lightning_revlib.nn.convert.swap import Match, Targets, find, forget_drift, put_back, record, swap
 from lightning_revlib.nn.engine.drift import expected_drift
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.meter import MemoryMeter, format_bytes
@@ -170,6 +170,7 @@ class _Call:
         found = find(self.model, None, strict=False)
         found += [match for match in find(self.model, targets) if match[1] not in [m for _, m, _ in found]]
         records = record(found)
+        forget_drift(records)
         try:
             _store([match for match in found if match[0] != path])
             swap(self.model, targets)
@@ -193,6 +194,7 @@ class _Call:
     def measure(self, found: list[Match], targets: Targets | None = None, *, stored: bool = False) -> Figures:
         """The figures with the stacks swapped, or by ordinary autograd."""
         records = record(found)
+        forget_drift(records)
         try:
             if stored:
                 _store(found)

@@ -100,6 +100,12 @@ def record(found: list[Match]) -> list[Record]:
     return [(module, module.__class__, dict(module.__dict__)) for module in (*modules, *layers)]
 
 
+def forget_drift(records: list[Record]) -> None:
+    """Let recorded stacks begin anew to measure their drift, until they are put back."""
+    for module, _, _ in records:
+        module.__dict__.pop("_history", None)
+
+
 def put_back(records: list[Record]) -> None:
     for module, cls, attributes in records:
         module.__class__ = cls
@@ -207,7 +213,9 @@ def _set_options(path: str, stack: Reversible, options: Mapping[str, Any]) -> No
             merged = before.merged(options)
         else:
             merged = StackOptions(**({"split_dim": None} if isinstance(stack, Layerwise) else {}) | dict(options))
-        if merged != before:  # else what its budget knows still holds
-            stack.set_options(merged)
+        budget = stack.budget if merged == before else None  # what it knows still holds
+        stack.set_options(merged)
+        if budget is not None:
+            stack.budget = budget
     except (TypeError, ValueError) as error:
         raise type(error)(f"target {path!r}: {error}") from None

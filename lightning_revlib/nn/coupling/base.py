@@ -32,6 +32,14 @@ def has_gaps(stream: Tensor) -> bool:
     return sum(map(mul, stream.shape, strides)) - sum(strides) + 1 != stream.numel()
 
 
+def dense(stream: Tensor) -> Tensor:
+    """Return the stream without gaps in memory, in the same order of dimensions: as streams between blocks are.
+
+    Kernels, what they save and how they round, depend on how memory is laid out.
+    """
+    return stream.clone() if has_gaps(stream) else stream
+
+
 class Coupling(ABC):
     """Base class of all couplings.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, clear_autocast_cache
 
+from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.engine.drift import Sentinel
 from lightning_revlib.nn.internals import pytree, surrounding_hooks
 from lightning_revlib.nn.plan.budget import Signature
@@ -17,6 +18,7 @@ from lightning_revlib.nn.plan.cost import StepCosts
 from lightning_revlib.nn.plan.fingerprint import description
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
+from lightning_revlib.nn.treatments.forward import Forward
 from lightning_revlib.nn.treatments.run import Run
 
 
@@ -26,8 +28,8 @@ class PlannedRun(Run):
     `stack` has a path, options, a budget, modules, and tells how its streams are joined and halved.
     """
 
-    def __init__(self, stack: Any, treatments: Sequence[str], *arguments: Any, **options: Any) -> None:
-        super().__init__(treatments, *arguments, **options)
+    def __init__(self, stack: Any, treatments: Sequence[str], forward: Forward) -> None:
+        super().__init__(treatments, forward)
         self.stack, self.budget = stack, stack.budget
         self.signature: Signature | None = None
         self.measured: list[StepCosts] | None = None  # if the budget does not know the stack's costs yet
@@ -69,7 +71,7 @@ class PlannedRun(Run):
 
     def _costs(self, step: Step, a: Tensor, b: Tensor, last: bool) -> dict[str, StepCost]:
         excluded = set() if self.stack.options.offload else {"offload"}
-        if self.context_fn is not None:
+        if self.forward.context_fn is not None:
             excluded.add("selective")
         possible = [
             name
@@ -101,7 +103,7 @@ class PlannedRun(Run):
 
     def _alone(self, step: Step, treatment: str, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         """Run the step as in a stack that has it alone, or with steps after it."""
-        run, stack = Run([treatment], [step.module], context_fn=self.context_fn), self.stack
+        run, stack = Run([treatment], Forward([step.module], context_fn=self.forward.context_fn)), self.stack
         clear_autocast_cache()
         a, b = run.step(step, a, b)
         if last and stack.options.split_dim is not None:
@@ -122,6 +124,7 @@ def signature_of(stack: Any, step: Step, a: Tensor, b: Tensor) -> Signature:
             step.dtype,
             a.requires_grad,
             b.requires_grad,
+            has_gaps(a) or has_gaps(b),
             device,
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             *[t.dtype for t in tensors],

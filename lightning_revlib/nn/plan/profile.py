@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.meter import MemoryMeter
 from lightning_revlib.nn.plan.unshard import unsharded
 from lightning_revlib.nn.state.snapshot import preserve_state
@@ -106,7 +107,8 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, a: Tensor, b: Tensor, needs_grad: tuple[bool, bool]) -> Any:
-        streams = a.clone(), b.clone()
+        # Views with gaps are of the stack's input, which is there anyway.
+        streams = tuple(t.view_as(t) if has_gaps(t) else t.clone() for t in (a, b))
         ctx.mark_non_differentiable(*[t for t, needed in zip(streams, needs_grad, strict=True) if not needed])
         return streams
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import nn
 from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.steps.branches import Branch
 from lightning_revlib.nn.steps.chunks import ChunkedStep
+from lightning_revlib.nn.steps.outputs import split_output
 from lightning_revlib.nn.steps.step import Arguments, Step
 
 
 def build_steps(stack: Any, dtype: torch.dtype, args: Any, kwargs: Any, layerwise: Any) -> list[Step]:
     """Return all steps of a stack, those after its ordinary blocks. Raises ValueError for wrong `layerwise`."""
     check_layerwise(layerwise, len(stack))
+    stack.step_treatments()
     first, steps = 0, []
     for index, (name, module) in enumerate(stack._modules.items()):
         if index < stack.options.ordinary:
@@ -31,20 +33,28 @@ def build_steps(stack: Any, dtype: torch.dtype, args: Any, kwargs: Any, layerwis
 
 
 def steps_of(
-    stack: Any, first: int, name: str, module: nn.Module, dtype: torch.dtype, arguments: Arguments, **fields: Any
+    stack: Any,
+    first: int,
+    name: str,
+    module: nn.Module,
+    dtype: torch.dtype,
+    arguments: Arguments,
+    forward: Callable[..., Any] | None = None,
+    split: Callable[[Any], tuple[Any, Any]] = split_output,
 ) -> list[Step]:
     """Return the step of a block, or one for each of its branches.
 
-    `first` is the number of steps before it, by which couplings and chunks are cycled; `fields` are others of `Step`.
+    `first` is the number of steps before it, by which couplings and chunks are cycled. `forward` is called instead of
+    the block, `split` parts what it returns.
     """
     options, couplings, chunks = stack.options, stack.couplings, stack.chunks
-    fields = {"residual": options.residual, "training": stack.training} | fields
+    fields: dict[str, Any] = {"residual": options.residual, "training": stack.training, "split": split}
     steps: list[Step] = []
     for number, spec in enumerate(options.branches or (None,), first):
         branch = None if spec is None else Branch(module, spec)
         key = name if branch is None else f"{name}.{branch.name}"
         common = (stack.path, key, module, couplings[number % len(couplings)])
-        call = fields.pop("call", module) if branch is None else branch
+        call = branch or forward or module
         count = chunks[number % len(chunks)]
         if count == 1:
             steps.append(Step(*common, call, dtype, *arguments, **fields))

@@ -121,9 +121,7 @@ class Layerwise(Reversible):
         """Return the steps of the layer of that number."""
         key, branches = list(self._modules)[index], self.options.branches
         first = (index - self.options.ordinary) * len(branches or (None,))
-        return steps_of(
-            self, first, key, proxy.module, dtype, (args, kwargs), call=proxy.original(), split=_split_layer_output
-        )
+        return steps_of(self, first, key, proxy.module, dtype, (args, kwargs), proxy.original(), _split_layer_output)
 
     def _advance(self, forward: ListForward, steps: list[Step], compiler: Any) -> Any:
         last = steps[-1]

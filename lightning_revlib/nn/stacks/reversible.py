@@ -16,7 +16,7 @@ from lightning_revlib.nn.engine.drift import Sentinel, take
 from lightning_revlib.nn.plan.planner import PlannedRun
 from lightning_revlib.nn.plan.solver import Plan
 from lightning_revlib.nn.stacks.stack import Stack
-from lightning_revlib.nn.treatments.base import OnEntrance
+from lightning_revlib.nn.treatments.forward import Forward, OnEntrance
 from lightning_revlib.nn.treatments.run import Run
 
 
@@ -82,22 +82,22 @@ class Reversible(Stack):
     def new_run(self, blocks: Iterable[nn.Module] | None, compiler: Any) -> Run:
         """Begin a forward: by the plan of a budget, or each step by its own treatment."""
         options, treatments, budget = self.options, self.step_treatments(), self.budget
-        common: dict[str, Any] = {
-            "compiler": compiler,
-            "context_fn": options.context_fn,
-            "overlap": options.overlap,
-            # Weights that steps share get gradients to the last bit only if all steps use the same cast of them.
-            "keeps_casts": options.grid_bits is not None and budget is None,
-            "watch": partial(self._watch, {}),
-        }
+        forward = Forward(
+            blocks,
+            compiler=compiler,
+            context_fn=options.context_fn,
+            overlap=options.overlap,
+            watch=partial(self._watch, {}),
+        )
         if budget is not None and set(treatments) == {"reversible"}:
-            return PlannedRun(self, treatments, blocks, **common)
-        return Run(treatments, blocks, **common)
+            return PlannedRun(self, treatments, forward)
+        # Weights that steps share get gradients to the last bit only if all steps use the same cast of them.
+        return Run(treatments, forward, keeps_casts=options.grid_bits is not None and budget is None)
 
     def end_run(self, run: Run, y: Tensor) -> None:
         """End a forward with its output."""
         run.finish(y)
-        if not run.is_watched:
+        if not run.forward.is_watched:
             self.history.forget()  # backward will measure nothing
 
     def _watch(self, parts: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> OnEntrance | None:

@@ -215,7 +215,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 step.take_extra()
 
     def _run(self, x: Tensor, steps: Sequence[Step], compiler: Any) -> Tensor:
-        a, b = self.split(x)
+        a, b = self.split(x, views=True)
         run = self.new_run(list(dict.fromkeys(step.module for step in steps)), compiler)
         for step in steps:
             a, b = run.step(step, a, b)

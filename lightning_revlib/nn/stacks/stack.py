@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.coupling.base import Coupling, Streams, has_gaps
+from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
 from lightning_revlib.nn.coupling.exact import grid_limit, round_to_grid
 from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
@@ -84,8 +84,12 @@ class Stack:
         each = len(self.options.branches or (None,))
         return tuple(t for t in treatments[self.options.ordinary :] for _ in range(each))
 
-    def split(self, x: Tensor, what: str = "input") -> Streams:
-        """Return the streams that an input starts, or that an output ends with. Raises TypeError or ValueError."""
+    def split(self, x: Tensor, what: str = "input", *, views: bool = False) -> Streams:
+        """Return the streams that an input starts, or that an output ends with. Raises TypeError or ValueError.
+
+        With `views`, they may be views of an input that its caller holds anyway.
+        """
+        views = views and x.is_leaf
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
         options = self.options
@@ -103,7 +107,7 @@ class Stack:
                 f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
                 " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
             )
-        return self.halve(x)
+        return x.chunk(2, dim) if views and x.is_leaf else self.halve(x)  # type: ignore[return-value]
 
     def halve(self, x: Tensor, copy: bool = True) -> Streams:
         """Return the halves of x along `split_dim`, without gaps. Without `copy`, the second may be a view."""
@@ -126,14 +130,6 @@ class Stack:
             )
         grid_limit(x.dtype, bits)
         return round_to_grid(x, bits)
-
-
-def dense(stream: Tensor) -> Tensor:
-    """Return the stream without gaps in memory, in the same order of dimensions: as streams between blocks are.
-
-    Kernels, what they save and how they round, depend on how memory is laid out.
-    """
-    return stream.clone() if has_gaps(stream) else stream
 
 
 def fresh_budget(budget: Budget | None) -> Budget | None:

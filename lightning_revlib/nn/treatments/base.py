@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
-from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.state.base import Scope
 from lightning_revlib.nn.steps.step import Step
-
-OnEntrance: TypeAlias = Callable[[Tensor, Tensor], None]
+from lightning_revlib.nn.treatments.forward import Forward
 
 
 class StepCost(NamedTuple):
@@ -26,25 +23,6 @@ class StepCost(NamedTuple):
     backward: int  # at most in backward, the gradients of the streams and what was held included
     work: int  # in FLOPs
     kept: int = 0  # after backward, by further outputs that somebody holds
-
-
-class Forward(ABC):
-    """One forward of a stack, as its treatments see it.
-
-    `compiler` is torch.compile's callback for the blocks, or None. `context_fn` makes contexts for a step's two runs.
-    """
-
-    compiler: Any
-    context_fn: ContextFunction | None
-    overlap: bool
-
-    @abstractmethod
-    def scope(self, step: Step, stream: Tensor) -> Scope:
-        """Return the state that a step's call has in common with others."""
-
-    @abstractmethod
-    def watch(self, a: Tensor, b: Tensor) -> OnEntrance | None:
-        """Return what to call with the streams that backward has rebuilt of a and b, if anything."""
 
 
 class Treatment(ABC):

@@ -22,7 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.steps.step import Step
-from lightning_revlib.nn.treatments.base import Forward, StepCost, Treatment
+from lightning_revlib.nn.treatments.base import StepCost, Treatment
+from lightning_revlib.nn.treatments.forward import Forward
 from lightning_revlib.nn.treatments.streams import device_module, has_streams, side_stream
 
 SMALLEST = 64 * 1024  # bytes; a copy of less takes longer to begin than to make
@@ -193,4 +194,4 @@ class OffloadedStep:
 
 
 def host_memory(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type != "cpu")
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)

@@ -8,14 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_revlib.nn.coupling.base import Streams
+from lightning_revlib.nn.coupling.base import Streams, dense
 from lightning_revlib.nn.coupling.standard import Additive
 from lightning_revlib.nn.engine import release
 from lightning_revlib.nn.engine.chunks import ChunkedUndo, ChunkFrame
 from lightning_revlib.nn.engine.tape import Frame, Tape
 from lightning_revlib.nn.steps.chunks import Chunk
 from lightning_revlib.nn.steps.step import Step
-from lightning_revlib.nn.treatments.base import Forward, Treatment
+from lightning_revlib.nn.treatments.base import Treatment
+from lightning_revlib.nn.treatments.forward import Forward
 from lightning_revlib.nn.treatments.prefetch import Prefetch
 from lightning_revlib.nn.treatments.streams import has_streams
 
@@ -38,6 +39,8 @@ class Reversible(Treatment):
         return step.coupling.invertible(step.training)
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
+        if self.last is None:
+            a, b = dense(a), dense(b)
         if a.is_inference():  # such a tensor would not count its changes
             a, b = a.clone(), b.clone()
         return step.each(a, b, partial(self._record, step, ChunkedUndo()))
