@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,27 @@ def test_a_block_of_an_inner_stack_that_begins_to_call_autograd_on_the_outer_blo
         found.append([p.grad for p in block.parameters()])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class Energy(nn.Module):
+    """The gradient of an energy, which it takes in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4).double(), nn.BatchNorm1d(4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(self.norm(self.layer(x)).tanh().sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("treatments", [["reversible", "checkpoint"], ["reversible", "store", "reversible"]])
+def test_a_first_call_in_which_a_later_part_calls_autograd(treatments: Any) -> None:
+    torch.manual_seed(0)
+    blocks = [*[nn.Linear(4, 4).double() for _ in treatments[1:]], Energy()]
+    stack = revlib.ReversibleSequential(*copy.deepcopy(blocks), treatments=treatments)
+    plain = revlib.CoupledSequential(*blocks)
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected)

@@ -100,3 +100,31 @@ def test_a_block_that_is_not_repeatable_is_named() -> None:
     stack = revlib.ReversibleSequential(nn.Linear(4, 4), Fickle())
     with pytest.raises(RuntimeError, match=r"stack\.1 \(Fickle\) computes something else in backward"):
         stack(torch.randn(2, 8)).sum().backward()
+
+
+TREATMENTS = ["reversible", "checkpoint", "selective"]
+
+
+class Accumulates(nn.Module):
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        out = torch.tanh(x + state)
+        state += 0.5
+        return out
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_block_that_changes_its_argument_is_named(treatment: Any) -> None:
+    stack = revlib.ReversibleSequential(Accumulates(), treatments=[treatment])
+    with pytest.raises(RuntimeError, match=r"stack\.0 \(Accumulates\) changes an argument of shape \[3\] in place"):
+        stack(torch.randn(2, 6, requires_grad=True), torch.zeros(3))
+
+
+@pytest.mark.parametrize("width", [8, 4096])
+def test_a_coupling_whose_inverse_changes_a_stream_is_named(width: int) -> None:
+    stack = revlib.ReversibleSequential(
+        *[nn.Tanh() for _ in range(3)],
+        coupling_forward=lambda a, f: a + f,
+        coupling_inverse=lambda out, f: out.sub_(f),
+    )
+    with pytest.raises(RuntimeError, match=r"stack\.2 \(Tanh\): the inverse of its coupling, Pair.*changes a stream"):
+        stack(torch.randn(16, width, requires_grad=True)).sum().backward()

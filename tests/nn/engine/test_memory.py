@@ -184,3 +184,20 @@ def test_each_block_runs_twice_whatever_has_changed(change: str) -> None:
     loss.backward()
     assert runs == [*stack, *reversed(list(stack))]
     assert all(m.training == (change != "eval") for m in stack.modules())
+
+
+class Tells(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.tanh(), x.square().sum()
+
+
+@pytest.mark.parametrize("width", [8, 8192])
+def test_a_loss_on_what_blocks_return_besides_runs_each_once_more(width: int) -> None:
+    blocks = [Tells() for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks, split_dim=None, coupling="midpoint")
+    runs: list[int] = []
+    for block in blocks:
+        block.register_forward_hook(lambda *_: runs.append(1))
+    _, extras = stack(torch.randn(16, width, requires_grad=True))
+    sum(loss for (loss,) in extras).backward()
+    assert len(runs) == 6
