@@ -1,3 +1,5 @@
+"""Gradients of blocks that use what a norm puts out in one of many ways, changed in place or not."""
+
 from __future__ import annotations
 
 import copy
@@ -9,19 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.engine.norm_outputs import Norms
-from lightning_revlib.nn.meter import MemoryMeter
 
 WIDTH = 8
 
 
-@pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Norms, "SMALLEST", 0)
-
-
 class Block(nn.Module):
-    """Reads a normalised input in one of many ways."""
+    """Uses a normalised input in one of many ways."""
 
     def __init__(self, norm: nn.Module, use: str) -> None:
         super().__init__()
@@ -119,53 +114,6 @@ def test_gradients_are_those_of_autograd(norm: str, use: str) -> None:
     assert not any("forward" in m.__dict__ for block in blocks for m in block.modules())
 
 
-def test_the_peak_lacks_the_normalised_input() -> None:
-    blocks = [pre_norm(32) for _ in range(4)]
-    x = torch.randn(512, 64, requires_grad=True)
-    stack = revlib.ReversibleSequential(*blocks)
-
-    def peak() -> float:
-        stack(x).sum().backward()
-        with MemoryMeter() as meter:
-            y = stack(x)
-            g = torch.ones_like(y)
-            meter.reset_peak()
-            y.backward(g)
-        return meter.peak / y.nbytes * 2
-
-    least = peak()
-    Norms.SMALLEST = 1 << 40
-    assert 0.95 < peak() - least < 1.05  # halves of the output
-
-
-def test_only_norms_of_the_steps_that_save_most_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched: list[Norms] = []
-    monkeypatch.setattr(Norms, "watch", lambda self: watched.append(self) or self._end)
-    light, heavy = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)), pre_norm(32)
-    stack = revlib.ReversibleSequential(light, heavy, light, heavy)
-    stack(torch.randn(512, 64)).sum().backward()
-    assert [norms.modules for norms in watched] == [[heavy[0]], [heavy[0]]]  # type: ignore[index]
-
-
-def test_a_norm_that_is_changed_before_it_is_needed_again() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.q, self.k = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.q(x).tanh(), self.k(self.norm(x)).square().mean()
-
-    block = Branches()
-    x = torch.randn(4, 2 * WIDTH, requires_grad=True)
-    y, extras = revlib.ReversibleSequential(block)(x)
-    torch.autograd.grad(y.sum(), x, retain_graph=True)
-    with torch.no_grad():
-        block.norm.weight.mul_(2)  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError, match="modified in place"):
-        extras[0][0].backward()
-
-
 def test_second_derivatives_and_hooks_of_norms() -> None:
     torch.manual_seed(0)
     blocks = [pre_norm(WIDTH).double() for _ in range(3)]
@@ -178,7 +126,7 @@ def test_second_derivatives_and_hooks_of_norms() -> None:
     assert len(calls) == 2
 
 
-def test_an_error_leaves_the_norms_as_they_were() -> None:
+def test_an_error_leaves_modules_as_they_were() -> None:
     class Fails(nn.Module):
         runs = 0
 
@@ -195,15 +143,15 @@ def test_an_error_leaves_the_norms_as_they_were() -> None:
     assert "forward" not in block[0].__dict__
 
 
-def test_parameters_lent_for_the_forward() -> None:
+def test_parameters_of_a_functional_call() -> None:
     torch.manual_seed(0)
     stack = revlib.ReversibleSequential(*[pre_norm(WIDTH).double() for _ in range(2)])
     plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
     x = torch.randn(4, 2 * WIDTH, dtype=torch.float64)
-    lent = {name: torch.randn_like(p) for name, p in stack.named_parameters()}
+    other = {name: torch.randn_like(p) for name, p in stack.named_parameters()}
     results = []
     for model in (plain, stack):
-        mine = {name: p.clone().requires_grad_() for name, p in lent.items()}
+        mine = {name: p.clone().requires_grad_() for name, p in other.items()}
         torch.func.functional_call(model, mine, x).square().sum().backward()
         results.append([p.grad for p in mine.values()])
     for a, b in zip(*results, strict=True):

@@ -241,3 +241,19 @@ def test_a_slice_and_a_copy_keep_them() -> None:
     assert stack[1:].chunks == copy.deepcopy(stack).chunks == (1, 2)
     x = torch.randn(4, 16)
     assert torch.allclose(copy.deepcopy(stack)(x), stack(x), atol=1e-6)
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.s, self.t = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.s(x), self.t(x)], 1)
+
+
+def test_the_inverse_of_steps_in_chunks() -> None:
+    blocks = [Doubled() for _ in range(3)]
+    stack = revlib.CoupledSequential(*blocks, split_dim=-1, coupling="affine", chunks=[1, 2], chunk_dim=1)
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
+    assert torch.allclose(stack.inverse(stack(x)), x)

@@ -16,7 +16,7 @@ def model() -> nn.Module:
 
 
 def test_report_measures_and_leaves_the_model_as_it_was() -> None:
-    net, x = model(), torch.randn(64, 4)
+    net, x = model(), torch.randn(4096, 4)
     state, generator, modes = (
         copy.deepcopy(net.state_dict()),
         torch.get_rng_state(),

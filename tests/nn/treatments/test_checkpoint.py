@@ -1,20 +1,16 @@
-"""Blocks that are checkpointed. `conditions` has more of them, under all that may surround a stack."""
+"""Blocks that are checkpointed. The conditions of the matrix have more of them, in all that may surround a stack."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import threading
-import time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_revlib as revlib
-from lightning_revlib.nn.meter import MemoryMeter
 
 
 def stack_of(*blocks: nn.Module, treatment: str = "checkpoint") -> revlib.ReversibleSequential:
@@ -80,8 +76,6 @@ def test_a_block_that_begins_to_call_autograd_when_it_has_changed_buffers() -> N
     x = leaf(8, 8)
     grads(stack, x)
     stack[0] = nn.Sequential(nn.BatchNorm1d(4).double(), Score())
-    with pytest.raises(RuntimeError, match=r"0 \(Sequential\) calls autograd in its forward.*call the stack again"):
-        grads(stack, x)
     for grad, expected in zip(grads(stack, x), grads(revlib.CoupledSequential(*stack), x), strict=True):
         assert torch.allclose(grad, expected, rtol=1e-12)
 
@@ -164,106 +158,6 @@ def test_what_a_block_changes_in_place() -> None:
 
 
 @pytest.mark.parametrize("treatment", ["checkpoint", "selective"])
-def test_products_that_are_written_to_a_tensor_or_changed_behind_the_block(treatment: str) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            out = torch.full_like(x, 9.0).detach()
-            with torch.no_grad():
-                torch.mm(x.detach(), self.linear.weight, out=out)
-            h = self.linear(x)
-            return self.last(h.tanh() * out), h
-
-    stack, x = stack_of(Block().double(), Block().double(), treatment=treatment), leaf(8, 8)
-    found = []
-    for each in (stack, revlib.CoupledSequential(*stack)):
-        y, extras = each(x)
-        with torch.no_grad():
-            for (h,) in extras:
-                h.mul_(2)
-        found.append(torch.autograd.grad(y.square().sum(), [x, *each.parameters()]))
-    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
-
-
-def test_a_stack_in_two_threads_under_selective() -> None:
-    class Waits(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            time.sleep(1e-3)
-            return x * 1
-
-    stack = stack_of(nn.Sequential(nn.LayerNorm(4), Waits(), nn.Tanh()).double(), treatment="selective")
-    x, done = leaf(8, 8), threading.Event()
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            while not done.is_set():
-                stack(x)
-
-    other = threading.Thread(target=evaluate)
-    other.start()
-    for _ in range(10):
-        stack(x).square().sum().backward()
-    done.set()
-    other.join()
-    assert x.grad is not None
-
-
-def test_selective_holds_no_product_that_the_second_run_does_not_come_to() -> None:
-    class Counts(MemoryMeter):
-        products = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.products += func is torch.ops.aten.addmm.default
-            return super().__torch_dispatch__(func, types, args, kwargs)
-
-    block = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).double()
-    stack = stack_of(block, treatment="selective")
-    x = torch.randn(16, 128, dtype=torch.float64)
-    for first in (True, False):
-        with Counts() as meter:
-            y = stack(x.requires_grad_())
-            held = meter.live - y.nbytes
-            y.sum().backward()
-        assert meter.products == 2
-        assert first or held == 16 * 32 * 8  # the first product; the input is there anyway
-
-
-def test_selective_does_not_look_at_what_light_modules_do_and_leaves_them_as_they_were() -> None:
-    class Looks(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    class Within(nn.Module):
-        """Enters a mode, with light modules in it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            with Looks():
-                return self.inner(x)  # type: ignore[no-any-return]
-
-    own, inplace = nn.Tanh(), nn.ReLU(inplace=True)
-    own.forward = lambda x: x.sin()  # type: ignore[method-assign]
-    parts = [nn.BatchNorm1d(4), nn.Linear(4, 4), inplace, nn.Linear(4, 4), own, Within(), nn.Linear(4, 4)]
-    stack = stack_of(*[copy.deepcopy(nn.Sequential(*parts)).double() for _ in range(3)], treatment="selective")
-    plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
-    before = [dict(m.__dict__) for m in stack.modules()]
-    x = leaf(8, 8)
-    for grad, expected in zip(grads(stack, x), grads(plain, x), strict=True):
-        assert torch.allclose(grad, expected, rtol=1e-12)
-    assert [m.__dict__.get("forward") for m in stack.modules()] == [m.get("forward") for m in before]
-    wrong = stack_of(nn.Sequential(nn.Tanh(), nn.Linear(3, 4)).double(), treatment="selective")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        wrong(x)
-    assert "forward" not in wrong[0][0].__dict__
-
-
-@pytest.mark.parametrize("treatment", ["checkpoint", "selective"])
 def test_what_surrounds_a_stack_keeps_the_inputs_of_its_blocks(treatment: str) -> None:
     stack, x = stack_of(*[nn.Linear(4, 4).double() for _ in range(3)], treatment=treatment), leaf(8, 8)
     expected = grads(stack, x)
@@ -295,7 +189,7 @@ def test_within_blocks_that_are_run_again(inner: str, outer: str) -> None:
         x = leaf(16, 128)
         for grad, expected in zip(grads(stack, x), grads(plain, x), strict=True):
             assert torch.allclose(grad, expected, rtol=1e-12)
-        with MemoryMeter() as meter:
+        with revlib.MemoryMeter() as meter:
             y = stack(x)
             held.append(meter.live - y.nbytes)
         del y

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from tests.nn.test_modulelist import close, gradients, stored
+from tests.nn.stacks.looping_model import close, gradients, stored
 
 
 class Attention(nn.Module):
@@ -90,7 +90,7 @@ def test_without_coupling_they_are_the_block() -> None:
 
 def test_a_branch_needs_less_memory_than_a_block() -> None:
     def peak(**options: Any) -> int:
-        model, x, mask = Model(), torch.randn(16, 5, 8), torch.zeros(5, 5)
+        model, x, mask = Model(), torch.randn(1024, 5, 8), torch.zeros(5, 5)
         revlib.swap(model, {"layers": {"coupling": "midpoint", **options}})
         with revlib.MemoryMeter() as meter:
             model(x, mask).backward()

@@ -1,4 +1,4 @@
-"""What a model's code does between the layers of a list, and what blocks and couplings change that they should not."""
+"""What a model's code does between the layers of a list: random numbers, modes, autocast, changes in place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import lightning_revlib as revlib
 
 TREATMENTS = ["reversible", "checkpoint", "selective"]
+
+
 Loop = Callable[[nn.ModuleList, Tensor], Tensor]
 
 
@@ -131,20 +133,6 @@ def test_what_is_changed_in_place_before_the_forward_ends(loop: Loop, what: str,
         gradients(loop, treatment, [Shifted().double() for _ in range(3)])
 
 
-class Accumulates(nn.Module):
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        out = torch.tanh(x + state)
-        state += 0.5
-        return out
-
-
-@pytest.mark.parametrize("treatment", TREATMENTS)
-def test_a_block_that_changes_its_argument_is_named(treatment: Any) -> None:
-    stack = revlib.ReversibleSequential(Accumulates(), treatments=[treatment])
-    with pytest.raises(RuntimeError, match=r"stack\.0 \(Accumulates\) changes an argument of shape \[3\] in place"):
-        stack(torch.randn(2, 6, requires_grad=True), torch.zeros(3))
-
-
 @pytest.mark.parametrize("grad", [False, True])
 def test_hidden_states_that_are_added_up_in_place(grad: bool) -> None:
     net, x = revlib.ReversibleModuleList([Shifted() for _ in range(3)], coupling="midpoint"), torch.randn(2, 6)
@@ -155,83 +143,3 @@ def test_hidden_states_that_are_added_up_in_place(grad: bool) -> None:
                 total = x.detach()
             else:
                 total += x.detach()
-
-
-def test_a_layer_is_in_one_reversible_list_only() -> None:
-    layers = [nn.Linear(4, 4) for _ in range(2)]
-    revlib.ReversibleModuleList(layers, coupling="midpoint")
-    with pytest.raises(ValueError, match=r"layers\.1 \(Linear\) is a layer of layers, too, which runs it reversibly"):
-        revlib.ReversibleModuleList([nn.Linear(4, 4), layers[0]], coupling="additive")
-
-
-@pytest.mark.parametrize("width", [8, 4096])
-def test_a_coupling_whose_inverse_changes_a_stream_is_named(width: int) -> None:
-    stack = revlib.ReversibleSequential(
-        *[nn.Tanh() for _ in range(3)],
-        coupling_forward=lambda a, f: a + f,
-        coupling_inverse=lambda out, f: out.sub_(f),
-    )
-    with pytest.raises(RuntimeError, match=r"stack\.2 \(Tanh\): the inverse of its coupling, Pair.*changes a stream"):
-        stack(torch.randn(16, width, requires_grad=True)).sum().backward()
-
-
-class Doubled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.s, self.t = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.s(x), self.t(x)], 1)
-
-
-def test_the_inverse_of_steps_in_chunks() -> None:
-    blocks = [Doubled() for _ in range(3)]
-    stack = revlib.CoupledSequential(*blocks, split_dim=-1, coupling="affine", chunks=[1, 2], chunk_dim=1)
-    x = torch.randn(3, 6, 8, dtype=torch.float64)
-    assert torch.allclose(stack.inverse(stack(x)), x)
-
-
-def test_the_inverse_names_a_block_of_another_shape() -> None:
-    with pytest.raises(ValueError, match=r"stack\.0 \(Linear\) returned shape \[2, 1\]"):
-        revlib.CoupledSequential(nn.Linear(4, 1)).inverse(torch.randn(2, 8))
-
-
-class Energy(nn.Module):
-    """The gradient of an energy, which it takes in its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Linear(4, 4).double(), nn.BatchNorm1d(4).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            return torch.autograd.grad(self.norm(self.layer(x)).tanh().sum(), x, create_graph=True)[0]
-
-
-@pytest.mark.parametrize("treatments", [["reversible", "checkpoint"], ["reversible", "store", "reversible"]])
-def test_a_first_call_in_which_a_later_part_calls_autograd(treatments: Any) -> None:
-    torch.manual_seed(0)
-    blocks = [*[nn.Linear(4, 4).double() for _ in treatments[1:]], Energy()]
-    stack = revlib.ReversibleSequential(*copy.deepcopy(blocks), treatments=treatments)
-    plain = revlib.CoupledSequential(*blocks)
-    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
-    assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected)
-
-
-class Tells(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.tanh(), x.square().sum()
-
-
-@pytest.mark.parametrize("width", [8, 8192])
-def test_a_loss_on_what_blocks_return_besides_runs_each_once_more(width: int) -> None:
-    blocks = [Tells() for _ in range(3)]
-    stack = revlib.ReversibleSequential(*blocks, split_dim=None, coupling="midpoint")
-    runs: list[int] = []
-    for block in blocks:
-        block.register_forward_hook(lambda *_: runs.append(1))
-    _, extras = stack(torch.randn(16, width, requires_grad=True))
-    sum(loss for (loss,) in extras).backward()
-    assert len(runs) == 6

@@ -1,0 +1,47 @@
+"""torch.compile of a model, a stack or a block."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_revlib as revlib
+from tests.nn.fake_device import Device
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"overlap": True},
+        {"on_drift": "ignore"},
+        *[{"treatments": [t] * 3} for t in ("offload", "checkpoint", "selective")],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("what", ["model", "stack", "block"])
+def test_compile_gives_the_same_gradients_and_compiles_once(what: str, options: dict[str, Any], device: Device) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 4)) for _ in range(3)]
+    x, results = torch.randn(4096, 8), []  # a stream is 64 KiB, which offload carries
+    for cls, compiled in ((revlib.CoupledSequential, False), (revlib.ReversibleSequential, True)):
+        model = nn.Sequential(nn.Linear(8, 8), cls(*copy.deepcopy(body), **options), nn.Tanh())
+        model[0].load_state_dict(results[0][1]) if results else None
+        start, run = copy.deepcopy(model[0].state_dict()), model
+        if compiled and what == "model":
+            run = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
+        for part in {"stack": [model[1]], "block": list(model[1])}.get(what, []) if compiled else []:
+            part.compile(backend="aot_eager")
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                model.zero_grad()
+                run(x).square().mean().backward()
+        results.append(([p.grad for p in model.parameters()], start, model[1].state_dict()))
+    for expected, got in zip(results[0][0], results[1][0], strict=True):
+        assert torch.allclose(expected, got, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    assert all(torch.allclose(v, results[1][2][k]) for k, v in results[0][2].items())
