@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeAlias
@@ -113,10 +113,6 @@ def collect(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
     if len(tensors) == enough:
         raise Enough
     return len(tensors) - 1
-
-
-def versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [t._version for t in tensors]
 
 
 never_compile(SavedTensors._pack, SavedTensors._unpack, collect)

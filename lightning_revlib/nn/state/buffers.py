@@ -49,6 +49,10 @@ class Buffers(State):
                     self.met.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
 
     @classmethod
+    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
+        return any([m._buffers for m in modules])
+
+    @classmethod
     def capture(cls, call: Call) -> Buffers:
         return cls(call.modules)
 

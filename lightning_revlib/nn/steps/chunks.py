@@ -111,4 +111,4 @@ def check_chunks(counts: Sequence[int], blocks: Mapping[str, nn.Module], branche
 
 def _reads_whole_batch(m: nn.Module) -> bool:
     """Return whether the module is a batch norm, or another norm with running statistics."""
-    return type(m).forward in COUNTS_BATCHES or bool(getattr(m, "track_running_stats", False))
+    return getattr(type(m), "forward", None) in COUNTS_BATCHES or bool(getattr(m, "track_running_stats", False))

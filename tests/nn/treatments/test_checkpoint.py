@@ -40,12 +40,18 @@ class Score(nn.Module):
 
 
 class Watched(nn.Module):
-    """Saves nothing, and counts its calls."""
+    """Saves nothing, and counts its calls, in a container: a number would be put back after the second run."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Size] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.seen)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.seen.append(x.shape)
         return x + 1
 
 
