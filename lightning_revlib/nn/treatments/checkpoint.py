@@ -34,8 +34,8 @@ class CheckpointFrame(SavedTensors):
         super().__init__(step, state)
         self.compiler, self.needs_grad = compiler, b.requires_grad
         # Hooks around the stack say how its input is kept: `save_on_cpu`, or a block that is itself run again.
-        hooks: Any = surrounding_hooks()
-        pack, self.unpack_input = hooks or (None, None)
+        pack, unpack = surrounding_hooks() or (None, None)
+        self.unpack_input: Any = unpack
         self.input: Any = b.detach() if pack is None else pack(b.detach())
         self.version = version(b)
         self.lock = threading.RLock()  # backward on an accelerator runs in a thread of its own, beside the CPU's
