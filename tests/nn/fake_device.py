@@ -159,6 +159,8 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 @contextmanager
 def play(device: Device) -> Iterator[Device]:
     """Let torch say to others than itself that the CPU is this device."""
+    with torch.device("cpu"):
+        torch.zeros(0)  # as a device's context lists torch's functions once and for all, when it is first used
     torchs = {
         "current_accelerator": torch.accelerator.current_accelerator,
         "get_device_module": torch.get_device_module,
