@@ -47,7 +47,7 @@ class Family:
 
 def check_gradients(family: Family, coupling: str) -> None:
     """Loss and gradients are finite and those of ordinary autograd of the same function; keys and objects stay."""
-    model, batch = family.model(4).double(), to_double(family.batch())
+    model, batch = family.model(3).double(), to_double(family.batch())
     keys, parameters = list(model.state_dict()), list(model.parameters())
     before = family.gradients(model, batch)
     revlib.swap(model, family.targets(**COUPLINGS[coupling]))
@@ -69,9 +69,9 @@ def check_gradients(family: Family, coupling: str) -> None:
 
 
 def check_memory(family: Family) -> list[tuple[int, int, int]]:
-    """Activation bytes held before and after at depths 4, 8 and 16: after, they are flat."""
+    """Activation bytes held before and after at depths 2, 4 and 8: after, they are flat."""
     rows = []
-    for depth in (4, 8, 16):
+    for depth in (2, 4, 8):
         model, batch = family.model(depth), family.batch()
         plain = held(family, model, batch)
         revlib.swap(model, family.targets(coupling="midpoint"))
@@ -96,7 +96,7 @@ def check_training(family: Family, tmp_path: Any) -> nn.Module:
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = family.model(4)
+            self.model = family.model(3)
             self.losses: list[float] = []
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

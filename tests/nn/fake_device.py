@@ -1,7 +1,7 @@
 """A device with streams, played by the CPU: work that could overlap runs in turn, and races are found.
 
 `play` replaces the functions of torch through which a library learns of a device: `torch.accelerator`'s
-`current_accelerator`, `torch.get_device_module`, and `torch.empty` for pinned memory. Nothing of the library is patched.
+`current_accelerator`, `torch.get_device_module`, and `torch.empty` for pinned memory. The library is not patched.
 
 Each stream counts its operations, and knows how many of every other stream's are done when its own next one begins. An
 operation races if it reads a tensor that another stream wrote, or writes one that another stream used, and its own
@@ -80,10 +80,10 @@ class Device(TorchDispatchMode):
         self.races: list[str] = []
         self.work: Counter[str] = Counter()  # operations, by stream
 
-    def Stream(self, device: Any = None, priority: int = 0) -> Stream:  # noqa: N802
+    def Stream(self, device: Any = None, priority: int = 0) -> Stream:
         return Stream(self, "side")
 
-    def Event(self, **_: Any) -> Event:  # noqa: N802
+    def Event(self, **_: Any) -> Event:
         return Event()
 
     def current_stream(self, device: Any = None) -> Stream:
@@ -159,6 +159,8 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 @contextmanager
 def play(device: Device) -> Iterator[Device]:
     """Let torch say to others than itself that the CPU is this device."""
+    with torch.device("cpu"):
+        torch.zeros(0)  # as a device's context lists torch's functions once and for all, when it is first used
     torchs = {
         "current_accelerator": torch.accelerator.current_accelerator,
         "get_device_module": torch.get_device_module,

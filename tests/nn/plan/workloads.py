@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +63,26 @@ def peak(stack: nn.Module, x: Tensor, half: bool = False) -> tuple[int, int]:
         meter.reset_peak()
         y.backward(g)
     return max(forward, meter.peak), y.nbytes
+
+
+class Counted(nn.Sequential):
+    """Counts calls, outside of its attributes, which a plan looks at."""
+
+    calls: ClassVar[Counter[int]] = Counter()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        Counted.calls[id(self)] += 1
+        return super().forward(x)
+
+
+def counted(width: int, hidden: int | None = None) -> nn.Module:
+    hidden = hidden or 4 * width
+    return Counted(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def measured(run: Callable[[], Any], *stacks: Any) -> int:
+    """Return how often blocks of these stacks run in a forward, beyond once each: that is for the figures of a plan."""
+    blocks = [id(block) for stack in stacks for block in stack]
+    before = sum(Counted.calls[block] for block in blocks)
+    run()
+    return sum(Counted.calls[block] for block in blocks) - before - len(blocks)

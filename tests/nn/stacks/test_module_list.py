@@ -247,7 +247,7 @@ def test_a_list_built_as_such_keeps_its_function_when_restored() -> None:
 
 def test_compiled_models() -> None:
     torch._dynamo.reset()
-    model, x = Model().double(), torch.randn(3, 6).double()
+    model, x = Model(depth=2).double(), torch.randn(3, 6).double()
     revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
     expected = gradients(stored(model), x)
     close(gradients(torch.compile(model, backend="aot_eager"), x), expected)  # type: ignore[arg-type]
