@@ -121,7 +121,7 @@ class SpeedMonitor(Callback):
         self.every_n_steps = every_n_steps
         self._open_window()
 
-    def _open_window(self, *_: Any, since: float | None = None) -> None:
+    def _open_window(self, trainer: Any = None, pl_module: Any = None, *, since: float | None = None) -> None:
         """Begin to count anew, from the time `since` or else from the end of the next batch."""
         self._since = since
         self._steps = self._samples = self._tokens = 0

@@ -89,7 +89,8 @@ class ExactResume(Callback):
         """Draw the epoch's order again, and load and skip its first batches."""
         loop: Any = trainer.fit_loop
         for loader in loop._combined_loader.flattened:
-            if hasattr(sampler := getattr(loader, "sampler", None), "set_epoch"):
+            sampler: Any = getattr(loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(loop.epoch_progress.current.processed)
         self._epoch = epoch if count else now
         restore(self._epoch)
