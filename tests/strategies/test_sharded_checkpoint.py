@@ -87,9 +87,7 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, make: Any) -> Non
         assert not trap.path.exists()
 
 
-def test_the_users_setting_of_torch_is_overridden_and_restored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_users_setting_of_torch_is_overridden_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opposite = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     monkeypatch.setenv(opposite, "1")
     assert list(revlib.merge_checkpoint(hostile_remainder(tmp_path, None))["state_dict"]) == list(Net().state_dict())
