@@ -63,7 +63,7 @@ class ExactResume(Callback):
         if len(states) != trainer.world_size:
             warnings.warn(
                 f"the checkpoint is of {len(states)} processes, this run has {trainer.world_size}: random numbers and"
-                " batches cannot continue from where they were",
+                " batches cannot continue exactly",
                 stacklevel=2,
             )
             return

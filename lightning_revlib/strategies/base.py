@@ -1,4 +1,4 @@
-"""The mixin of all reversible strategies: when to swap, what to save and load, how to fail."""
+"""The mixin of Lightning's reversible strategies: swap modules at setup, save and load plans, explain failures."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class ReversibleStrategyMixin(Strategy):
         optimizer_in_backward: step each parameter as soon as backward has its gradient, and free the
             gradient. Results are the same. See `OptimizerInBackward`.
         memory_budget: the bytes that activations in stacks may take at most, on each device: an int, a
-            text such as "2GiB", a fraction of what ordinary autograd takes, or "auto", all that is free on
+            text such as "2GiB", a fraction of ordinary autograd's peak, or "auto", all that is free on
             the CUDA device. Without, as few as possible. Stacks that choose treatments themselves keep
             them. The first step measures. The plan is printed and saved in checkpoints, with the figures
             that a run that resumes needs to follow it at once.
-        restore: undo the swap when the run ends, whether it succeeded or failed.
+        restore: undo the swap when the run ends, also if it fails.
         **kwargs: of Lightning's strategy.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 
-# what the Trainer or Fabric has set on the strategy for one device, and the one for several takes as arguments
+# attributes that the Trainer or Fabric sets; the strategy for several processes takes them as arguments
 ASSIGNED = ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision", "precision_plugin")
 
 

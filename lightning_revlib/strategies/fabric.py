@@ -63,8 +63,8 @@ class ReversibleFabricMixin(Strategy):
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         if not self.swapped:
             raise ValueError(
-                f"nothing to swap: no module that was set up has a CoupledSequential, or what targets={self.targets!r}"
-                " name; build stacks from CoupledSequential, or name containers by targets"
+                "nothing to swap: no module that was set up has a CoupledSequential or a match of"
+                f" targets={self.targets!r}; build stacks from CoupledSequential, or name containers by targets"
             )
         super().backward(tensor, module, *args, **kwargs)
 
@@ -143,10 +143,9 @@ class ReversibleFabricFSDPStrategy(ReversibleFabricMixin, ModelParallelStrategy)
             process_group_backend=process_group_backend,
             **({} if timeout is None else {"timeout": timeout}),
         )
-        policies = {
+        self.policies = {
             "mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward,
         }  # fmt: skip
-        self.policies = {name: policy for name, policy in policies.items() if policy is not None}
 
     @override
     def setup_environment(self) -> None:

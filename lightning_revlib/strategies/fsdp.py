@@ -82,10 +82,9 @@ class ReversibleFSDPStrategy(ReversibleStrategyMixin, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             **({} if timeout is None else {"timeout": timeout}),
         )
-        policies = {
+        self.policies = {
             "mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward,
         }  # fmt: skip
-        self.policies = {name: policy for name, policy in policies.items() if policy is not None}
 
     @override
     def setup_environment(self) -> None:
@@ -123,8 +122,12 @@ class ReversibleFSDPStrategy(ReversibleStrategyMixin, ModelParallelStrategy):
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
-    """Shard each block of each stack by itself, inner stacks first, and the rest of the module at its root."""
+    """Shard each block of each stack by itself, inner stacks first, and the rest of the module at its root.
+
+    A policy of None is left to `fully_shard`.
+    """
     refuse_overlap(module, "FSDP")
+    policies = {name: policy for name, policy in policies.items() if policy is not None}
     for stack in reversed(stacks(module).values()):
         for block in stack:
             if not isinstance(block, FSDPModule) and any(True for _ in block.parameters()):
@@ -138,7 +141,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
 
 
 def _check_order(module: nn.Module) -> None:
-    """Raise ValueError for a stack that was sharded before it was swapped: `fully_shard` has changed its class."""
+    """Raise ValueError if a stack was sharded before it was swapped, since `fully_shard` has changed its class."""
     for path, m in module.named_modules():
         if isinstance(m, FSDPModule) and isinstance(m, CoupledSequential) and not isinstance(m, ReversibleSequential):
             raise ValueError(

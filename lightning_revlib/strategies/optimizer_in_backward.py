@@ -110,27 +110,27 @@ def _find_late_hooks(module: pl.LightningModule) -> list[str]:
 
 
 def _find_conflict(trainer: pl.Trainer) -> str | None:
-    """Return what the optimizer in backward cannot be combined with, and the way out; None without a conflict."""
+    """Return a setting that the optimizer in backward excludes, and the way out, or None if there is no conflict."""
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     module, strategy = trainer.lightning_module, trainer.strategy
     if not module.automatic_optimization:
-        return "manual optimization, where you say when to step; call the optimizer there"
+        return "manual optimization, in which the module steps its optimizers itself; step them there"
     if len(strategy.optimizers) != 1 or isinstance(strategy.optimizers[0], torch.optim.LBFGS):
         names = ", ".join(type(optimizer).__name__ for optimizer in strategy.optimizers) or "no optimizer"
         return f"{names}: it takes one optimizer, and one that needs no closure"
     if trainer.accumulate_grad_batches != 1:
         return (
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: accumulated gradients are what it frees;"
-            " take smaller batches instead"
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}, since it frees gradients instead of"
+            " accumulating them; take smaller batches instead"
         )
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        return "GradientAccumulationScheduler: accumulated gradients are what it frees"
+        return "GradientAccumulationScheduler, since it frees gradients instead of accumulating them; remove it"
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
         return (
-            f"gradient_clip_val={trainer.gradient_clip_val} by norm, which is that of all gradients together; clip by"
+            f"gradient_clip_val={trainer.gradient_clip_val} by norm, which takes all gradients at once; clip by"
             " value (gradient_clip_algorithm='value'), or not at all"
         )
     if is_overridden("configure_gradient_clipping", module):
@@ -139,7 +139,7 @@ def _find_conflict(trainer: pl.Trainer) -> str | None:
         return "precision='16-mixed', whose GradScaler looks at all gradients before it steps; take 'bf16-mixed'"
     if isinstance(strategy, DDPStrategy | DeepSpeedStrategy):
         return (
-            f"{type(strategy).__name__} on {trainer.world_size} processes, which averages gradients in buckets after"
-            " they have arrived; take strategy='reversible_fsdp'"
+            f"{type(strategy).__name__} on {trainer.world_size} processes, which averages gradients in buckets, after"
+            " backward has passed them; take strategy='reversible_fsdp'"
         )
     return None

@@ -51,7 +51,7 @@ def swap_module(
 
 
 def refuse_overlap(module: nn.Module, name: str) -> None:
-    """Raise ValueError if a stack runs blocks on another stream, where no parameters are gathered for them."""
+    """Raise ValueError if a stack runs blocks on another stream, on which their parameters are not gathered."""
     for path, stack in stacks(module).items():
         if stack.overlap:
             raise ValueError(
@@ -141,6 +141,6 @@ def explain_memory(exception: BaseException, module: nn.Module) -> None:
 
 
 def _is_out_of_memory(exception: BaseException) -> bool:
-    """Return whether memory was exhausted; torch raises a plain RuntimeError for the host's."""
+    """Return whether memory was exhausted; for memory of the host, torch raises a plain RuntimeError."""
     host = ("not enough memory", "can't allocate memory")
     return isinstance(exception, torch.OutOfMemoryError) or any(words in str(exception) for words in host)

@@ -75,7 +75,7 @@ def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[s
 
 
 def _number_parameters(state: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state by the numbers of its parameters, where shards have their names."""
+    """Return an optimizer's state with its parameters numbered, as in a file, instead of named, as in shards."""
     groups = state["param_groups"]
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     return {
@@ -91,6 +91,6 @@ class _RestrictedUnpickler(pickle.Unpickler):
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(
                 f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint: nothing of it was"
-                " executed; pass weights_only=False if you trust where it comes from"
+                " executed; pass weights_only=False if you trust its source"
             )
         return super().find_class(module, name)

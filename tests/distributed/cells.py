@@ -49,11 +49,11 @@ GROUPS = {
     "spawn": ["spawn"],  # processes start anew for each run
     "start methods": ["spawn", "fork"],
 }
-REFERENCE = ("ddp", "64-true", "fit", "init")  # what spawned processes are compared with as well, to start fewer
+REFERENCE = ("ddp", "64-true", "fit", "init")  # the stock outcome that spawned processes are compared with
 
 
 def cells(group: str) -> list[tuple[str, str, str, str]]:
-    """Return (strategy, precision, entry, where the module is built) of each cell."""
+    """Return (strategy, precision, entry, method that builds the stack) of each cell."""
     if group == "spawn":
         return [("spawn", "64-true", "fit", "init")]
     if group == "start methods":

@@ -155,9 +155,9 @@ def test_parameters_that_are_unfrozen_later_are_clipped_as_well(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (Net, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2: accumulated gradients are what it frees"),
+        (Net, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2, since it frees gradients"),
         (Net, {"callbacks": [L.pytorch.callbacks.GradientAccumulationScheduler({1: 2})]}, "GradientAccumulationSch"),
-        (Net, {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 by norm, which is that of all gradients together"),
+        (Net, {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 by norm, which takes all gradients at once"),
         (Clips, {}, "Clips.configure_gradient_clipping"),
         (Manual, {}, "manual optimization"),
         (Two, {}, "LBFGS: it takes one optimizer"),

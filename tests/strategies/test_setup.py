@@ -60,7 +60,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 
 
 def budgeted(by: str) -> dict[str, Any]:
-    """A budget for all stacks by the strategy, by the callback under another strategy, or for one stack."""
+    """Return options that give a budget to all stacks, by the strategy or the callback, or to one stack."""
     if by == "callback":
         return {"strategy": "auto", "callbacks": [revlib.ReversibleCallback(memory_budget=0.8)]}
     options = {"memory_budget": 0.8} if by == "strategy" else {"targets": {"net": {"memory_budget": 0.8}}}

@@ -29,7 +29,7 @@ from tests.strategies.helpers import (
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the module that the stock strategy has trained, by where it is built; each is trained once."""
+    """Return the function from the method that builds the stack to the module that the stock strategy has trained."""
     return cache(lambda built: fit(tmp_path_factory.mktemp("plain"), "auto", lambda: Net(built), precision="64-true"))
 
 
