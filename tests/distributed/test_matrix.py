@@ -35,7 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 if group == "spawn":
                     of("ranks")
                     reference = [folders["ranks"] / "reference.pt"]
-                results[group] = run(main, folders[group], group, *reference, processes=1)
+                results[group] = run(main, folders[group], group, *reference, processes=1, timeout=900)
         return results[group]
 
     return of

@@ -1,4 +1,4 @@
-"""Run a function in two processes that form a group, as two ranks that a launcher has started."""
+"""Run a function in two processes that form a group, as a launcher such as torchrun would start them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def run(function: Callable[..., None], out: Path, *arguments: Any, processes: in
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PROGRAMS)
-    rank_of = range(processes)
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     started = [
         context.Process(target=_main, args=(rank, {} if processes == 1 else group, function, out, arguments))
-        for rank in rank_of
+        for rank in range(processes)
     ]
     with mock.patch.dict(os.environ, ENVIRONMENT):
         for process in started:
@@ -42,7 +41,7 @@ def run(function: Callable[..., None], out: Path, *arguments: Any, processes: in
         for process in started:
             process.kill()
             process.join()
-    outputs = "\n".join((out / f"output-{rank}.txt").read_text()[-6000:] for rank in rank_of)
+    outputs = "\n".join(path.read_text()[-6000:] for path in out.glob("output-*.txt"))
     assert [process.exitcode for process in started] == [0] * processes, outputs
     return torch.load(out / "result.pt", weights_only=True)
 
@@ -56,6 +55,7 @@ def _join(started: list[Any], deadline: float) -> None:
 
 
 def _main(rank: int, group: dict[str, str], function: Callable[..., None], out: Path, arguments: Any) -> None:
+    """Be one of the processes: set its rank, write its output to a file, and call the function."""
     if group:
         os.environ.update(group, LOCAL_RANK=str(rank), NODE_RANK="0")
     file = os.open(out / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT)
@@ -67,6 +67,7 @@ def _main(rank: int, group: dict[str, str], function: Callable[..., None], out: 
 
 
 def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
