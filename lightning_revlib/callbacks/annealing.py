@@ -1,4 +1,4 @@
-"""A callback that leads a pretrained network into its coupling: gamma_t = gamma min(1, t / steps)."""
+"""A callback that moves a pretrained network to its coupling step by step: gamma_t = gamma min(1, t / steps)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_revlib.nn import Momentum, Scaled
 from lightning_revlib.nn.convert.swap import stacks
-from lightning_revlib.nn.coupling.standard import Momentum, Scaled
 from lightning_revlib.nn.engine.drift import expected_drift
 
 ANNEALED: dict[type, str] = {Momentum: "gamma", Scaled: "scale"}
@@ -26,26 +26,27 @@ class CouplingAnnealing(Callback):
     ...     callbacks=[CouplingAnnealing(steps=1000)],
     ... )
 
-    Momentum's gamma, or scaled's scale, goes from 0, where the swapped network is the network as it
-    was, to the stack's own. While it is so small that the inverse would drift by more than
-    `tolerance`, activations are stored: memory falls when it has grown. The value depends on the
-    number of the step alone, so that a resumed run goes on as it would have.
+    Momentum's gamma, or scaled's scale, grows from 0 to the stack's own value. At 0 the swapped network
+    computes the same function as before the swap. While the value is so small that the inverse would drift
+    by more than `tolerance`, activations are stored, so that memory falls only later. The value
+    depends on the number of the step alone, so that a run can be resumed.
 
     Args:
         steps: optimizer steps until the stacks' own coupling is reached.
-        tolerance: of the drift to expect, relative.
+        tolerance: relative drift up to which backward inverts blocks; see `report` for the drift to expect.
 
     Raises:
-        ValueError: for fewer than one step; when training starts, if no stack has momentum or scaled, or one of
-            these has a memory budget.
+        ValueError: for fewer than one step; when training starts, if no stack has momentum or scaled, or a stack
+            with one of these couplings has a memory budget.
     """
 
     def __init__(self, steps: int, tolerance: float = 1e-3) -> None:
         if steps < 1:
             raise ValueError(f"steps={steps}: take at least one step until the stacks' own coupling is reached")
         self.steps, self.tolerance = steps, tolerance
-        self._own: dict[str, Any] = {}  # couplings and treatments, by path
-        self._set: dict[str, Any] = {}  # couplings as they were set last
+        # all by path
+        self._own: dict[str, Any] = {}  # the stacks' own couplings and treatments
+        self._set: dict[str, Any] = {}  # couplings as this callback set them last
         self._stacks: dict[str, Any] = {}
 
     @override
@@ -59,10 +60,10 @@ class CouplingAnnealing(Callback):
             if stack.budget is not None:
                 raise ValueError(
                     f"memory_budget={stack.budget.value!r} of {path or 'the model'}: its plan is made in the first"
-                    " step, where CouplingAnnealing has no coupling yet that can be inverted; leave out memory_budget,"
+                    " step, when CouplingAnnealing has no coupling yet that can be inverted; leave out memory_budget,"
                     " or CouplingAnnealing"
                 )
-            if self._set.get(path) != stack.couplings:  # else a run was interrupted
+            if self._set.get(path) != stack.couplings:  # if equal, an interrupted run continues
                 self._own[path] = stack.couplings, stack.treatments
 
     @override
@@ -72,7 +73,7 @@ class CouplingAnnealing(Callback):
         progress = min(1.0, trainer.global_step / self.steps)
         for path, stack in self._stacks.items():
             couplings, treatments = self._own[path]
-            stack.couplings = self._set[path] = tuple(self._at(coupling, progress) for coupling in couplings)
+            stack.couplings = self._set[path] = tuple(_scale(coupling, progress) for coupling in couplings)
             dtype = stack.stream_dtype or torch.float32
             steps = (len(stack) - stack.ordinary) * (len(stack.branches) or 1)
             drift = max(expected_drift(c, steps, dtype) for c in stack.couplings)
@@ -83,7 +84,8 @@ class CouplingAnnealing(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stacks = {}
 
-    @staticmethod
-    def _at(coupling: Any, progress: float) -> Any:
-        name = ANNEALED.get(type(coupling))
-        return coupling if name is None else dataclasses.replace(coupling, **{name: getattr(coupling, name) * progress})
+
+def _scale(coupling: Any, progress: float) -> Any:
+    """Return the coupling with its annealed value multiplied by `progress`; another coupling as it is."""
+    name = ANNEALED.get(type(coupling))
+    return coupling if name is None else dataclasses.replace(coupling, **{name: getattr(coupling, name) * progress})

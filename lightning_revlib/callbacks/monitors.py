@@ -1,84 +1,26 @@
-"""Callbacks: the swap for those who keep their strategy, and the monitors of memory and drift."""
+"""Callbacks that log what a training costs: bytes of activations, drift of the inversion, samples per second."""
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_revlib.nn.convert.swap import Targets, stacks
-from lightning_revlib.nn.meter import MemoryMeter
-from lightning_revlib.nn.plan.budget import Budget
-from lightning_revlib.nn.stacks.options import MemoryBudget
-from lightning_revlib.strategies.base import (
-    explain_memory,
-    make_budget,
-    read_targets,
-    save_memory_plan,
-    swap_module,
-    take_memory_figures,
-)
-
-
-class ReversibleCallback(Callback):
-    """Swap as `ReversibleStrategy` does, under any other strategy.
-
-    >>> Trainer(strategy="ddp", callbacks=[ReversibleCallback()])
-
-    Args:
-        targets, memory_budget: as in `ReversibleStrategy`.
-
-    Raises:
-        ValueError: when a run starts with nothing to swap or with a wrong target.
-    """
-
-    def __init__(self, targets: Targets | None = None, *, memory_budget: MemoryBudget | None = None) -> None:
-        self.targets, self.budget = read_targets(targets), make_budget(memory_budget)
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # before averages and optimizers see the module
-        swap_module(pl_module, self.targets, self._budget(trainer), strict=False)
-
-    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        swap_module(pl_module, self.targets, self._budget(trainer))  # what `configure_model` has built since
-
-    def _budget(self, trainer: pl.Trainer) -> Budget | None:
-        return self.budget or getattr(trainer.strategy, "budget", None)
-
-    on_fit_start = on_test_start = on_predict_start = _start
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:  # in a fit it would undo what callbacks have changed of stacks
-            self._start(trainer, pl_module)
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        save_memory_plan(checkpoint, self.budget, pl_module)
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        take_memory_figures(pl_module, checkpoint.get("memory_figures", {}))
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        explain_memory(exception, pl_module)
+from lightning_revlib.nn import MemoryMeter
+from lightning_revlib.nn.convert.swap import stacks
 
 
 class DriftMonitor(Callback):
-    """Log `drift/PATH` of each stack: by how much backward's reconstruction of its input is off, relative.
+    """Log `drift/PATH` of each stack: the relative error with which backward rebuilds the stack's input.
 
-    And `drift/worst`, the largest of them, which the progress bar shows as well, each step. In float32
+    `drift/worst` is the largest of them, which the progress bar shows as well, each step. In float32
     expect 1e-7 to 1e-5; the gradient's error is of the same order. If it nears 1e-2, choose a more
     stable coupling or float32 streams.
     """
@@ -87,7 +29,8 @@ class DriftMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        found = {path or "model": m._drift() for path, m in stacks(pl_module).items()}
+        # `stack.drift` would wait for the device in each step
+        found = {path or "model": stack._drift() for path, stack in stacks(pl_module).items()}
         drifts = {path: drift.float() for path, drift in found.items() if drift is not None}
         if drifts:
             drifts["worst"] = torch.stack(list(drifts.values())).max()
@@ -99,9 +42,9 @@ class DriftMonitor(Callback):
 class ActivationMemoryMonitor(Callback):
     """Log the bytes that activations take: `activation/held_bytes` after forward, `activation/peak_bytes` in backward.
 
-    Counted at dispatch by `MemoryMeter`, hence exact and the same on every device; what was alive
-    before the step (parameters, optimizer, batch) and parameter gradients do not count. A measured
-    step is two to four times slower, so that only some are.
+    `MemoryMeter` counts them at dispatch, so that they are exact and the same on every device. Parameters, the
+    optimizer's state, the batch and parameter gradients do not count. A measured step is two to four times
+    slower; therefore only some steps are measured.
 
     Args:
         every_n_steps: measure the first batch and each n-th after it.
@@ -111,8 +54,8 @@ class ActivationMemoryMonitor(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: measure each step with 1, or fewer with more")
         self.every_n_steps = every_n_steps
-        self._meter: MemoryMeter | None = None
-        self._hooks: list[Any] = []
+        self._meter: MemoryMeter | None = None  # while a step is measured
+        self._cleanup = ExitStack()
         self._held = 0
         self._measured: dict[str, int] = {}
 
@@ -122,11 +65,11 @@ class ActivationMemoryMonitor(Callback):
     ) -> None:
         if batch_idx % self.every_n_steps:
             return
-        self._meter = MemoryMeter()
-        self._meter.__enter__()
+        self._meter = meter = self._cleanup.enter_context(MemoryMeter())
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._meter.forget_gradient))
+                hook = parameter.register_post_accumulate_grad_hook(meter.forget_gradient)
+                self._cleanup.callback(hook.remove)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -138,25 +81,77 @@ class ActivationMemoryMonitor(Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._meter is not None:
             self._measured = {"activation/held_bytes": self._held, "activation/peak_bytes": self._meter.peak}
-        self._close()
+        self._stop()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._close()  # a training_step that returned None has had no backward
+        self._stop()  # a training_step that returned None has had no backward
         for name, value in self._measured.items():
             pl_module.log(name, float(value), prog_bar=True, on_step=True, on_epoch=False, reduce_fx="max")
         self._measured = {}
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._close()
+        self._stop()
 
-    def _close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self._meter is not None:
-            self._meter.__exit__(None, None, None)
-            self._meter = None
+    def _stop(self) -> None:
+        """Stop measuring, if a step is being measured, and remove the hooks on parameters."""
+        self._meter = None
+        self._cleanup.close()
+
+
+class SpeedMonitor(Callback):
+    """Log `speed/samples_per_second`, and `speed/tokens_per_second` if a batch holds sequences of whole numbers.
+
+    >>> Trainer(callbacks=[SpeedMonitor(every_n_steps=20)])
+
+    The figures are of all processes together, and include loading but not validation. A sample is an entry of the
+    first dimension of a batch's first tensor. Tokens are counted in the batch's first integer tensor of two
+    dimensions or more. Lightning's ThroughputMonitor knows FLOPs as well, and writes to loggers only.
+
+    Args:
+        every_n_steps: number of batches to average over; the device is waited for once in as many.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: average over one step or more")
+        self.every_n_steps = every_n_steps
+        self._open_window()
+
+    def _open_window(self, trainer: Any = None, pl_module: Any = None, *, since: float | None = None) -> None:
+        """Begin to count anew, from the time `since` or else from the end of the next batch."""
+        self._since = since
+        self._steps = self._samples = self._tokens = 0
+
+    on_train_start = on_validation_end = _open_window
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._since is None:
+            self._since = _now(pl_module.device)
+            return
+        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+        tokens = [t.numel() for t in tensors if t.ndim > 1 and not t.is_floating_point() and t.dtype is not torch.bool]
+        self._steps += 1
+        self._samples += len(tensors[0]) if tensors else 1
+        self._tokens += tokens[0] if tokens else 0
+        if self._steps < self.every_n_steps:
+            return
+        now = _now(pl_module.device)
+        for name, count in (("samples", self._samples), ("tokens", self._tokens)):
+            if count:
+                rate = count * trainer.world_size / max(now - self._since, 1e-9)
+                pl_module.log(f"speed/{name}_per_second", rate, on_step=True, on_epoch=False)
+        self._open_window(since=now)
+
+
+def _now(device: torch.device) -> float:
+    """Return the time, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

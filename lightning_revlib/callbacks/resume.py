@@ -1,4 +1,4 @@
-"""Exact resumption: a run that goes on from a checkpoint ends as if it had never been interrupted."""
+"""Exact resumption: a run that resumes from a checkpoint ends with the bits of one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ KEY = "revlib_resume"  # in the checkpoint
 
 
 class ExactResume(Callback):
-    """Go on from a checkpoint with the random numbers and the batches that would have come next.
+    """Resume from a checkpoint with the random numbers and the batches that would have come next.
 
     >>> save = ModelCheckpoint(every_n_train_steps=100, save_last=True)
     >>> Trainer(strategy="reversible", callbacks=[save, ExactResume()]).fit(net, data, ckpt_path="last")
 
-    Lightning keeps weights, optimizers and counters; dropout and shuffling start anew, and in the
-    middle of an epoch so do the batches. This callback keeps the state of each process's random
-    generators, as it is now and as it was when the epoch began. Going on, it draws the epoch's order again and
-    passes over the batches that have been seen, loading them; a loader with a `state_dict` of its own
-    (torchdata's StatefulDataLoader) is left to Lightning. Validation no longer moves training's random numbers.
+    Lightning saves weights, optimizers and counters. Dropout and shuffling start anew when a run resumes, and
+    so do the batches of an epoch. This callback saves the state of each process's random generators, as
+    it is now and as it was when the epoch began. A run that resumes draws the epoch's order again, and loads
+    and skips the batches that have been seen. A loader with a `state_dict` of its own (torchdata's
+    StatefulDataLoader) is left to Lightning. With this callback, validation does not change training's random numbers.
 
-    On the same machine and as many processes the final weights are equal to the last bit.
+    On the same machine and with as many processes the final weights are equal to the last bit.
 
     Raises:
-        UserWarning: if the number of processes has changed: the run goes on as Lightning's does.
+        UserWarning: if the number of processes has changed; the run resumes as it would without this callback.
     """
 
     def __init__(self) -> None:
+        # states of the random generators, as `capture` returns them
         self._epoch: dict[str, Any] = {}  # when the epoch's iterator was made
         self._step: dict[str, Any] | None = None  # after the last batch
-        self._now: dict[str, Any] | None = None  # with which a run that goes on begins
-        self._loaded: Any = None
+        self._now: dict[str, Any] | None = None  # at the checkpoint, for the next epoch of a run that resumes
+        self._loaded: Any = None  # this process's part of the checkpoint, until training starts
 
     @override
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ class ExactResume(Callback):
         if len(states) != trainer.world_size:
             warnings.warn(
                 f"the checkpoint is of {len(states)} processes, this run has {trainer.world_size}: random numbers and"
-                " batches cannot go on where they were",
+                " batches cannot continue exactly",
                 stacklevel=2,
             )
             return
@@ -77,26 +78,30 @@ class ExactResume(Callback):
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
-        loop, self._step = trainer.fit_loop, loaded["now"]
-        assert loop._combined_loader is not None and loop._data_fetcher is not None
-        loaders = loop._combined_loader.flattened
-        if not any(hasattr(loader, "load_state_dict") for loader in loaders):
-            samplers: list[Any] = [getattr(loader, "sampler", None) for loader in loaders]
-            for sampler in samplers:
-                if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-            self._epoch = loaded["epoch"] if loaded["batches"] else loaded["now"]
-            restore(self._epoch)
-            if loaded["batches"] or not _makes_iterator(trainer):
-                iter(loop._data_fetcher)
-            for _ in range(loaded["batches"]):
-                next(loop._data_fetcher)
-            loop._data_fetcher.fetched -= loaded["batches"]  # Lightning adds them
-            if not loaded["batches"]:
-                self._now = loaded["now"]
-            _RestoreFirst(loop._data_fetcher, loaded["now"] if loaded["batches"] else capture())
-            return
-        restore(loaded["now"])
+        self._step = loaded["now"]
+        combined_loader: Any = trainer.fit_loop._combined_loader
+        if any(hasattr(loader, "load_state_dict") for loader in combined_loader.flattened):
+            restore(loaded["now"])
+        else:
+            self._skip_batches(trainer, loaded["batches"], loaded["epoch"], loaded["now"])
+
+    def _skip_batches(self, trainer: pl.Trainer, count: int, epoch: dict[str, Any], now: dict[str, Any]) -> None:
+        """Draw the epoch's order again, and load and skip its first batches."""
+        loop: Any = trainer.fit_loop
+        for loader in loop._combined_loader.flattened:
+            sampler: Any = getattr(loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(loop.epoch_progress.current.processed)
+        self._epoch = epoch if count else now
+        restore(self._epoch)
+        if count or not _makes_iterator(trainer):
+            iter(loop._data_fetcher)
+        for _ in range(count):
+            next(loop._data_fetcher)
+        loop._data_fetcher.fetched -= count  # Lightning has counted them already
+        if not count:
+            self._now = now
+        _RestoreBeforeNext(loop._data_fetcher, now if count else capture())
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Module) -> None:
@@ -111,8 +116,8 @@ class ExactResume(Callback):
         self._now = None
         progress: Any = trainer.fit_loop.epoch_progress
         if progress.current.started == progress.current.processed:
-            # After a checkpoint of an epoch's last batch Lightning begins the next without counting it: a second
-            # interruption would find counters that do not add up, and train an epoch too many.
+            # If the checkpoint is of an epoch's last batch, Lightning begins the next epoch without counting it.
+            # After a second interruption the counters would not add up, and one epoch too many would be trained.
             progress.increment_ready()
             progress.increment_started()
 
@@ -128,8 +133,11 @@ class ExactResume(Callback):
             restore(self._step)
 
 
-class _RestoreFirst:
-    """Stands before a fetcher's iterator until its next batch: Lightning may draw before, for a validation it skips."""
+class _RestoreBeforeNext:
+    """Replace a fetcher's iterator until its next batch, and restore the random state just before that.
+
+    Lightning may draw random numbers until then, for a validation that it skips.
+    """
 
     def __init__(self, fetcher: Any, state: dict[str, Any]) -> None:
         self.fetcher, self.state, self.iterator = fetcher, state, fetcher.iterator
@@ -142,13 +150,13 @@ class _RestoreFirst:
 
 
 def _makes_iterator(trainer: pl.Trainer) -> bool:
-    """Whether Lightning will make the epoch's iterator after `on_train_epoch_start`, and has not done so already."""
+    """Return whether Lightning is to make the epoch's iterator after `on_train_epoch_start`, and has not done so."""
     loop = trainer.fit_loop
     return trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
 
 
 def capture() -> dict[str, Any]:
-    """The state of all random generators, as plain data and tensors."""
+    """Return the state of all random generators, as plain data and tensors."""
     numbers: Any
     kind, numbers, *rest = numpy.random.get_state()
     return {
@@ -160,6 +168,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
+    """Restore the state of all random generators from `capture`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, words, *rest = state["numpy"]

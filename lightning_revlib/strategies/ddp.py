@@ -1,4 +1,4 @@
-"""`Trainer(strategy="reversible")`: reversible stacks on one device, or on many by DDP."""
+"""`Trainer(strategy="reversible")`: reversible stacks on one device, or on several by DDP."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_revlib.nn.convert.swap import Targets
-from lightning_revlib.nn.stacks.options import MemoryBudget
-from lightning_revlib.strategies.base import Swapping, check_arguments
-from lightning_revlib.strategies.deferred import OneOrMany
+from lightning_revlib.strategies.base import ReversibleStrategyMixin
+from lightning_revlib.strategies.deferred import DeferredStrategy
+from lightning_revlib.strategies.setup import MemoryBudget, Targets, check_arguments
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
 
-class WholeFile(Swapping):
-    """Mixin: a checkpoint is there as a whole or not at all, also if the process is killed while it writes."""
+class AtomicCheckpoint(Strategy):
+    """Mixin for a strategy: write a checkpoint whole or not at all, even if the process is killed meanwhile."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -35,38 +34,39 @@ class WholeFile(Swapping):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.part")
-        super().save_checkpoint(checkpoint, part, storage_options)  # which copies from another disk, maybe
+        super().save_checkpoint(checkpoint, part, storage_options)  # not atomic: it may copy from another disk
         os.replace(part, path)
 
 
-class ReversibleDDPStrategy(WholeFile, DDPStrategy):
-    """Lightning's DDPStrategy with reversible stacks: what `ReversibleStrategy` is on several devices.
+class ReversibleDDPStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DDPStrategy):
+    """Lightning's DDPStrategy with reversible stacks. `ReversibleStrategy` becomes one on several devices.
 
-    By the name "reversible_ddp" it is DDP with one process, too. Arguments: see `ReversibleStrategy`.
+    By the name "reversible_ddp" even a single process runs DDP. Arguments: see `ReversibleStrategy`.
     """
 
     strategy_name = "reversible_ddp"
 
 
-class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
-    """Run the stacks of the LightningModule in constant activation memory, on one device or many, of any kind.
+class ReversibleStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DeferredStrategy, SingleDeviceStrategy):
+    """Run the stacks of the LightningModule in constant activation memory, on one device or several, of any kind.
 
     >>> Trainer(strategy="reversible")
     >>> Trainer(strategy=ReversibleStrategy(targets={"net.blocks": {"coupling": "additive"}}))
     >>> Trainer(strategy=ReversibleStrategy(memory_budget="2GiB"))
     >>> Trainer(strategy=ReversibleStrategy(find_unused_parameters=True), devices=4, num_nodes=2)
 
-    With one process it is Lightning's SingleDeviceStrategy, without a process group; with more it
+    With one process it is Lightning's SingleDeviceStrategy, without a process group. With more it
     becomes a `ReversibleDDPStrategy` as soon as the Trainer has counted its devices and nodes.
 
     The module is swapped in place (see `swap`) and stays so unless `restore` is set. State-dict
-    keys, parameters and their order do not change, so that checkpoints go both ways.
+    keys, parameters and their order do not change, so that this strategy and the stock one read each
+    other's checkpoints.
 
-    Names: "reversible"; "reversible_spawn" and "reversible_fork" by the way in which processes
-    start; "reversible_find_unused_parameters_true".
+    Names: "reversible"; "reversible_spawn" and "reversible_fork", which start processes otherwise;
+    "reversible_find_unused_parameters_true".
 
     Args:
-        targets, memory_budget, optimizer_in_backward, restore: see `Swapping`.
+        targets, memory_budget, optimizer_in_backward, restore: see `ReversibleStrategyMixin`.
         start_method: of the processes, if there are several; default "popen", in notebooks "fork".
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in
             any of Lightning's strategies; the Trainer sets them.
@@ -79,7 +79,7 @@ class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
     """
 
     strategy_name = "reversible"
-    many = ReversibleDDPStrategy
+    distributed_class = ReversibleDDPStrategy
 
     def __init__(
         self,
@@ -99,15 +99,10 @@ class ReversibleStrategy(WholeFile, OneOrMany, SingleDeviceStrategy):
         **kwargs: Any,
     ) -> None:
         check_arguments(type(self), kwargs, ReversibleStrategy, DDPStrategy, DistributedDataParallel)
-        ours: dict[str, Any] = {
+        own: dict[str, Any] = {
             "targets": targets, "memory_budget": memory_budget, "optimizer_in_backward": optimizer_in_backward,
             "restore": restore,
         }  # fmt: skip
-        super().__init__(
-            **ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
-        )
+        super().__init__(**own, accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         launch = {"start_method": start_method, "process_group_backend": process_group_backend, "timeout": timeout}
-        self.await_devices(parallel_devices, cluster_environment, {**ours, **launch, **kwargs})
-
-
-ReversibleStrategy.base = ReversibleStrategy
+        self.defer(parallel_devices, cluster_environment, {**own, **launch, **kwargs})

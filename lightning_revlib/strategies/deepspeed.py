@@ -1,4 +1,4 @@
-"""`Trainer(strategy="reversible_deepspeed_stage_2")` and its like: reversible stacks under DeepSpeed's ZeRO."""
+"""`Trainer(strategy="reversible_deepspeed_stage_2")`, 1 and 3: reversible stacks under DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
 from typing_extensions import override
 
-from lightning_revlib.nn.convert.swap import Targets
-from lightning_revlib.nn.stacks.options import MemoryBudget
-from lightning_revlib.strategies.base import Swapping, check_arguments, refuse_overlap
+from lightning_revlib.strategies.base import ReversibleStrategyMixin
+from lightning_revlib.strategies.setup import MemoryBudget, Targets, check_arguments, refuse_overlap
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
+class ReversibleDeepSpeedStrategy(ReversibleStrategyMixin, DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy, on CUDA devices, with the stacks in constant activation memory.
 
     >>> Trainer(strategy="reversible_deepspeed_stage_3", precision="bf16-mixed", devices=8)
@@ -25,16 +24,17 @@ class ReversibleDeepSpeedStrategy(Swapping, DeepSpeedStrategy):
     Names: "reversible_deepspeed_stage_1", "_2" and "_3", and each with "_offload" after it.
 
     Args:
-        targets, memory_budget, restore: see `Swapping`. DeepSpeed steps its own optimizer, after backward.
-        stage: 1 shards the optimizer's state, 2 gradients as well, 3 parameters as well.
+        targets, memory_budget, restore: see `ReversibleStrategyMixin`. There is no optimizer_in_backward, since
+            DeepSpeed steps its own optimizer after backward.
+        stage: 1 shards the optimizer's state, 2 also gradients, 3 also parameters.
         offload_optimizer: keep and step the optimizer's state on the host.
         offload_parameters: at stage 3, keep parameters on the host.
         **kwargs: as in `DeepSpeedStrategy`.
 
     Raises:
-        ModuleNotFoundError: without deepspeed; it says how to get it.
+        ModuleNotFoundError: without deepspeed; the error says how to install it.
         TypeError: for an unknown argument.
-        ValueError: for another stage; at setup, if nothing can be swapped or a target is wrong.
+        ValueError: for any other stage; at setup, if nothing can be swapped or a target is wrong.
 
     Source: ZeRO, https://arxiv.org/abs/1910.02054
     """

@@ -1,4 +1,4 @@
-"""A strategy that is for one device until the Trainer, or Fabric, has counted devices and nodes."""
+"""The mixin of a strategy for one device that becomes one for several once devices and nodes have been counted."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 
-PARTS = ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision", "precision_plugin")
+# attributes that the Trainer or Fabric sets; the strategy for several processes takes them as arguments
+ASSIGNED = ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision", "precision_plugin")
 
 
-class OneOrMany:
-    """Mixin for a SingleDeviceStrategy, of Lightning's or of Fabric's: with several processes it changes its class.
+class DeferredStrategy:
+    """Mixin for a SingleDeviceStrategy, of Lightning's or of Fabric's: change its class if there are several processes.
 
-    The object stays. Its class has to change, since Lightning asks for it: samplers, BatchSizeFinder
-    and Apple's devices depend on the answer. The class attribute `many` is the class for several
-    processes; `arguments` are those for its `__init__`.
+    The object stays, since the user holds it. Its class changes, since Lightning asks for the class in order to
+    choose samplers, BatchSizeFinder and Apple's devices. The class attribute `distributed_class` is the class for
+    several processes.
     """
 
-    # NOTE: to be no first base, since an object's layout must not change with its class
-    base: type
-    many: type
+    # Not to be the first base of a class: an object's memory layout must not change with its class.
+    distributed_class: type
     parallel_devices: list[torch.device] | None
     cluster_environment: Any
     _root_device: torch.device
 
-    def await_devices(self, devices: list[torch.device] | None, cluster: Any, arguments: dict[str, Any]) -> None:
-        """Set what the Trainer asks a strategy for, before it counts."""
+    def defer(self, devices: list[torch.device] | None, cluster: Any, arguments: dict[str, Any]) -> None:
+        """Keep the `arguments` of `distributed_class`, and set the attributes that the Trainer looks for."""
         arguments["start_method"] = arguments.get("start_method") or ("fork" if _IS_INTERACTIVE else "popen")
         self._arguments = {name: value for name, value in arguments.items() if value is not None}
         self.parallel_devices, self.cluster_environment = devices, cluster
-        self.num_nodes = self._num_nodes = 1  # the Trainer sets the one, Fabric the other
+        self.num_nodes = self._num_nodes = 1  # the Trainer sets the first, Fabric the second
         self._layer_sync: Any = None
 
     @property
@@ -38,24 +38,25 @@ class OneOrMany:
         return self.parallel_devices[0] if self.parallel_devices else self._root_device
 
     def _configure_launcher(self) -> None:
-        """The last call in configuring a strategy: now it is known how many processes there are."""
-        outside = self.cluster_environment
+        """Decide between one process and several; Lightning calls this last, when their number is known."""
+        cluster = self.cluster_environment
         count = len(self.parallel_devices or ()) * max(self.num_nodes, self._num_nodes)
-        if count > 1 or (outside is not None and outside.creates_processes_externally and outside.world_size() > 1):
-            self._become_many()
+        if count > 1 or (cluster is not None and cluster.creates_processes_externally and cluster.world_size() > 1):
+            self._become_distributed()
 
-    def _become_many(self) -> None:
-        cls: Any = type(self).many
-        if type(self) is not self.base:
+    def _become_distributed(self) -> None:
+        cls: Any = type(self).distributed_class
+        if "distributed_class" not in vars(type(self)):
+            base = next(c for c in type(self).__mro__ if "distributed_class" in vars(c))
             raise TypeError(
-                f"{type(self).__name__} is a subclass of {self.base.__name__} and so for one device; for several,"
+                f"{type(self).__name__} is a subclass of {base.__name__} and so for one device; for several,"
                 f" subclass {cls.__name__}"
             )
         before = dict(self.__dict__)
         self.__dict__.clear()
         self.__class__ = cls
-        parts = {name: before.get(f"_{name}", before.get(name)) for name in PARTS}
-        cls.__init__(self, **{k: v for k, v in parts.items() if v is not None}, **before["_arguments"])
+        assigned = {name: before.get(f"_{name}", before.get(name)) for name in ASSIGNED}
+        cls.__init__(self, **{k: v for k, v in assigned.items() if v is not None}, **before["_arguments"])
         self._num_nodes, self._layer_sync = max(before["num_nodes"], before["_num_nodes"]), before["_layer_sync"]
         getattr(self, "set_world_ranks", getattr(self, "_set_world_ranks", None))()  # type: ignore[misc]
         self._configure_launcher()

@@ -1,7 +1,7 @@
 """Reversible stacks under Lightning Fabric: `Fabric(strategy="reversible")` and "reversible_fsdp".
 
-Fabric has strategies of its own. These swap what `fabric.setup` is given, in place and without touching
-parameters, so that an optimizer that was built before stays right.
+Fabric has strategies of its own. Those of this module swap the modules that are given to `fabric.setup`, in place. They
+do not touch parameters, so that an optimizer that was built before stays valid.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_revlib.nn.convert.swap import Targets
-from lightning_revlib.nn.stacks.options import MemoryBudget
-from lightning_revlib.strategies.base import check_arguments, make_budget, read_targets, swap_module
 from lightning_revlib.strategies.ddp import StartMethod
-from lightning_revlib.strategies.deferred import OneOrMany
+from lightning_revlib.strategies.deferred import DeferredStrategy
 from lightning_revlib.strategies.fsdp import shard
+from lightning_revlib.strategies.setup import (
+    MemoryBudget,
+    Targets,
+    check_arguments,
+    make_budget,
+    read_targets,
+    swap_module,
+)
 
 if TYPE_CHECKING:
     from lightning.fabric.accelerators import Accelerator
@@ -30,14 +35,14 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 
-class FabricSwapping(Strategy):
-    """Mixin for a strategy of Fabric: each module is swapped when it is set up.
+class ReversibleFabricMixin(Strategy):
+    """Mixin for a strategy of Fabric's: swap each module when it is set up.
 
-    Of several modules some may have no stack; if none has, the first backward says so.
+    A module without stacks is left as it is. If no module has any, the first backward raises a ValueError.
 
     Args:
         targets: as in `swap`. Without, the module's `reversible_targets`, or every CoupledSequential.
-        memory_budget: as in `Swapping`, for each module that is set up.
+        memory_budget: as in `ReversibleStrategyMixin`, for each module that is set up.
         **kwargs: of Fabric's strategy.
     """
 
@@ -46,7 +51,7 @@ class FabricSwapping(Strategy):
     ) -> None:
         super().__init__(**kwargs)
         self.targets, self.memory_budget = read_targets(targets), memory_budget
-        make_budget(memory_budget)  # a wrong one is said at once
+        make_budget(memory_budget)  # raises for an invalid one; each module gets its own
         self.swapped: list[str] = []
 
     @override
@@ -58,32 +63,32 @@ class FabricSwapping(Strategy):
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         if not self.swapped:
             raise ValueError(
-                f"nothing to swap: no module that was set up has a CoupledSequential, or what targets={self.targets!r}"
-                " name; build stacks from CoupledSequential, or name containers by targets"
+                "nothing to swap: no module that was set up has a CoupledSequential or a match of"
+                f" targets={self.targets!r}; build stacks from CoupledSequential, or name containers by targets"
             )
         super().backward(tensor, module, *args, **kwargs)
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """The names are in `names.py`; inherited, this would register Fabric's."""
+        """Register nothing: `registry.py` has the names, and the inherited method would register Fabric's again."""
 
 
-class ReversibleFabricDDPStrategy(FabricSwapping, DDPStrategy):
-    """Fabric's DDPStrategy with reversible stacks: what `ReversibleFabricStrategy` is on several devices."""
+class ReversibleFabricDDPStrategy(ReversibleFabricMixin, DDPStrategy):
+    """Fabric's DDPStrategy with reversible stacks. `ReversibleFabricStrategy` becomes one on several devices."""
 
 
-class ReversibleFabricStrategy(FabricSwapping, OneOrMany, SingleDeviceStrategy):
-    """`ReversibleStrategy` for Fabric: one device, or many by DDP.
+class ReversibleFabricStrategy(ReversibleFabricMixin, DeferredStrategy, SingleDeviceStrategy):
+    """`ReversibleStrategy` for Fabric: one device, or several by DDP.
 
     >>> fabric = Fabric(strategy="reversible", devices=2)
     >>> fabric.launch()
     >>> model, optimizer = fabric.setup(model, optimizer)
 
-    Arguments as there, as far as they are here; errors as there.
+    Arguments and errors are those of `ReversibleStrategy`; Fabric has no `restore` and no `optimizer_in_backward`.
     """
 
-    many = ReversibleFabricDDPStrategy
+    distributed_class = ReversibleFabricDDPStrategy
 
     def __init__(
         self,
@@ -101,23 +106,20 @@ class ReversibleFabricStrategy(FabricSwapping, OneOrMany, SingleDeviceStrategy):
         **kwargs: Any,
     ) -> None:
         check_arguments(type(self), kwargs, ReversibleFabricStrategy, DDPStrategy, DistributedDataParallel)
-        ours: dict[str, Any] = {"targets": targets, "memory_budget": memory_budget}
-        super().__init__(**ours, accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
+        own: dict[str, Any] = {"targets": targets, "memory_budget": memory_budget}
+        super().__init__(**own, accelerator=accelerator, checkpoint_io=checkpoint_io, precision=precision)
         launch = {"start_method": start_method, "process_group_backend": process_group_backend, "timeout": timeout}
-        self.await_devices(parallel_devices, cluster_environment, {**ours, **launch, **kwargs})
+        self.defer(parallel_devices, cluster_environment, {**own, **launch, **kwargs})
 
 
-ReversibleFabricStrategy.base = ReversibleFabricStrategy
-
-
-class ReversibleFabricFSDPStrategy(FabricSwapping, ModelParallelStrategy):
+class ReversibleFabricFSDPStrategy(ReversibleFabricMixin, ModelParallelStrategy):
     """`ReversibleFSDPStrategy` for Fabric: each block sharded by itself, the rest at the root.
 
     >>> fabric = Fabric(strategy="reversible_fsdp", devices=2)
     >>> model = fabric.setup_module(model)
     >>> optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters()))
 
-    A module that `fully_shard` has already taken is left as it is. Arguments as there, as far as they are here.
+    A module that `fully_shard` has already sharded is left as it is. Arguments: see `ReversibleFSDPStrategy`.
     """
 
     def __init__(
@@ -141,10 +143,9 @@ class ReversibleFabricFSDPStrategy(FabricSwapping, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             **({} if timeout is None else {"timeout": timeout}),
         )
-        policies = {
+        self.policies = {
             "mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward,
         }  # fmt: skip
-        self.policies = {name: policy for name, policy in policies.items() if policy is not None}
 
     @override
     def setup_environment(self) -> None:

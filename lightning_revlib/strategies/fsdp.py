@@ -1,4 +1,4 @@
-"""`Trainer(strategy="reversible_fsdp")`: reversible stacks, parameters sharded over all processes by FSDP2."""
+"""`Trainer(strategy="reversible_fsdp")`: reversible stacks, with parameters sharded over all processes by FSDP2."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from typing_extensions import override
 
-from lightning_revlib.nn.convert.swap import Targets, stacks
-from lightning_revlib.nn.stacks.options import MemoryBudget
-from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
-from lightning_revlib.strategies.base import Swapping, refuse_overlap, swap_module
+from lightning_revlib.nn import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn.convert.swap import stacks
+from lightning_revlib.strategies.base import ReversibleStrategyMixin
+from lightning_revlib.strategies.setup import MemoryBudget, Targets, refuse_overlap, swap_module
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
+class ReversibleFSDPStrategy(ReversibleStrategyMixin, ModelParallelStrategy):
     """Shard the model over all processes by FSDP2, with its stacks in constant activation memory.
 
     >>> Trainer(strategy="reversible_fsdp", devices=8)
     >>> Trainer(strategy=ReversibleFSDPStrategy(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
 
-    A LightningModule needs nothing of its own: each block of each stack is sharded by itself, and what
-    is left at the root. A module whose `configure_model` has called `fully_shard` is left as it is;
+    A LightningModule needs no code of its own: each block of each stack is sharded by itself, and the rest
+    of the module at its root. A module whose `configure_model` has called `fully_shard` is left as it is;
     stacks that it builds there have to be swapped first, by `revlib.swap(self)`.
 
-    Recomputation in backward finds its parameters gathered for the backward, and communicates nothing
-    besides. Checkpoints are folders of shards unless `save_distributed_checkpoint=False`; both kinds, and
-    those of other strategies, can be gone on from. After a run the module's parameters stay sharded.
+    Backward gathers parameters as it always does, and recomputation adds no communication.
+    Checkpoints are folders of shards unless `save_distributed_checkpoint=False`. A run can resume from both
+    kinds, and from those of other strategies. After a run the module's parameters stay sharded.
 
     Args:
-        targets, memory_budget, optimizer_in_backward, restore: see `Swapping`.
+        targets, memory_budget, optimizer_in_backward, restore: see `ReversibleStrategyMixin`.
         mp_policy, offload_policy, reshard_after_forward: as in `fully_shard`, for all blocks and the root.
         data_parallel_size: default all processes.
-        tensor_parallel_size: default 1; what is to be parallel within tensors is up to `configure_model`.
+        tensor_parallel_size: default 1; with more, the module parallelizes its tensors in `configure_model`.
         save_distributed_checkpoint, process_group_backend, timeout: as in `ModelParallelStrategy`.
 
     Raises:
@@ -82,10 +82,9 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             **({} if timeout is None else {"timeout": timeout}),
         )
-        policies = {
+        self.policies = {
             "mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward,
         }  # fmt: skip
-        self.policies = {name: policy for name, policy in policies.items() if policy is not None}
 
     @override
     def setup_environment(self) -> None:
@@ -110,7 +109,7 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         try:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        except IndexError:  # of Lightning, which looks at the first state of an optimizer; SGD has none
+        except IndexError:  # Lightning reads the first state of each optimizer, and SGD has none: load without them
             optimizers, self._optimizers = self._optimizers, []
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
@@ -123,8 +122,12 @@ class ReversibleFSDPStrategy(Swapping, ModelParallelStrategy):
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
-    """Shard each block of each stack by itself, inner stacks first, and the rest of the module at its root."""
+    """Shard each block of each stack by itself, inner stacks first, and the rest of the module at its root.
+
+    A policy of None is left to `fully_shard`.
+    """
     refuse_overlap(module, "FSDP")
+    policies = {name: policy for name, policy in policies.items() if policy is not None}
     for stack in reversed(stacks(module).values()):
         for block in stack:
             if not isinstance(block, FSDPModule) and any(True for _ in block.parameters()):
@@ -138,6 +141,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, **policies: Any) -> None:
 
 
 def _check_order(module: nn.Module) -> None:
+    """Raise ValueError if a stack was sharded before it was swapped, since `fully_shard` has changed its class."""
     for path, m in module.named_modules():
         if isinstance(m, FSDPModule) and isinstance(m, CoupledSequential) and not isinstance(m, ReversibleSequential):
             raise ValueError(
@@ -147,12 +151,12 @@ def _check_order(module: nn.Module) -> None:
 
 @contextmanager
 def _configured(module: pl.LightningModule) -> Iterator[None]:
-    """Let the module pass as one that has its own `configure_model`, which ModelParallelStrategy asks for."""
-    own = is_overridden("configure_model", module)
-    if not own:
-        object.__setattr__(module, "configure_model", lambda: None)
+    """Give the module a `configure_model` while active, since ModelParallelStrategy refuses a module without one."""
+    if is_overridden("configure_model", module):
+        yield
+        return
+    object.__setattr__(module, "configure_model", lambda: None)
     try:
         yield
     finally:
-        if not own:
-            object.__delattr__(module, "configure_model")
+        object.__delattr__(module, "configure_model")

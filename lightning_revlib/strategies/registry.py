@@ -1,6 +1,6 @@
-"""The strategies' names, for `Trainer(strategy=...)` and `Fabric(strategy=...)`: what each stands for.
+"""The strategies' names, for `Trainer(strategy=...)` and `Fabric(strategy=...)`.
 
-Registering a name imports nothing; its class is imported when a Trainer asks for it.
+Registering a name imports no strategy. Its class is imported when a Trainer asks for it.
 """
 
 from __future__ import annotations
@@ -9,45 +9,58 @@ import importlib
 from functools import partial
 from typing import Any
 
-#     name: (class, its arguments)
+import wrapt
+
+#     name: (module of this package and class, the arguments of the class)
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "reversible": ("ReversibleStrategy", {}),
-    "reversible_spawn": ("ReversibleStrategy", {"start_method": "spawn"}),
-    "reversible_fork": ("ReversibleStrategy", {"start_method": "fork"}),
-    "reversible_find_unused_parameters_true": ("ReversibleStrategy", {"find_unused_parameters": True}),
-    "reversible_ddp": ("ReversibleDDPStrategy", {}),
-    "reversible_fsdp": ("ReversibleFSDPStrategy", {}),
-    "reversible_deepspeed_stage_1": ("ReversibleDeepSpeedStrategy", {"stage": 1}),
-    "reversible_deepspeed_stage_1_offload": ("ReversibleDeepSpeedStrategy", {"stage": 1, "offload_optimizer": True}),
-    "reversible_deepspeed_stage_2": ("ReversibleDeepSpeedStrategy", {"stage": 2}),
-    "reversible_deepspeed_stage_2_offload": ("ReversibleDeepSpeedStrategy", {"stage": 2, "offload_optimizer": True}),
-    "reversible_deepspeed_stage_3": ("ReversibleDeepSpeedStrategy", {"stage": 3}),
-    "reversible_deepspeed_stage_3_offload": (
-        "ReversibleDeepSpeedStrategy",
-        {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
-    ),
+    "reversible": ("ddp.ReversibleStrategy", {}),
+    "reversible_spawn": ("ddp.ReversibleStrategy", {"start_method": "spawn"}),
+    "reversible_fork": ("ddp.ReversibleStrategy", {"start_method": "fork"}),
+    "reversible_find_unused_parameters_true": ("ddp.ReversibleStrategy", {"find_unused_parameters": True}),
+    "reversible_ddp": ("ddp.ReversibleDDPStrategy", {}),
+    "reversible_fsdp": ("fsdp.ReversibleFSDPStrategy", {}),
+    **{
+        f"reversible_deepspeed_stage_{stage}": ("deepspeed.ReversibleDeepSpeedStrategy", {"stage": stage})
+        for stage in (1, 2, 3)
+    },
+    **{
+        f"reversible_deepspeed_stage_{stage}_offload": (
+            "deepspeed.ReversibleDeepSpeedStrategy",
+            {"stage": stage, "offload_optimizer": True, **({"offload_parameters": True} if stage == 3 else {})},
+        )
+        for stage in (1, 2, 3)
+    },
 }
 FABRIC_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "reversible": ("ReversibleFabricStrategy", {}),
-    "reversible_spawn": ("ReversibleFabricStrategy", {"start_method": "spawn"}),
-    "reversible_fork": ("ReversibleFabricStrategy", {"start_method": "fork"}),
-    "reversible_ddp": ("ReversibleFabricDDPStrategy", {}),
-    "reversible_fsdp": ("ReversibleFabricFSDPStrategy", {}),
+    "reversible": ("fabric.ReversibleFabricStrategy", {}),
+    "reversible_spawn": ("fabric.ReversibleFabricStrategy", {"start_method": "spawn"}),
+    "reversible_fork": ("fabric.ReversibleFabricStrategy", {"start_method": "fork"}),
+    "reversible_ddp": ("fabric.ReversibleFabricDDPStrategy", {}),
+    "reversible_fsdp": ("fabric.ReversibleFabricFSDPStrategy", {}),
 }
-#     module of Lightning: (its registry, names)
+#     module of Lightning: (its registry, the names that go into it)
 REGISTRIES = {
     "lightning.pytorch.strategies": ("StrategyRegistry", NAMES),
     "lightning.fabric.strategies": ("STRATEGY_REGISTRY", FABRIC_NAMES),
 }
 
 
+def register_on_import() -> None:
+    """Register all names, now or as soon as Lightning is imported."""
+    for module in REGISTRIES:
+        wrapt.register_post_import_hook(register, module)
+
+
 def register(module: Any) -> None:
-    """Put the names into the registry of one of those modules."""
+    """Register the names that belong to `module`, which is one of `REGISTRIES`."""
     registry, names = REGISTRIES[module.__name__]
-    for name, (cls, arguments) in names.items():
-        what = f"reversible stacks in constant activation memory: lightning_revlib.{cls}"
-        getattr(module, registry).register(name, partial(_make, cls), description=what, override=True, **arguments)
+    for name, (path, arguments) in names.items():
+        description = f"reversible stacks in constant activation memory: lightning_revlib.{path.split('.')[1]}"
+        getattr(module, registry).register(
+            name, partial(_make, path), description=description, override=True, **arguments
+        )
 
 
-def _make(cls: str, **arguments: Any) -> Any:
-    return getattr(importlib.import_module("lightning_revlib"), cls)(**arguments)
+def _make(path: str, **arguments: Any) -> Any:
+    module, cls = path.split(".")
+    return getattr(importlib.import_module(f"lightning_revlib.strategies.{module}"), cls)(**arguments)

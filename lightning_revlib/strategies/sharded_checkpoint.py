@@ -1,6 +1,7 @@
-"""Checkpoints that are folders of shards, as FSDP2 writes them: read without executing anything, and by any strategy.
+"""Checkpoints that are folders of shards, as FSDP2 writes them: read by any strategy, without executing anything.
 
-torch reads a folder's index by plain `pickle`, and its smaller entries without `weights_only`. Both are closed here.
+torch reads a folder's index by plain `pickle`, and its smaller entries without `weights_only`: both could execute code.
+This module prevents it.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ ALLOWED = {
 
 
 def is_sharded(path: Any) -> bool:
+    """Return whether a checkpoint is a folder of shards."""
     return (Path(path) / INDEX).is_file()
 
 
 @contextmanager
 def plain_data_only(folder: Any) -> Iterator[None]:
-    """While active, reading `folder` executes nothing. Raises UnpicklingError if its index holds more than data."""
+    """Let nothing in `folder` be executed while it is read; raise UnpicklingError if its index holds more than data."""
     with (Path(folder) / INDEX).open("rb") as index:
-        _Index(index).load()
-    before = {name: os.environ.pop(name) for name in (FORCE, FORCE_NO) if name in os.environ}  # torch takes one
-    os.environ[FORCE] = "1"  # which is stronger than the arguments of torch's own calls of torch.load
+        _RestrictedUnpickler(index).load()
+    before = {name: os.environ.pop(name) for name in (FORCE, FORCE_NO) if name in os.environ}  # torch refuses both
+    os.environ[FORCE] = "1"  # overrides weights_only=False in torch's own calls of torch.load
     try:
         yield
     finally:
@@ -49,7 +51,7 @@ def plain_data_only(folder: Any) -> Iterator[None]:
 
 
 def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """The checkpoint of a folder of shards in the form of a file: whole tensors, parameters of optimizers by number.
+    """Return the checkpoint of a folder of shards as one file would hold it, with whole tensors.
 
     >>> torch.save(merge_checkpoint("last.ckpt"), "whole.ckpt")
     >>> Net.load_from_checkpoint("whole.ckpt")
@@ -59,7 +61,7 @@ def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[s
         weights_only: execute nothing that the checkpoint may contain.
 
     Raises:
-        ValueError: if it is no such folder.
+        ValueError: if `folder` is no folder of shards.
         UnpicklingError: for a checkpoint that holds more than plain data.
     """
     if not is_sharded(folder):
@@ -68,11 +70,12 @@ def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[s
         checkpoint = _load_distributed_checkpoint(Path(folder))
     states: list[Any] = []
     while (name := f"optimizer_{len(states)}") in checkpoint:
-        states.append(_by_number(checkpoint.pop(name)))
+        states.append(_number_parameters(checkpoint.pop(name)))
     return {**checkpoint, "optimizer_states": states} if states else checkpoint
 
 
-def _by_number(state: dict[str, Any]) -> dict[str, Any]:
+def _number_parameters(state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with its parameters numbered, as in a file, instead of named, as in shards."""
     groups = state["param_groups"]
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     return {
@@ -81,11 +84,13 @@ def _by_number(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Index(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Load an index, and refuse every name that is not in `ALLOWED`."""
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(
                 f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint: nothing of it was"
-                " executed; pass weights_only=False if you trust where it comes from"
+                " executed; pass weights_only=False if you trust its source"
             )
         return super().find_class(module, name)

@@ -1,11 +1,8 @@
-"""Checkpoints from every strategy into every strategy, in two processes.
-
-python checkpoints.py OUT     saves, for each pair, how far the run that goes on is from one of the stock strategy
-"""
+"""Checkpoints from every strategy into every strategy, in two processes."""
 
 from __future__ import annotations
 
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import lightning as L
 import torch
 
 import lightning_revlib as revlib
-from tests.test_strategy import Net, data, trainer
+from tests.strategies.helpers import Net, data, distance, trainer, whole
 
 #     name: (strategy, processes)
 STRATEGIES: dict[str, tuple[Any, int]] = {
@@ -32,11 +29,12 @@ SAVED = {"adam": 4, "sgd": 6}  # in the middle of an epoch, and at its end
 
 
 def kinds(optimizer: str) -> list[str]:
+    """Return the strategies whose checkpoints with this optimizer are to be tested."""
     return KINDS if optimizer == "adam" else [kind for kind in KINDS if kind != "ddp"]
 
 
 class Same(Net):
-    """Trains alike on one process and on two: no dropout, and all see the whole batch."""
+    """Trains to the same parameters on one process and on two: no dropout, and each process sees all batches."""
 
     def __init__(self, optimizer: str) -> None:
         self.optimizer = optimizer
@@ -47,6 +45,7 @@ class Same(Net):
 
 
 def run(kind: str, optimizer: str, steps: int, out: Path, start: Path | None = None) -> tuple[Any, Any]:
+    """Train up to a number of steps, from a checkpoint if there is one; return the module and its Trainer."""
     L.seed_everything(5, verbose=False)
     strategy, processes = STRATEGIES[kind]
     net = Same(optimizer)
@@ -56,31 +55,25 @@ def run(kind: str, optimizer: str, steps: int, out: Path, start: Path | None = N
     return net, fit
 
 
-def whole(net: Any) -> dict[str, torch.Tensor]:
-    return {name: getattr(t, "full_tensor", lambda t=t: t)().detach() for name, t in net.state_dict().items()}
-
-
 def main(out: Path) -> None:
-    rank = int(__import__("os").environ.get("LOCAL_RANK", 0))
+    """Save, for each pair, how far the run that resumes is from one of the stock strategy that does so."""
+    rank = int(os.environ["LOCAL_RANK"])
     distances: dict[Any, Any] = {}
-    run("ddp", "sgd", 1, out)  # starts the second process
     for optimizer in OPTIMIZERS:
         paths = {}
         for kind in kinds(optimizer):
             _, fit = run(kind, optimizer, SAVED[optimizer], out)
-            alone = STRATEGIES[kind][1] == 1
-            paths[kind] = out / f"{kind}-{optimizer}{f'-{rank}' if alone else ''}.ckpt"
+            own = f"-{rank}" if STRATEGIES[kind][1] == 1 else ""  # each process runs a strategy for one by itself
+            paths[kind] = out / f"{kind}-{optimizer}{own}.ckpt"
             fit.save_checkpoint(paths[kind])
-        expected = whole(run("plain", optimizer, 9, out, paths["plain"])[0])
+        expected = whole(run("plain", optimizer, 9, out, paths["plain"])[0].state_dict())
         for then in kinds(optimizer):
             for first in kinds(optimizer):
                 if first == "fsdp, shards" and then == "plain":
                     continue  # the stock strategy reads files only
                 net, fit = run(then, optimizer, 9, out, paths[first])
-                found = whole(net)
-                assert list(found) == list(expected) and fit.global_step == 9
-                apart = max((found[name].double() - expected[name].double()).abs().max().item() for name in found)
-                distances[optimizer, first, then] = apart
+                assert fit.global_step == 9
+                distances[optimizer, first, then] = distance(whole(net.state_dict()), expected)
     if rank == 0:
         file = out / "fsdp, one file-adam.ckpt"
         loaded = Same.load_from_checkpoint(file, optimizer="adam", weights_only=True)
@@ -90,8 +83,3 @@ def main(out: Path) -> None:
         keys = list(Same("adam").state_dict())
         distances["keys"] = [list(full["state_dict"]) == keys, sorted(merged["state_dict"]) == sorted(keys)]
         torch.save(distances, out / "result.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -1,11 +1,7 @@
-"""What FSDP2 has to do besides the matrix, exact resumption and Fabric, in two processes.
-
-python sharded.py OUT     saves what was found, by name
-"""
+"""FSDP2's policies, accumulation, clipping, exact resumption and Fabric, in two processes."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import lightning_revlib as revlib
-from tests.distributed.cells import distance
-from tests.test_fabric import loop
-from tests.test_strategy import Net, data, trainer
+from tests.strategies.helpers import Net, data, distance, fabric_fit, trainer, whole
 
 
 class Invertible(Net):
-    """With a parametrised invertible step, and an inverse of its own."""
+    """Its stack has a parametrised invertible step, and it calls the stack's inverse."""
 
     def build(self) -> None:
         blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]
@@ -62,7 +56,7 @@ class Residual(nn.Module):
 
 
 class Own(Net):
-    """Shards by itself, the stack as a whole as well."""
+    """Shards itself, the stack as a whole included."""
 
     def configure_model(self) -> None:
         mesh = self.device_mesh["data_parallel"]
@@ -82,15 +76,16 @@ class TooEarly(Own):
 
 
 def fit(out: Path, strategy: Any, cls: Any = Net, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Train from seed 5 for five steps; return the module and its whole parameters."""
     L.seed_everything(5, verbose=False)
     net = cls()
     run = trainer(out, strategy=strategy, devices=2, **{"max_steps": 5, **options})
     run.fit(net, data(), data())
-    return net, {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in net.named_parameters()}
+    return net, whole(net.named_parameters())
 
 
 def resumed(out: Path) -> dict[str, bool]:
-    """Whether runs from checkpoints within and between epochs end with the same bits; batches are shuffled."""
+    """Return whether runs from checkpoints within and between epochs end with the same bits; batches are shuffled."""
     equal = {}
     for strategy in ("reversible", "reversible_fsdp"):
 
@@ -102,17 +97,16 @@ def resumed(out: Path) -> dict[str, bool]:
             options = {"devices": 2, "max_epochs": 3, "callbacks": callbacks, "enable_checkpointing": bool(folder)}
             loader = DataLoader(data().dataset, batch_size=8, shuffle=True)
             trainer(out, strategy=strategy, **options).fit(net, loader, data(), ckpt_path=start)
-            return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in net.parameters()]
+            return whole(net.named_parameters())
 
         expected = run(strategy)
         for path in sorted((out / strategy).glob("*.ckpt")):
-            same = all(torch.equal(a, b) for a, b in zip(run(start=path), expected, strict=True))
-            equal[f"resumed {strategy} {path.stem}"] = same
+            equal[f"resumed {strategy} {path.stem}"] = distance(run(start=path), expected) == 0
     return equal
 
 
 def budgets() -> dict[str, Any]:
-    """A stack with a budget and a head behind it, sharded by hand: ten first forwards, and steps after the last."""
+    """Shard a stack with a budget and a head by hand: ten first forwards, which measure, and steps after the last."""
     mesh, rank = init_device_mesh("cpu", (2,)), torch.distributed.get_rank()
     x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
@@ -131,6 +125,7 @@ def budgets() -> dict[str, Any]:
         optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (net, plain)]
         loss = net(x[rank]).square().mean()
         plans.append(net[0].plan)
+        # the order in which backward will gather parameters; FSDP2 has no public name for it
         order = [group.modules for group in net._get_fsdp_state()._comm_ctx.post_forward_order]
         as_before.append(order == [(part,) for part in (*net[0], net)])
         as_before.append(all(isinstance(p, DTensor) for p in net[0].parameters()))
@@ -156,6 +151,7 @@ def budgets() -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
+    """Save all findings by name."""
     found: dict[str, Any] = {}
     _, reference = fit(out, "reversible")
 
@@ -195,22 +191,19 @@ def main(out: Path) -> None:
         fit(out, "reversible_fsdp", TooEarly)
     except ValueError as error:
         found["too early"] = str(error)
-    for strategy in (revlib.ReversibleStrategy(optimizer_in_backward=True),):
-        try:
-            fit(out, strategy)
-        except ValueError as error:
-            found["in backward under ddp"] = str(error)
+    try:
+        fit(out, revlib.ReversibleStrategy(optimizer_in_backward=True))
+    except ValueError as error:
+        found["in backward under ddp"] = str(error)
     found.update(resumed(out))
     losses = {}
-    for name in ("ddp", "reversible", "reversible_fsdp"):
-        fabric = L.Fabric(accelerator="cpu", devices=2, strategy=name)
-        losses[name] = torch.tensor(loop(fabric, fsdp=name == "reversible_fsdp")[0])
+    finding = revlib.ReversibleFabricStrategy(find_unused_parameters=True)
+    for name, strategy in {"ddp": "ddp", "reversible": finding, "reversible_fsdp": "reversible_fsdp"}.items():
+        fabric = L.Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        losses[name], _, model = fabric_fit(fabric, is_sharded=name == "reversible_fsdp")
+        if name == "reversible":
+            found["fabric passes arguments on to DDP"] = model._forward_module.find_unused_parameters
     for name in ("reversible", "reversible_fsdp"):
-        found[f"fabric, {name}"] = (losses[name] - losses["ddp"]).abs().max().item()
+        found[f"fabric, {name}"] = (torch.tensor(losses[name]) - torch.tensor(losses["ddp"])).abs().max().item()
     if torch.distributed.get_rank() == 0:
         torch.save(found, out / "result.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

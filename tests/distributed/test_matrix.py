@@ -6,40 +6,42 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cells import GROUPS, STRATEGIES, TOLERANCES, cells
-from tests.distributed.pair import run
+from tests.distributed.cells import GROUPS, cells, main
+from tests.distributed.two_processes import run
+from tests.strategies.helpers import TOLERANCES
 
-pytestmark = pytest.mark.xdist_group("matrix")  # one worker runs the processes, once
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
+
+CELLS = [
+    pytest.param(group, cell, id="-".join(cell), marks=[pytest.mark.slow] if group == "start methods" else [])
+    for group in GROUPS
+    for cell in cells(group)
+]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the distances of a group's cells; a group is run when it is first asked for."""
     results: dict[str, dict[Any, float]] = {}
     folders: dict[str, Any] = {}
 
     def of(group: str) -> dict[Any, float]:
         if group not in results:
             folders[group] = tmp_path_factory.mktemp(group)
-            reference = []
-            if group == "spawn":
-                of("popen")
-                reference = [folders["popen"] / "reference.pt"]
-            results[group] = run("cells.py", folders[group], group, *reference)
+            if group == "ranks":
+                results[group] = run(main, folders[group], group)
+            else:  # one process, which starts the two itself
+                reference = []
+                if group == "spawn":
+                    of("ranks")
+                    reference = [folders["ranks"] / "reference.pt"]
+                results[group] = run(main, folders[group], group, *reference, processes=1, timeout=900)
         return results[group]
 
     return of
-
-
-SLOW = ("start methods",)
-CELLS = [
-    pytest.param(group, cell, id="-".join(cell), marks=[pytest.mark.slow] if group in SLOW else [])
-    for group in GROUPS
-    for cell in cells(group)
-]
 
 
 @pytest.mark.parametrize(("group", "cell"), CELLS)
 def test_as_the_stock_strategy(found: Any, group: str, cell: tuple[str, str, str, str]) -> None:
     _, precision, entry, _ = cell
     assert found(group)[cell] <= (TOLERANCES[precision] if entry == "fit" else 1e-6)
-    assert STRATEGIES[cell[0]][2] == (1 if group == "one" else 2)

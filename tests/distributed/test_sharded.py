@@ -1,4 +1,4 @@
-"""What the matrix leaves out, in two processes: FSDP2's policies, accumulation, clipping, resumption, Fabric."""
+"""FSDP2's policies, accumulation, clipping, exact resumption and Fabric give what the plain way gives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.pair import run
+from tests.distributed.sharded import main
+from tests.distributed.two_processes import run
 
 HOLDS = [
     "blocks are sharded each",
@@ -16,6 +17,7 @@ HOLDS = [
     "plans of a budget",
     "a mixture",
     "sharded as before after measuring",
+    "fabric passes arguments on to DDP",
 ]
 NEAR = {
     "accumulation": 1e-6,
@@ -31,16 +33,16 @@ NEAR = {
     "inverse": 1e-5,
     "fabric, reversible": 1e-6,
     "fabric, reversible_fsdp": 1e-6,
-    "mixed precision policy": 1e-2,  # beside autocast, which rounds elsewhere
+    "mixed precision policy": 1e-2,  # compared with autocast, which rounds at other points
 }
 
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one worker runs the processes, once
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run("sharded.py", tmp_path_factory.mktemp("sharded"))
+    return run(main, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("name", HOLDS)
@@ -59,6 +61,6 @@ def test_exact_resumption_in_two_processes(found: Any, strategy: str) -> None:
     assert len(equal) >= 4 and all(equal)
 
 
-def test_mistakes_are_said(found: Any) -> None:
+def test_errors_name_the_way_out(found: Any) -> None:
     assert found["too early"].startswith("net was sharded before it was swapped; in configure_model, call revlib.swap")
     assert "take strategy='reversible_fsdp'" in found["in backward under ddp"]

@@ -1,6 +1,6 @@
-"""A run of two processes in which one fails.
+"""A run of two processes, started as a user's script would start them, in which one fails.
 
-python dying.py OUT RANK HOW     HOW: "kill" or "raise", in the fourth step
+python failing_rank.py OUT RANK HOW     HOW: "kill" or "raise", in the fourth step
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from tests.test_strategy import Net, data, trainer
+from tests.strategies.helpers import Net, data, trainer
 
 
-class Fails(Net):
+class Failing(Net):
     rank, how = 0, ""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -29,5 +29,5 @@ class Fails(Net):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Fails.rank, Fails.how = int(sys.argv[2]), sys.argv[3]
-    trainer(Path(sys.argv[1]), strategy="reversible", devices=2, max_epochs=50).fit(Fails(), data())
+    Failing.rank, Failing.how = int(sys.argv[2]), sys.argv[3]
+    trainer(Path(sys.argv[1]), strategy="reversible", devices=2, max_epochs=50).fit(Failing(), data())

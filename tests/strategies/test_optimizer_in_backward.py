@@ -1,3 +1,5 @@
+"""The optimizer in backward gives the same results, with the gradients of one block at a time."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from tests.test_strategy import Net, data, trainer
+from tests.strategies.helpers import Net, data, trainer
 
 
 def fit(tmp_path: Path, in_backward: bool, cls: type[Net] = Net, **options: Any) -> tuple[Net, Any]:
@@ -22,7 +24,7 @@ def fit(tmp_path: Path, in_backward: bool, cls: type[Net] = Net, **options: Any)
 
 
 class Groups(Net):
-    """Two groups, a frozen parameter, weight decay, momentum and a schedule."""
+    """Its optimizer has two groups, a frozen parameter, weight decay, momentum and a schedule."""
 
     def configure_optimizers(self) -> Any:
         self.stem.bias.requires_grad_(False)
@@ -34,7 +36,7 @@ class Groups(Net):
 
 
 class Tied(Net):
-    """The same layer in two blocks, and outside of the stack: its gradient is complete only at the very end."""
+    """One layer is in three blocks and outside of the stack: its gradient is complete only at the end of backward."""
 
     def build(self) -> None:
         tied = nn.Linear(8, 8)
@@ -59,12 +61,12 @@ def test_the_same_results(tmp_path: Path, cls: type[Net], options: dict[str, Any
     assert all(p.grad is None for p in ours.parameters())
 
 
-def test_checkpoints_go_on_with_it_and_without(tmp_path: Path) -> None:
+def test_a_run_resumes_with_it_and_without(tmp_path: Path) -> None:
     ends = []
     for first in (False, True):
+        _, run = fit(tmp_path, first, max_epochs=1)
+        run.save_checkpoint(tmp_path / "last.ckpt")
         for then in (False, True):
-            _, run = fit(tmp_path, first, max_epochs=1)
-            run.save_checkpoint(tmp_path / "last.ckpt")
             torch.manual_seed(6)
             strategy = revlib.ReversibleStrategy(optimizer_in_backward=then)
             net = Net()
@@ -82,7 +84,7 @@ class Deep(Net):
 
 
 def gradient_bytes(tmp_path: Path, in_backward: bool) -> tuple[int, int]:
-    """The most bytes of gradients that parameters hold at a time, and those of one block's parameters."""
+    """Return the most bytes of gradients that parameters hold at a time, and the bytes of one block's parameters."""
     L.seed_everything(5, verbose=False)
     net, peak = Deep(), [0]
 
@@ -90,7 +92,7 @@ def gradient_bytes(tmp_path: Path, in_backward: bool) -> tuple[int, int]:
         peak[0] = max(peak[0], sum(p.grad.nbytes for p in net.parameters() if p.grad is not None))
 
     for parameter in net.parameters():
-        parameter.register_post_accumulate_grad_hook(look)  # comes before the optimizer's
+        parameter.register_post_accumulate_grad_hook(look)  # runs before the optimizer's hook
     strategy = revlib.ReversibleStrategy(optimizer_in_backward=in_backward)
     trainer(tmp_path, strategy=strategy, max_steps=2).fit(net, data())
     return peak[0], sum(p.nbytes for p in net.net[0].parameters())
@@ -127,7 +129,7 @@ class Counts(Net):
         return Counting(self.parameters(), lr=0.1)
 
 
-def test_hooks_that_come_too_late_are_told_of(tmp_path: Path) -> None:
+def test_hooks_that_run_too_late_are_warned_of(tmp_path: Path) -> None:
     class Late(Net):
         def on_after_backward(self) -> None: ...
 
@@ -135,7 +137,7 @@ def test_hooks_that_come_too_late_are_told_of(tmp_path: Path) -> None:
         fit(tmp_path, True, Late)
 
 
-def test_what_is_unfrozen_later_is_clipped_as_well(tmp_path: Path) -> None:
+def test_parameters_that_are_unfrozen_later_are_clipped_as_well(tmp_path: Path) -> None:
     class Unfreezes(Net):
         def configure_optimizers(self) -> Any:
             self.stem.requires_grad_(False)
@@ -153,9 +155,9 @@ def test_what_is_unfrozen_later_is_clipped_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (Net, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2: accumulated gradients are what it frees"),
+        (Net, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2, since it frees gradients"),
         (Net, {"callbacks": [L.pytorch.callbacks.GradientAccumulationScheduler({1: 2})]}, "GradientAccumulationSch"),
-        (Net, {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 by norm, which is that of all gradients together"),
+        (Net, {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 by norm, which takes all gradients at once"),
         (Clips, {}, "Clips.configure_gradient_clipping"),
         (Manual, {}, "manual optimization"),
         (Two, {}, "LBFGS: it takes one optimizer"),

@@ -1,7 +1,4 @@
-"""A training that is killed ten times, and one that is not.
-
-python killed.py OUT SEED     saves whether both end with the same bits, and where the kills hit
-"""
+"""A training that is killed ten times, and one that is not."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lightning_revlib as revlib
-from tests.test_strategy import Net, data, trainer
+from tests.strategies.helpers import Net, data, trainer
 
 EPOCHS, STEPS = 5, 30
 PHASES = ("forward", "backward", "optimizer step", "checkpoint", "validation")
@@ -32,7 +28,7 @@ def die() -> None:
 
 
 class Killer(Callback):
-    """Kills the process in a phase of a step."""
+    """Kill the process in a phase of a step."""
 
     def __init__(self, step: int, phase: str) -> None:
         self.step, self.phase = step, phase
@@ -52,15 +48,15 @@ class Killer(Callback):
         else:
             write = local.LocalFileOpener.write
 
-            def half(self: Any, content: bytes) -> None:
+            def write_half(self: Any, content: bytes) -> None:
                 write(self, content[: len(content) // 2])
                 die()
 
-            local.LocalFileOpener.write = half
+            local.LocalFileOpener.write = write_half
 
 
 def train(folder: Path, killer: Callback | None) -> None:
-    """Goes on from the last checkpoint, if there is one."""
+    """Train from the last checkpoint, or from the start if there is none."""
     L.seed_everything(5, verbose=False)
     net = Net()
     save = ModelCheckpoint(folder, every_n_train_steps=2, save_last=True, save_on_train_epoch_end=False)
@@ -78,8 +74,8 @@ def train(folder: Path, killer: Callback | None) -> None:
     torch.save({**net.state_dict(), "steps": torch.tensor(run.global_step)}, folder / "end.pt")
 
 
-def child(folder: Path, killer: Callback | None = None, seconds: float | None = None) -> int:
-    """The training in a process of its own, killed from outside after some seconds; returns its exit status."""
+def train_in_child(folder: Path, killer: Callback | None = None, seconds: float | None = None) -> int:
+    """Train in a child process, kill it after some `seconds` if they are given, and return its exit status."""
     if (pid := os.fork()) == 0:
         train(folder, killer)
         os._exit(0)
@@ -90,9 +86,10 @@ def child(folder: Path, killer: Callback | None = None, seconds: float | None = 
 
 
 def main(out: Path, seed: int) -> None:
+    """Save whether both trainings end with the same bits, and where the kills hit."""
     choose, hits = random.Random(seed), []
     start = time.perf_counter()
-    assert child(out / "never") == 0
+    assert train_in_child(out / "never") == 0
     whole = time.perf_counter() - start
     killed, done = out / "killed", 0
     for number in range(20):
@@ -100,24 +97,19 @@ def main(out: Path, seed: int) -> None:
             break
         if number % 3 == 2:
             seconds = choose.uniform(0.3, 1.0) * whole / 3
-            status = child(killed, seconds=seconds)
-            hits += [[f"after {seconds:.2f} s", 0, status]] if status else []  # else it had finished before
+            status = train_in_child(killed, seconds=seconds)
+            hits += [[f"after {seconds:.2f} s", 0, status]] if status else []  # none if it had finished before
         else:
             step, phase = choose.randint(done, min(done + 4, STEPS - 1)), choose.choice(PHASES)
-            status = child(killed, Killer(step, phase))
+            status = train_in_child(killed, Killer(step, phase))
             hits.append([phase, step, status])
         last = killed / "last.ckpt"
         done = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
-        if done >= STEPS - 2:  # begin again, to be killed at other points
+        if done >= STEPS - 2:  # start over, to be killed at other points
             (killed / f"before-{number}").mkdir(parents=True, exist_ok=True)
             shutil.move(last, killed / f"before-{number}")
             done = 0
-    assert child(killed) == 0
+    assert train_in_child(killed) == 0
     ends = [torch.load(folder / "end.pt", weights_only=True) for folder in (out / "never", killed)]
     equal = all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     torch.save({"equal": equal, "hits": hits, "keys": list(ends[0]) == list(ends[1])}, out / "result.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,3 +1,5 @@
+"""CouplingAnnealing starts from the function of the original network and reaches that of the coupling."""
+
 from __future__ import annotations
 
 import copy
@@ -37,9 +39,9 @@ class Module(L.LightningModule):
         return x.square().mean()
 
     def on_train_batch_end(self, *args: Any) -> None:
+        """Note gamma, whether activations were stored, and the drift, which is None until backward has inverted."""
         stack: Any = self.layers
-        drift, stack._rebuilt = stack.drift, None
-        self.rows.append((getattr(stack.couplings[0], "gamma", -1), drift is None, drift or 0))
+        self.rows.append((getattr(stack.couplings[0], "gamma", -1), stack.drift is None, stack.drift or 0))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -50,7 +52,7 @@ def targets(coupling: Any, **options: Any) -> Any:
 
 
 def fit(module: Module, callbacks: list[Any], strategy: Any, **kwargs: Any) -> L.Trainer:
-    """`strategy`, or the coupling for the layers."""
+    """Train with a strategy, or with the default one and this coupling for the layers."""
     if isinstance(strategy, dict) or strategy == "midpoint":
         strategy = revlib.ReversibleStrategy(targets(strategy))
     trainer = L.Trainer(

@@ -1,0 +1,51 @@
+"""The names of strategies: when they are registered, and what each stands for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_revlib.strategies.registry import NAMES
+from tests.strategies.helpers import trainer
+
+
+def test_names_are_registered_when_lightning_is_imported_later() -> None:
+    """All other tests import Lightning first."""
+    code = """
+import sys, lightning_revlib
+assert not {"torch", "lightning"} & {*sys.modules}
+from lightning_revlib import ReversibleSequential
+assert "torch" in sys.modules and "lightning" not in sys.modules
+import lightning
+options = {"strategy": "reversible", "accelerator": "cpu", "devices": 1}
+assert type(lightning.Trainer(**options, logger=False).strategy) is lightning_revlib.ReversibleStrategy
+assert type(lightning.Fabric(**options).strategy) is lightning_revlib.ReversibleFabricStrategy
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "deepspeed" not in name])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_name_stands_for_a_class(tmp_path: Path, name: str, devices: int) -> None:
+    cls = NAMES[name][0].split(".")[1]
+    distributed = "ReversibleDDPStrategy" if cls == "ReversibleStrategy" else cls
+    strategy = trainer(tmp_path, strategy=name, devices=devices).strategy
+    assert type(strategy).__name__ == (cls if devices == 1 else distributed)
+    assert strategy.world_size == devices
+
+
+def test_deepspeed_has_a_name_for_each_stage() -> None:
+    found = {name: arguments for name, (_, arguments) in NAMES.items() if "deepspeed" in name}
+    offload = {"offload_optimizer": True}
+    assert found == {
+        "reversible_deepspeed_stage_1": {"stage": 1},
+        "reversible_deepspeed_stage_1_offload": {"stage": 1, **offload},
+        "reversible_deepspeed_stage_2": {"stage": 2},
+        "reversible_deepspeed_stage_2_offload": {"stage": 2, **offload},
+        "reversible_deepspeed_stage_3": {"stage": 3},
+        "reversible_deepspeed_stage_3_offload": {"stage": 3, **offload, "offload_parameters": True},
+    }
