@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_revlib.nn import COUPLINGS, ReversibleSequential, swap
 from lightning_revlib.recipes.models.momentumnet import MomentumNet, MomentumNetModule, Residual, Stage, convert
-from tests.recipes.resnet import ResNet
+from tests.recipes.models.resnet import ResNet
 
 SMALL = {"shape": (1, 8, 8), "depth": 3, "width": 8, "strides": (1, 2)}
 
