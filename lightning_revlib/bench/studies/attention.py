@@ -9,8 +9,8 @@ beside the clock's, since it can be compared on a busy machine. Bytes are the mo
 sequence of each of `lengths`. A peer that is not installed is left out:
 
     pip install transformers
-    pip install --no-deps reformer-pytorch==1.4.4 einops axial-positional-embedding local-attention \\
-        product-key-memory colt5-attention hyper-connections torch-einops-utils
+    pip install --no-deps reformer-pytorch==1.4.4 einops axial-positional-embedding local-attention
+    pip install --no-deps product-key-memory colt5-attention hyper-connections torch-einops-utils
 """
 
 from __future__ import annotations
