@@ -50,13 +50,13 @@ def test_missing_peers_are_listed(folder, monkeypatch):
     assert "- not installed: RevLib" in text and "RevLib: not installed" in text
 
 
-def test_what_is_done_is_kept_if_the_rest_is_given_up(folder, monkeypatch):
-    def given_up(workload, size, *args, **options):
+def test_an_interrupted_run_keeps_its_cells(folder, monkeypatch):
+    def interrupted(workload, size, *args, **options):
         if size.depth == 8:
             raise KeyboardInterrupt
         return cell(workload, size, *args, **options)
 
-    monkeypatch.setattr(command, "cell", given_up)
+    monkeypatch.setattr(command, "cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["bench", *TINY, "depths=[4,8]", "contestants=[plain]", "seconds=0"])
     assert "### mlp, depth 4, width 8" in (folder / "bench.md").read_text()
@@ -118,19 +118,22 @@ def test_a_budget_is_shared_by_the_stacks_of_a_model():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["workloads=mpl"], "workloads=['mpl']: there is no such; take some of mlp, conv"),
+        (["workloads=mpl"], "workloads=['mpl']: unknown; take some of mlp, conv"),
         (["contestants=[plain,other]"], "contestants=['other']"),
         (["device=tpu"], "device=tpu: take auto, cpu or cuda"),
         (["depths=0"], "depths=0: pass whole numbers of 1 or more"),
         (["sweep=true", "budgets=1", "depths=4"], "budgets=1: pass 2 or more"),
         (["threads=0"], "threads=0: pass whole numbers of 1 or more"),
-        (["workloads=transformer", "widths=66"], "widths=66: its 4 heads are to be equally wide; take a multiple of 4"),
-        (["workloads=reformer", "widths=66"], "widths=66: its 4 heads"),
-        (["workloads=irevnet", "widths=3"], "widths=3: i-RevNet's blocks have a quarter of it inside; take 4 or more"),
+        (["workloads=transformer", "widths=66"], "widths=66: 4 heads need a multiple of 4"),
+        (["workloads=reformer", "widths=66"], "widths=66: 4 heads"),
+        (
+            ["workloads=irevnet", "widths=3"],
+            "widths=3: i-RevNet's inner convolutions have a quarter of the width; pass 4 or more",
+        ),
         (["seconds=-1"], "seconds=-1: pass 0 or more"),
     ],
 )
-def test_mistakes_are_named(given, said, capsys):
+def test_errors_name_key_value_and_way_out(given, said, capsys):
     assert main(["bench", *TINY[:1], *given, "hydra.run.dir=out"]) == 1
     assert said in capsys.readouterr().err
 
