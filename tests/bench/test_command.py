@@ -91,7 +91,7 @@ def test_a_sweep_of_budgets_writes_tables_and_a_picture(folder, capsys):
 
 
 def test_a_sweep_is_never_over_its_budgets_and_never_does_more_work():
-    curve = sweep.of_workload(WORKLOADS["transformer"], Size(8, 16, 2), torch.device("cpu"), 4, 0, 0)
+    curve = sweep.of_workload(WORKLOADS["transformer"], Size(8, 16, 2), torch.device("cpu"), 3, 0, 0)
     for point in curve.points:
         assert point.fits and point.row.right
         assert point.fewest is None or point.row.flops <= point.fewest.flops
@@ -108,7 +108,7 @@ def test_a_recipe_can_be_swept(folder, monkeypatch, capsys):
 
 
 def test_a_budget_is_shared_by_the_stacks_of_a_model():
-    model = nn.Sequential(WORKLOADS["mlp"].stack(Size(6, 16, 0)), nn.Tanh(), WORKLOADS["mlp"].stack(Size(6, 16, 0)))
+    model = nn.Sequential(WORKLOADS["mlp"].stack(Size(4, 16, 0)), nn.Tanh(), WORKLOADS["mlp"].stack(Size(4, 16, 0)))
     curve = sweep.sweep("two", model, torch.randn(64, 32, requires_grad=True), budgets=2, seconds=0)
     assert all(point.fits and point.row.right for point in curve.points)
     with pytest.raises(ValueError, match="two has no stack"):

@@ -26,15 +26,21 @@ STANDIN = {
         "data.num_workers=0",
     ],
 }
-SHALLOW = {
+SMALL = {  # published sizes are instantiated in tests/conf, and run by the slow tests below
     "irevnet_cifar10": ["depth=1"],
-    "momentumnet_cifar10": ["depth=[1,2,1,2]"],
-    "momentumnet_cifar100": ["depth=[1,2,1,2]"],
-    "irevnet_imagenet": ["depth=1", "data.batch_size=2"],
+    "momentumnet_cifar10": ["depth=[1,2,1,2]", "recipe.width=8", "recipe.wide=true"],
+    "momentumnet_cifar100": ["depth=[1,2,1,2]", "recipe.width=8", "recipe.wide=true"],
+    "irevnet_imagenet": ["depth=1", "data.batch_size=2", "data.size=64", "recipe.bottleneck=16"],
     "reformer_duplication": ["data.length=256", "data.held_out=4"],
-    "reformer_enwik8": ["depth=3", "data.length=600", "data.batch_size=1", "trainer.val_check_interval=1"],
-    "reformer_imagenet64": ["depth=1", "data.batch_size=1", "trainer.val_check_interval=1"],
-}
+    "reformer_enwik8": [
+        "depth=3", "data.length=600", "data.batch_size=1", "trainer.val_check_interval=1", "recipe.dim=96",
+        "recipe.ff=64", "recipe.axial_dims=[32,64]",
+    ],
+    "reformer_imagenet64": [
+        "depth=1", "data.batch_size=1", "trainer.val_check_interval=1", "recipe.dim=96", "recipe.ff=64",
+        "recipe.axial_dims=[32,32,32]",
+    ],
+}  # fmt: skip
 SHORT = [
     "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1",
     "+trainer.limit_test_batches=1", "data.batch_size=4", "logger=csv", "hydra.run.dir=run",
@@ -55,15 +61,16 @@ def two_steps(experiment, tmp_path, monkeypatch, *more):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_two_steps(experiment, tmp_path, monkeypatch):
-    two_steps(experiment, tmp_path, monkeypatch, *SHALLOW.get(experiment, []))
+    two_steps(experiment, tmp_path, monkeypatch, *SMALL.get(experiment, []))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", SHALLOW)
+@pytest.mark.parametrize("experiment", SMALL)
 def test_two_steps_as_deep_as_published(experiment, tmp_path, monkeypatch):
     two_steps(experiment, tmp_path, monkeypatch, "~callbacks.checkpoint", "+trainer.enable_checkpointing=false")
 
 
 def test_the_injective_network_for_imagenet(tmp_path, monkeypatch):
     wider = ["recipe.channels=[32,128,512,2048]", "depth=1", "data.size=64", "data.batch_size=2"]
+    wider += ["recipe.bottleneck=16"]
     two_steps("irevnet_imagenet", tmp_path, monkeypatch, *wider)

@@ -17,8 +17,7 @@ from tests.recipes.models.resnet import ResNet
 SMALL = {"shape": (1, 8, 8), "depth": 3, "width": 8, "strides": (1, 2)}
 
 
-@pytest.mark.parametrize("imagenet", [False, True], ids=["cifar", "imagenet"])
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+@pytest.mark.parametrize(("depth", "imagenet"), [(18, False), (34, True), (50, True), (101, False), (152, True)])
 def test_as_many_parameters_as_the_residual_network(depth, imagenet):
     with torch.device("meta"):
         resnet = ResNet(depth, classes=100, imagenet=imagenet)
