@@ -1,1 +1,1 @@
-"""Recipes: training modules, data and runs behind `revlib train`; shipped as `lightning_revlib.recipes`."""
+"""Training modules, data and commands of `revlib train`; installed as `lightning_revlib.recipes`."""

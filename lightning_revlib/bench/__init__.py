@@ -1,8 +1,11 @@
 """The benchmark beside other libraries, `revlib bench`.
 
-workloads.py    what is run        contestants.py, peers.py    who runs it
-measure.py      what is measured   timing.py                   in turns, and compared
-cell.py         of one stack       sweep.py                    along ten budgets
-tables.py       how it is shown    command.py, machine.py      the command; what it was run on, with
-                                   allocator.py                an allocator that is fixed before
+workloads.py                stacks of several kinds of blocks
+contestants.py, peers.py    ways to execute a stack: this library, torch's own and other libraries
+measure.py, timing.py       gradients, bytes and FLOPs of a contestant; step times of several in turns
+cell.py, sweep.py           one stack; one stack under ten memory budgets
+largest.py                  the largest model that fits in a number of bytes
+tables.py, machine.py       Markdown, CSV and pictures; versions, machine and date of a run
+command.py, allocator.py    the command; the allocator that it fixes before torch is imported
+studies/                    questions of their own: `revlib bench study=NAME`
 """

@@ -1,13 +1,14 @@
-"""One cell of the benchmark: a stack of one kind and size, and a row for each contestant."""
+"""Measure one cell of the benchmark: a stack of one kind and size, with a row for each contestant."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +18,22 @@ from lightning_revlib.bench.contestants import Contestant
 from lightning_revlib.bench.measure import TOLERANCE
 from lightning_revlib.bench.peers import Inexpressible
 from lightning_revlib.bench.workloads import Size, Workload
-from lightning_revlib.nn import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn import CoupledSequential, ReversibleSequential, swap
 from lightning_revlib.nn.plan.budget import Budget, share_budget
 from lightning_revlib.nn.plan.solver import Plan
 
 OURS = "lightning_revlib"
-BUILDS = (2, 50)  # of the last series, at least and at most
-ROUNDS = 4  # with each of them
+BUILDS = (2, 50)  # least and largest number of builds in the last series
+ROUNDS = 4  # rounds of each build
+Times: TypeAlias = dict[str, list[float]]  # seconds of each round, by contestant
 
 
 @dataclass
 class Row:
-    """What was found of one contestant in one cell; None is not measured, and `note` says why.
+    """The figures of one contestant in one cell; None is not measured, and `note` gives the reason.
 
-    Bytes are absolute, `flops` are those of a step, `over_plain` is the step's time over plain's with an
-    interval of 95 %, and `error` the largest relative error of the gradients in float64.
+    Bytes are absolute. `flops` are the FLOPs of a step, `over_plain` is the step's time over plain's with an interval
+    of 95 %, and `error` is the largest relative error of the gradients in float64.
     """
 
     workload: str
@@ -60,10 +62,12 @@ class Row:
 
     @property
     def ours(self) -> bool:
+        """Return whether the contestant is this library."""
         return self.contestant.startswith(OURS)
 
     @property
     def right(self) -> bool:
+        """Return whether the gradients are those of ordinary autograd."""
         return self.error is not None and self.error <= TOLERANCE
 
 
@@ -75,8 +79,8 @@ def cell(
     device: torch.device,
     seconds: float,
     seed: int = 0,
-) -> tuple[list[Row], dict[str, list[float]]]:
-    """A row for each contestant, and the times of the last series' rounds, for comparisons of one's own."""
+) -> tuple[list[Row], Times]:
+    """Return a row for each contestant, and the times of the last series' rounds for further comparisons."""
     torch.manual_seed(seed)
     stack = workload.stack(size).to(device)
     x = workload.input(size, device=device, requires_grad=True)
@@ -94,15 +98,9 @@ def cell(
         if module is not None:
             modules[contestant.name] = module
     first = timing.times(modules, x, seconds / 3, seed, (2, 40), warm=True) if seconds else {}
-    finalists = _finalists(rows, first)
-    final: dict[str, list[float]] = {name: [] for name in finalists}
-    end = time.perf_counter() + seconds
-    for build in range(BUILDS[1] if finalists else 0):
-        if build >= BUILDS[0] and time.perf_counter() > end:
-            break
-        modules = {c.name: execute(c, stack, workload.draws) for c in contestants if c.name in finalists}
-        for name, more in timing.times(modules, x, 0, seed + 1 + build, (ROUNDS, ROUNDS)).items():
-            final[name] += more
+    names = _finalists(rows, first)
+    builds = {c.name: partial(execute, c, stack, workload.draws) for c in contestants if c.name in names}
+    final = _last_series(builds, x, seconds, seed)
     for row in rows:
         times = final if row.contestant in final else first
         if taken := times.get(row.contestant):
@@ -113,11 +111,24 @@ def cell(
     return rows, final
 
 
-def _finalists(rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> list[str]:
-    """Who is timed once more, in a series of their own: plain, ours, and the two fastest of the reversible peers.
+def _last_series(builds: Mapping[str, Callable[[], nn.Module]], x: Tensor, seconds: float, seed: int) -> Times:
+    """Time the finalists, which are built anew again and again, for `seconds` in all."""
+    final: Times = {name: [] for name in builds}
+    end = time.perf_counter() + seconds
+    for index in range(BUILDS[1] if builds else 0):
+        if index >= BUILDS[0] and time.perf_counter() > end:
+            break
+        modules = {name: build() for name, build in builds.items()}
+        for name, more in timing.times(modules, x, 0, seed + 1 + index, (ROUNDS, ROUNDS)).items():
+            final[name] += more
+    return final
 
-    A contestant that empties the processor's caches slows the next one down, few rounds of many do not tell 2 % from
-    noise, and where its objects lie in memory makes 1 %, so that all are built anew again and again.
+
+def _finalists(rows: Sequence[Row], times: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the names of plain, ours and the two fastest reversible peers, which are timed in a series of their own.
+
+    A series of few contestants has more rounds in the same time, and tells 2 % from noise. The place of a build's
+    objects in memory makes 1 % of its time, so that each contestant is built several times.
     """
     peers = [r.contestant for r in rows if r.reversible and r.right and r.contestant in times and not r.ours]
     peers.sort(key=lambda name: statistics.median(times[name]))
@@ -133,9 +144,10 @@ def examine(
     reference: Sequence[Tensor | None],
     draws: bool,
 ) -> nn.Module | None:
-    """Fill in errors, bytes and FLOPs; the module that was measured, or None if the row's note says why there is none.
+    """Fill in the row's error, bytes and FLOPs, and return the module that was measured.
 
-    `small` is an input in float64, of which ordinary autograd made `reference`.
+    `reference` is what ordinary autograd computes from `small`, an input in float64. Returns None if the contestant
+    cannot run; the row's note then gives the reason.
     """
     if not contestant.installed:
         row.note = "not installed"
@@ -143,7 +155,7 @@ def examine(
     try:
         module = execute(contestant, model, draws)
         measure.step(module, x)  # a first step may measure and plan
-        plan = None if contestant.budget is None else plan_of(module)
+        plan = None if contestant.budget is None else plan_of(module).treatments
         double = execute(contestant, model, draws, torch.float64, plan)
         row.error = measure.error(reference, measure.gradients(double, small))
         row.held, row.peak, row.output, row.flops, row.allocated = measure.counts(module, x)
@@ -159,15 +171,20 @@ def examine(
 
 
 def execute(
-    contestant: Contestant, model: nn.Module, draws: bool, dtype: torch.dtype | None = None, plan: Plan | None = None
+    contestant: Contestant,
+    model: nn.Module,
+    draws: bool,
+    dtype: torch.dtype | None = None,
+    treatments: Mapping[str, Sequence[str]] | None = None,
 ) -> nn.Module:
-    """A copy of the model in which the contestant runs all stacks, by its budget, or by a plan that there is.
+    """Return a copy of the model in which the contestant runs all stacks.
 
-    Unless it is of another dtype, the parameters are the model's own, so that any number of copies fit.
+    Stacks follow the contestant's budget or, if they are given, `treatments` by the stack's path. Unless `dtype` is
+    given, the copy shares the model's parameters, so that any number of copies fit.
     """
     shared = {id(p): p for p in model.parameters()} if dtype is None else {}
     model = copy.deepcopy(model, shared).to(dtype=dtype)
-    stacks: dict[str, Any] = {}
+    stacks: dict[str, nn.Module] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, CoupledSequential):
             stacks[name] = contestant.build(module, draws)
@@ -176,17 +193,15 @@ def execute(
                 break
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, stacks[name])
-    for name, stack in stacks.items():
-        if plan is not None:
-            stack.treatments = plan.treatments[name]
-        stack.path = name
-    if contestant.budget is not None and plan is None:
+    if treatments is not None:
+        swap(model, {name: {"treatments": treatments[name]} for name in stacks})
+    elif contestant.budget is not None:
         share_budget(stacks, Budget(contestant.budget))
     return model
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The one that its stacks share."""
+    """Return the memory plan that the model's stacks share."""
     plan = next(m for m in model.modules() if isinstance(m, ReversibleSequential)).plan
     assert plan is not None
     return plan

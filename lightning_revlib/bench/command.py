@@ -1,4 +1,4 @@
-"""`revlib bench`: every contestant in every cell, or along ten budgets, as tables, files of figures and pictures."""
+"""Run `revlib bench`: all contestants in all cells, along budgets or up to the largest size, or a study."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_revlib.bench import largest, sweep, tables, timing
+from lightning_revlib.bench import largest, studies, sweep, tables, timing
 from lightning_revlib.bench.cell import Row, cell
-from lightning_revlib.bench.contestants import CONTESTANTS
+from lightning_revlib.bench.contestants import CONTESTANTS, Contestant
 from lightning_revlib.bench.machine import describe
 from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
-from lightning_revlib.recipes.commands import memory_report as growth
+from lightning_revlib.recipes.commands import memory_report
 
 T = TypeVar("T")
-SECONDS = {"quick": 1.0, "full": 10.0, "sweep": 30.0}  # of timing, for each cell, at least
-SPAN = {"quick": 65.0}  # seconds of the whole that may be used up by longer series
-SMALL = {"depths": 4, "widths": 64, "lengths": 512}  # for `largest` on CPU
-SWEPT = ["transformer", "conv"]  # unless others are named
+SECONDS = {"quick": 1.0, "full": 10.0, "sweep": 30.0}  # least time of timing, for each cell
+SPAN = {"quick": 65.0}  # seconds of the whole run that longer series may take
+LARGEST_ON_CPU = {"depths": 4, "widths": 64, "lengths": 512}
+LARGEST_ON_CUDA = {"depths": 16, "widths": 1024, "lengths": 16384}
+SWEPT = ["transformer", "conv"]  # workloads of a sweep that names none
 
 
 def bench(cfg: DictConfig) -> None:
-    """Measure, print the summary, write bench.csv, bench.md and bench.png to the run's folder, or sweep.*.
+    """Measure, print a summary, and write tables and pictures to the run's folder.
 
-    Raises ValueError for names and sizes that there are not.
+    A cell run writes bench.csv, bench.md and bench.png, a sweep writes sweep.*, and `largest` writes largest.md. A
+    study prints its tables. Raises ValueError for unknown names and for sizes that are not possible.
     """
-    device = read_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(_whole("threads", cfg.threads))
+    if cfg.study is not None:
+        return studies.run(cfg.study, {str(key): _plain(value) for key, value in cfg.items() if value is not None})
+    device = read_device(cfg.device)
     mode = "sweep" if cfg.sweep else "full" if cfg.full else "quick"
     torch.backends.cuda.matmul.allow_tf32 = True  # some peers recompute in float32
-    contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in CONTESTANTS}))
+    known = largest.COMPARED if cfg.largest else CONTESTANTS
+    contestants = list(pick("contestants", cfg.contestants, {c.name: c for c in known}))
     workloads = SWEPT if cfg.sweep and cfg.workloads is None else cfg.workloads
     chosen = [(w, s) for w in pick("workloads", workloads, WORKLOADS) for s in sizes(w, cfg, mode, device)]
     seconds = SECONDS[mode] if cfg.seconds is None else cfg.seconds
@@ -44,17 +49,28 @@ def bench(cfg: DictConfig) -> None:
     head = {"command": _command(cfg), **describe(contestants, device, cfg.seed)}
     print("\n".join(f"{key}: {value}" for key, value in head.items()), flush=True)
     if cfg.largest:
-        return _largest(cfg, device, head)
-    if cfg.sweep:
-        curves = []
-        for workload, size in chosen:
-            torch.manual_seed(cfg.seed)
-            curves.append(sweep.of_workload(workload, size, device, cfg.budgets, seconds, cfg.seed))
-            print(f"\n{sweep.show(curves[-1])}", flush=True)
-        return sweep.write(Path(cfg.paths.output_dir), curves, head)
-    begin, rows, times, folder = time.perf_counter(), [], {}, Path(cfg.paths.output_dir)
+        _run_largest(cfg, contestants, device, head)
+    elif cfg.sweep:
+        _run_sweep(cfg, chosen, device, seconds, head)
+    else:
+        _run_cells(cfg, chosen, contestants, device, mode, head)
+
+
+def _run_cells(
+    cfg: DictConfig,
+    chosen: Sequence[tuple[Workload, Size]],
+    contestants: Sequence[Contestant],
+    device: torch.device,
+    mode: str,
+    head: Mapping[str, str],
+) -> None:
+    """Measure all contestants in all cells; files are written after each cell, so that an interrupted run has them."""
+    begin, folder = time.perf_counter(), Path(cfg.paths.output_dir)
+    rows: list[Row] = []
+    times: dict[str, dict[str, list[float]]] = {}
     for done, (workload, size) in enumerate(chosen):
-        if cfg.seconds is None:  # half of its share, as counting takes time, too
+        seconds = cfg.seconds
+        if seconds is None:  # half of the cell's share, since counting takes time as well
             left = SPAN.get(mode, 0.0) - (time.perf_counter() - begin)
             seconds = max(SECONDS[mode], left / (len(chosen) - done) / 2)
         with timing.frozen():
@@ -62,42 +78,61 @@ def bench(cfg: DictConfig) -> None:
         rows += found
         times[tables.cells(found)[0][0]] = taken
         print(f"{time.perf_counter() - begin:5.0f} s  {tables.cells(found)[0][0]}", flush=True)
-        _write(folder, rows, times, head, chosen, device)  # what has been measured is kept if the rest is given up
+        _write(folder, rows, times, head, chosen, device)
     tables.draw(folder / "bench.png", rows)
     print(f"\n{tables.summary(rows, times)}\n")
     for name in ("bench.md", "bench.csv", "bench.png"):
         print(os.path.relpath(folder / name))
 
 
-def _largest(cfg: DictConfig, device: torch.device, head: Mapping[str, str]) -> None:
+def _run_sweep(
+    cfg: DictConfig,
+    chosen: Sequence[tuple[Workload, Size]],
+    device: torch.device,
+    seconds: float,
+    head: Mapping[str, str],
+) -> None:
+    """Measure the curve of each workload, and write all of them."""
+    curves = []
+    for workload, size in chosen:
+        torch.manual_seed(cfg.seed)
+        curves.append(sweep.of_workload(workload, size, device, cfg.budgets, seconds, cfg.seed))
+        print(f"\n{sweep.show(curves[-1])}", flush=True)
+    sweep.write(Path(cfg.paths.output_dir), curves, head)
+
+
+def _run_largest(
+    cfg: DictConfig, contestants: Sequence[Contestant], device: torch.device, head: Mapping[str, str]
+) -> None:
+    """Search the largest sizes of each contestant, and write them after each one."""
     limit = largest.read_limit(cfg.largest, device)
     asked = {key: [_whole(key, each) for each in _listed(cfg[key])][:1] for key in ("depths", "widths", "lengths")}
-    own = {"depths": 16, "widths": 1024, "lengths": 16384} if device.type == "cuda" else SMALL
-    if not (asked["depths"] or asked["lengths"]):  # of the two, what is named, or both
-        asked |= {"depths": [own["depths"]], "lengths": [own["lengths"]]}
-    width = (asked["widths"] or [own["widths"]])[0]
+    default = LARGEST_ON_CUDA if device.type == "cuda" else LARGEST_ON_CPU
+    if not (asked["depths"] or asked["lengths"]):  # both are searched unless one is named
+        asked |= {"depths": [default["depths"]], "lengths": [default["lengths"]]}
+    width = (asked["widths"] or [default["widths"]])[0]
     depth, length = (next(iter(asked[key]), None) for key in ("depths", "lengths"))
     file, found = Path(cfg.paths.output_dir) / "largest.md", []
     file.parent.mkdir(parents=True, exist_ok=True)
-    for one in largest.search(width, depth, length, limit, device):
-        print(f"{one.contestant}: {largest.words(one)}", flush=True)
+    for one in largest.search(contestants, width, depth, length, limit, device):
+        print(f"{one.contestant}: {largest.describe(one)}", flush=True)
         found.append(one)
-        text = largest.show(found, width, depth, length, limit)
+        text = largest.section(found, width, depth, length, limit)
         file.write_text(tables.markdown("Benchmark", head, [text]))
     print(f"\n{text}\n\n{os.path.relpath(file)}")
 
 
 def sweep_recipe(cfg: DictConfig) -> None:
-    """`revlib report budget_sweep=true`: the curve of a recipe's network, on random input.
+    """Run `revlib report budget_sweep=true`: the curve of a recipe's network, on random input.
 
     Raises ValueError if the module has no `example_input_array`.
     """
     torch.manual_seed(cfg.seed)
     device = read_device("auto")
-    module = growth.build(cfg)
-    x = growth.sample(module, cfg.batch_size).to(device)
+    module = memory_report.build(cfg)
+    x = memory_report.sample(module, cfg.batch_size).to(device)
     x = torch.randn_like(x).requires_grad_() if x.is_floating_point() else x
-    name = f"{growth.type_name(cfg)}-batch{cfg.batch_size}"
+    name = f"{memory_report.type_name(cfg)}-batch{cfg.batch_size}"
     curve = sweep.sweep(name, module.to(device), x, budgets=cfg.budgets, seed=cfg.seed)
     print(sweep.show(curve), flush=True)
     head = {"command": _command(cfg), **describe(sweep.RIVALS, device, cfg.seed)}
@@ -112,6 +147,7 @@ def _write(
     chosen: Sequence[tuple[Workload, Size]],
     device: torch.device,
 ) -> None:
+    """Write the table of figures and the Markdown document of all cells so far."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = [tables.summary(rows, times), LEGEND, *[tables.cell_table(*each) for each in tables.cells(rows)]]
     if device.type != "cuda":
@@ -123,13 +159,14 @@ def _write(
 LEGEND = """\
 ## All figures
 
-Held after forward and peak in backward are over the output's bytes, counted at dispatch; FLOPs are over plain's. A
-step is forward and backward; all contestants take turns in one process, in an order that is drawn anew in each
-round. \"Of plain\" is the median of the ratios within rounds, with an interval of 95 %. Gradients are compared with
-ordinary autograd in float64, on a batch of 2."""
+Held after forward and peak in backward are over the output's bytes, counted at dispatch. FLOPs are over plain's. A
+step is forward and backward. All contestants take turns in one process, in an order that is drawn anew in each round.
+"Of plain" is the median of the ratios within rounds, with an interval of 95 %. Gradients are compared with ordinary
+autograd in float64, on a batch of 2."""
 
 
 def _without_gpu(workloads: Iterable[Workload]) -> str:
+    """Return the section of the cells that need a GPU and were not measured."""
     lines = [
         [f"{w.name}, depth {s.depth}, width {s.width}, batch {s.batch}", "not measured"]
         for w in {w.name: w for w in workloads}.values()
@@ -139,7 +176,7 @@ def _without_gpu(workloads: Iterable[Workload]) -> str:
 
 
 def sizes(workload: Workload, cfg: DictConfig, mode: str, device: torch.device) -> list[Size]:
-    """The workload's own, unless depths or widths are given."""
+    """Return the workload's own sizes, or those that `depths`, `widths` and `batch` name."""
     own = list(workload.cuda if device.type == "cuda" else workload.quick if mode == "quick" else workload.full)
     if mode == "sweep":
         own = [s for s in own if 12 <= s.depth <= 16][:1]
@@ -154,14 +191,15 @@ def sizes(workload: Workload, cfg: DictConfig, mode: str, device: torch.device) 
 
 
 def pick(what: str, names: Any, known: Mapping[str, T]) -> Iterable[T]:
-    """Those that are named, or all."""
+    """Return the named values, or all if none is named; ValueError for an unknown name."""
     chosen = _listed(names) or list(known)
     if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"{what}={unknown}: there is no such; take some of {', '.join(known)}")
+        raise ValueError(f"{what}={unknown}: unknown; take some of {', '.join(known)}")
     return [known[name] for name in chosen]
 
 
 def read_device(name: str) -> torch.device:
+    """Return the device that `auto`, `cpu` or `cuda` names; ValueError for another name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
@@ -172,17 +210,25 @@ def read_device(name: str) -> torch.device:
 
 
 def _listed(value: Any) -> list[Any]:
-    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    """Return a list, or a single value as a list; null is an empty list."""
+    value = _plain(value)
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
+def _plain(value: Any) -> Any:
+    """Return a configuration's value as plain Python."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def _whole(what: str, value: Any) -> int:
+    """Return a whole number of 1 or more; ValueError for another value."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{what}={value!r}: pass whole numbers of 1 or more")
     return value
 
 
 def _command(cfg: DictConfig) -> str:
+    """Return the command line of this run."""
     from hydra.core.hydra_config import HydraConfig
 
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []

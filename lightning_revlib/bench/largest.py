@@ -1,13 +1,13 @@
-"""The most blocks, and the longest sequence, of which a training step fits in so many bytes.
+"""Find the most blocks, and the longest sequence, whose training step fits in a number of bytes.
 
-A transformer's attention and feed-forward in turn, one sequence a batch. On CUDA a size fits if its step runs within
-the bytes; on CPU, where there is no telling, if what is counted does: weights, gradients, and the peak in backward.
+Blocks are a transformer's attention and feed-forward in turn, with one sequence a batch. On CUDA a size fits if its
+step runs within the bytes. On CPU a size fits if weights, gradients and the peak in backward, as counted, do.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,40 +16,49 @@ from torch import nn
 
 from lightning_revlib.bench import measure
 from lightning_revlib.bench.cell import execute
-from lightning_revlib.bench.contestants import CONTESTANTS, Contestant
+from lightning_revlib.bench.contestants import CONTESTANTS, Contestant, reversible
 from lightning_revlib.bench.tables import table
 from lightning_revlib.bench.workloads import WORKLOADS, Size
-from lightning_revlib.nn import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.nn.stacks.options import read_budget
 
 MOST = 1 << 20  # pairs of blocks, or pieces of a sequence
-PIECE = 32  # tokens
-TOO_MANY = 1 << 62  # bytes
-MARGIN = 0.05  # of what is free on the device, for what kernels take beside tensors
+PIECE = 32  # tokens in a piece
+TOO_MANY = 1 << 62  # bytes of a step that runs out of memory
+MARGIN = 0.05  # share of the device's free bytes that is left for kernels' workspaces
 
 
 def in_chunks(stack: CoupledSequential, draws: bool) -> nn.Module:
-    """Ours; the feed-forward in four chunks of the sequence."""
-    return ReversibleSequential(*stack, **{**stack.given, "chunks": [1, 4], "chunk_dim": 1})
+    """Make the stack reversible, with the feed-forward in four chunks of the sequence."""
+    return reversible(stack, chunks=[1, 4], chunk_dim=1)
 
 
 NAMES = ("plain", "checkpoint", "checkpoint, root of N", "lightning_revlib")
-SHOWN = [
+COMPARED = [
     *[c for c in CONTESTANTS if c.name in NAMES],
     Contestant("lightning_revlib, feed-forward in 4 chunks", in_chunks, "lightning_revlib"),
 ]
 
 
 class Largest(NamedTuple):
+    """The largest sizes of one contestant; None for a size that was not asked for."""
+
     contestant: str
-    depth: int | None  # the most blocks of the given length, if one is given
-    length: int | None  # the longest sequence at the given depth, likewise
+    depth: int | None  # the most blocks at the given length
+    length: int | None  # the longest sequence at the given depth
 
 
-def search(width: int, depth: int | None, length: int | None, limit: int, device: torch.device) -> Iterator[Largest]:
-    """For each contestant; right to a sixteenth, 0 if nothing fits."""
-    for contestant in SHOWN:
+def search(
+    contestants: Iterable[Contestant],
+    width: int,
+    depth: int | None,
+    length: int | None,
+    limit: int,
+    device: torch.device,
+) -> Iterator[Largest]:
+    """Search the largest sizes of each contestant, to a sixteenth; 0 if nothing fits."""
+    for contestant in contestants:
 
         def blocks(pairs: int, contestant: Contestant = contestant) -> int:
             return step_bytes(contestant, Size(2 * pairs, width, 1), length or 0, limit, device)
@@ -61,12 +70,12 @@ def search(width: int, depth: int | None, length: int | None, limit: int, device
 
 
 def most(bytes_of: Callable[[int], int], limit: int) -> int:
-    """The largest number that takes no more bytes than the limit, to a sixteenth.
+    """Return the largest number that takes no more bytes than the limit, to a sixteenth.
 
-    Steps along the line through the last two that fit, none to more than four times the last; once one does not fit,
-    back, twice as far each time, but no further than half way.
+    The next number to try lies on the line through the last two that fit, and is at most four times the last. After a
+    number that does not fit, each try steps back twice as far as the one before, and at most half way.
     """
-    less = fewer = low = taken = 0  # two numbers that fit, and their bytes
+    less = fewer = low = taken = 0  # the last two numbers that fit, and their bytes
     high, aim, back = MOST, 1, 0
     while True:
         if (found := bytes_of(aim)) <= limit:
@@ -83,7 +92,7 @@ def most(bytes_of: Callable[[int], int], limit: int) -> int:
 
 
 def step_bytes(contestant: Contestant, size: Size, length: int, limit: int, device: torch.device) -> int:
-    """What weights, gradients and a training step take: on CUDA as allocated, `TOO_MANY` if it runs out of them."""
+    """Return the bytes of weights, gradients and a training step; `TOO_MANY` if CUDA runs out of memory."""
     gc.collect()
     cuda = device.type == "cuda"
     try:
@@ -108,7 +117,10 @@ def step_bytes(contestant: Contestant, size: Size, length: int, limit: int, devi
 
 
 def read_limit(value: Any, device: torch.device) -> int:
-    """Bytes; for True, what is free on the CUDA device, less a margin, and 32 MiB on CPU. Raises ValueError."""
+    """Return a limit in bytes; True is the CUDA device's free bytes less a margin, or 32 MiB on CPU.
+
+    Raises ValueError for anything but bytes and True.
+    """
     if value is True:
         return int(torch.cuda.mem_get_info(device)[0] * (1 - MARGIN)) if device.type == "cuda" else 32 << 20
     try:
@@ -120,12 +132,14 @@ def read_limit(value: Any, device: torch.device) -> int:
     return limit
 
 
-def words(one: Largest) -> str:
+def describe(one: Largest) -> str:
+    """Return the sizes of a contestant as text."""
     parts = [f"{n:,} {unit}" for n, unit in ((one.depth, "blocks"), (one.length, "tokens")) if n is not None]
     return ", ".join(parts)
 
 
-def show(found: list[Largest], width: int, depth: int | None, length: int | None, limit: int) -> str:
+def section(found: list[Largest], width: int, depth: int | None, length: int | None, limit: int) -> str:
+    """Return the Markdown section of all contestants."""
     columns = [] if length is None else [f"blocks, of {length:,} tokens"]
     columns += [] if depth is None else [f"tokens, in {depth} blocks"]
     lines = [[one.contestant, *[f"{n:,}" for n in one[1:] if n is not None]] for one in found]

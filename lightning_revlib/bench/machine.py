@@ -1,4 +1,4 @@
-"""What a result depends on: versions, machine, commit, date."""
+"""Versions, machine, commit and date, on which a result depends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_revlib.bench.contestants import Contestant
 
 
 def describe(contestants: Iterable[Contestant], device: torch.device, seed: int) -> dict[str, str]:
-    """What is written above the tables."""
+    """Return the lines that are written above the tables."""
     fixed = all(os.environ.get(name) for name in ALLOCATOR)
     named = {c.package: c for c in reversed(list(contestants)) if c.package != "torch"}
     missing = [c.name for c in named.values() if not c.installed]
@@ -39,9 +39,11 @@ def describe(contestants: Iterable[Contestant], device: torch.device, seed: int)
 
 
 def commit() -> str:
-    """Of the repository that holds this file, if there is one; "-dirty" if files were changed since."""
+    """Return the commit of the repository that holds this file, with "-dirty" if files have been changed since."""
     try:
-        _git("ls-files", "--error-unmatch", Path(__file__).name)  # a repository round an environment is another's
+        _git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # the repository may be another one that contains the environment
         return _git("describe", "--always", "--dirty", "--abbrev=10")
     except (OSError, subprocess.CalledProcessError):
         return "no repository"

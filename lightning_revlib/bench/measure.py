@@ -1,8 +1,8 @@
-"""What is measured of one contestant: gradients, bytes, FLOPs. The times of several, in turns: `timing`.
+"""Measure one contestant's gradients, bytes and FLOPs; `timing` measures the times of several.
 
-held    bytes alive after forward that were not before it, the input left out
-peak    the most alive in backward, the output's gradient included, the parameters' gradients left out
-flops   forward and backward, by FlopCounterMode; on CPU it does not count attention's own products
+held    bytes allocated in forward that are alive after it, without the input
+peak    the most bytes alive in backward, with the output's gradient, without the parameters' gradients
+flops   forward and backward, by FlopCounterMode, which on CPU does not count attention's own products
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_revlib.nn import MemoryMeter
 
-TOLERANCE = 1e-5  # of gradients in float64: rounding grows with the depth, and mistakes are larger
+TOLERANCE = (
+    1e-5  # relative error of gradients in float64: rounding grows with depth and stays below, wrong gradients lie above
+)
 
 
 class _NoModules:
-    """In place of the counter's tracker of modules, whose hooks do not bear a backward within a backward."""
+    """Replace the counter's module tracker, whose hooks fail for a backward within a backward."""
 
     parents = ("Global",)
 
@@ -31,7 +33,7 @@ class _NoModules:
 
 
 class Flops(FlopCounterMode):
-    """The same counts, in total only, of any module."""
+    """FlopCounterMode that counts the total only, of any module."""
 
     def __init__(self) -> None:
         super().__init__(display=False)
@@ -39,6 +41,8 @@ class Flops(FlopCounterMode):
 
 
 class Counts(NamedTuple):
+    """Bytes and FLOPs of one forward and backward."""
+
     held: int
     peak: int
     output: int  # the output's bytes
@@ -52,18 +56,19 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def step(module: nn.Module, x: Tensor) -> None:
-    """Forward and backward; gradients are new tensors."""
+    """Run forward and backward."""
     y = _forward(module, x)
     y.backward(torch.ones_like(y))
 
 
 def clear(module: nn.Module, x: Tensor) -> None:
+    """Free the gradients of the input and the parameters."""
     for tensor in (x, *module.parameters()):
         tensor.grad = None
 
 
 def gradients(module: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """Output and gradients, without autocast, of a loss in which every output element counts differently."""
+    """Return output and gradients, without autocast, of a loss that weights every output element differently."""
     torch.manual_seed(1)
     clear(module, x)
     y = module(x)
@@ -72,7 +77,10 @@ def gradients(module: nn.Module, x: Tensor) -> list[Tensor | None]:
 
 
 def error(reference: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> float:
-    """The largest relative error; what is missing is zero, what is below a thousandth of the largest counts as that."""
+    """Return the largest relative error.
+
+    A missing tensor counts as zero. Norms below a thousandth of the largest one count as a thousandth of it.
+    """
     pairs = [
         (x, torch.zeros_like(x) if y is None else y) for x, y in zip(reference, found, strict=True) if x is not None
     ]
@@ -82,7 +90,7 @@ def error(reference: Sequence[Tensor | None], found: Sequence[Tensor | None]) ->
 
 
 def counted(module: nn.Module, x: Tensor) -> tuple[int, int, int]:
-    """Bytes held, peak, and those of the output; leaves gradients behind."""
+    """Return the bytes held, the peak and the bytes of the output; gradients stay."""
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     x.grad = None
@@ -95,6 +103,7 @@ def counted(module: nn.Module, x: Tensor) -> tuple[int, int, int]:
 
 
 def counts(module: nn.Module, x: Tensor) -> Counts:
+    """Return bytes and FLOPs of one forward and backward, and free the gradients."""
     with Flops() as counter:
         held, peak, output = counted(module, x)
     allocated = None

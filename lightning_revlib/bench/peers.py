@@ -1,8 +1,8 @@
-"""Other libraries behind the interface of `CoupledSequential`, each set up as its own documentation asks.
+"""Other libraries with the interface of `CoupledSequential`, each set up as its own documentation asks.
 
-A part of a stack is a run of blocks that one module of the peer can hold; parts follow each other as in
-`nn.Sequential`. Peers are imported where they are used: any of them may be missing. One file, since the
-adapters are only understood side by side.
+A part of a stack is a run of blocks that one module of the peer can hold. Parts follow each other as in
+`nn.Sequential`. Each peer is imported when it is used, since any of them may be missing. All adapters are in one file,
+where they can be compared.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-import lightning_revlib
+from lightning_revlib.nn import CoupledSequential
 
 
 class Inexpressible(Exception):
-    """The peer has no option for what was asked."""
+    """Raised if a peer has no option for what is asked."""
 
 
 def _is_invertible(block: nn.Module) -> bool:
@@ -32,7 +32,7 @@ def _is_invertible(block: nn.Module) -> bool:
 
 
 def paired(blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Even runs of blocks, for peers that couple two at a time: a copy of an odd run's last block is added."""
+    """Return runs of even length, for peers that couple two blocks: an odd run gets a copy of its last block."""
     out: list[nn.Module] = []
     for invertible, group in groupby(blocks, _is_invertible):
         run = list(group)
@@ -41,12 +41,15 @@ def paired(blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def paired_reference(*blocks: nn.Module, **options: Any) -> nn.Module:
-    """Ordinary autograd on the same blocks: y1 = x1 + F(x2), y2 = x2 + G(y1) is two steps of `CoupledSequential`."""
-    return lightning_revlib.CoupledSequential(*paired(blocks), **options)
+    """Build the reference of peers that couple two blocks, by ordinary autograd.
+
+    y1 = x1 + F(x2), y2 = x2 + G(y1) are two steps of `CoupledSequential`.
+    """
+    return CoupledSequential(*paired(blocks), **options)
 
 
 class Halves(nn.Module):
-    """An invertible step: `module` on each half."""
+    """An invertible step that applies `module` to each half."""
 
     def __init__(self, module: nn.Module, dim: int) -> None:
         super().__init__()
@@ -60,9 +63,9 @@ class Halves(nn.Module):
 
 
 class Peer(nn.Module):
-    """A peer's stack; its parameters come in the order of the blocks, as in `CoupledSequential`."""
+    """A peer's stack, whose parameters have the order of the blocks, as in `CoupledSequential`."""
 
-    OPTIONS: ClassVar[set[str]] = set()  # besides split_dim and treatments
+    OPTIONS: ClassVar[set[str]] = set()  # the peer's own, beside split_dim and treatments
 
     def __init__(
         self,
@@ -75,12 +78,13 @@ class Peer(nn.Module):
         super().__init__()
         if unknown := set(options) - self.OPTIONS:
             raise Inexpressible(f"no option like {', '.join(unknown)}")
-        self.blocks, self.split_dim = list(blocks), split_dim  # modules of `parts`: not to be registered twice
+        self.blocks, self.split_dim = list(blocks), split_dim  # plain lists, since `parts` registers the modules
         treatments = treatments or ["reversible"] * (len(blocks) - store_last) + ["store"] * store_last
         kinds = ["invertible" if _is_invertible(b) else t for b, t in zip(blocks, treatments, strict=True)]
         self.parts = nn.ModuleList(self.build(kinds, blocks, **options))
 
     def build(self, kinds: Sequence[str], blocks: Sequence[nn.Module], **options: Any) -> list[nn.Module]:
+        """Return the parts; `kinds` are the blocks' treatments, or "invertible"."""
         parts, done = [], 0
         for kind, group in groupby(zip(kinds, blocks, strict=True), lambda pair: pair[0]):
             run = [block for _, block in group]
@@ -92,11 +96,11 @@ class Peer(nn.Module):
         return parts
 
     def part(self, kind: str, blocks: list[nn.Module], done: int, **options: Any) -> nn.Module:
-        """The peer's module for `blocks`, which follow `done` others."""
+        """Return the peer's module for `blocks`, which follow `done` other blocks."""
         raise NotImplementedError
 
     def invertible(self, block: nn.Module) -> nn.Module:
-        """Between the peer's modules, by ordinary autograd."""
+        """Return the module for an invertible step, which ordinary autograd runs between the peer's modules."""
         assert self.split_dim is not None
         return Halves(block, self.split_dim)
 
@@ -113,6 +117,8 @@ class Peer(nn.Module):
 
 
 class RevLib(Peer):
+    """RevLib's stack."""
+
     OPTIONS: ClassVar[set[str]] = {"coupling_forward", "coupling_inverse"}
     mode = "autograd_function"
 
@@ -127,7 +133,7 @@ class RevLib(Peer):
         import revlib
 
         mode = {"reversible": self.mode, "checkpoint": "checkpoint", "store": "no_savings"}[kind]
-        pair = [  # couplings are cycled over the whole stack, not over each part
+        pair = [  # couplings cycle over the whole stack, not over each part
             functions and functions[done % len(functions) :] + functions[: done % len(functions)]
             for functions in (coupling_forward, coupling_inverse)
         ]
@@ -148,11 +154,13 @@ class RevLib(Peer):
 
 
 class RevLibGraph(RevLib):
+    """RevLib's stack in the mode that rebuilds activations inside autograd's graph."""
+
     mode = "autograd_graph"
 
 
 class Pairs(Peer):
-    """For peers that couple two blocks at a time, each of which halves its input."""
+    """Base of peers that couple two blocks at a time and halve their input."""
 
     def __init__(self, *blocks: nn.Module, **options: Any) -> None:
         super().__init__(*paired(blocks), **options)
@@ -164,14 +172,14 @@ class Pairs(Peer):
 
     @abstractmethod
     def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
-        """The peer's module for pairs of blocks."""
+        """Return the peer's module for pairs of blocks."""
 
 
 class MemCNN(Pairs):
-    """`num_bwd_passes` is as high as any condition needs, and the state of the generator is preserved.
+    """MemCNN's wrappers, with as many backward passes as any condition needs and the generator's state preserved.
 
-    Where one backward is run and nothing drawn, `passes=1` and `preserve=False` are faster.
-    An input that is a leaf is copied, as if another layer came first: MemCNN frees it, and doubles its gradient.
+    For one backward of blocks that draw no random numbers, `passes=1` and `preserve=False` are faster. An input that is
+    a leaf is copied, as if another layer came first, since MemCNN frees it and doubles its gradient.
     """
 
     passes, preserve = 3, True
@@ -184,7 +192,7 @@ class MemCNN(Pairs):
 
         couplings = [memcnn.AdditiveCoupling(Fm=f, Gm=g, split_dim=dim) for f, g in pairs]
         for coupling in couplings:
-            coupling._modules["Gm"] = coupling._modules.pop("Gm")  # it has G's parameters before F's
+            coupling._modules["Gm"] = coupling._modules.pop("Gm")  # MemCNN registers G before F
         return nn.Sequential(*[self._wrapper(c, keep=kind == "checkpoint", disable=kind == "store") for c in couplings])
 
     def invertible(self, block: nn.Module) -> nn.Module:
@@ -203,9 +211,9 @@ class MemCNN(Pairs):
 
 
 class RevTorch(Pairs):
-    """Seeds are fixed, as blocks that draw need, and variables kept, as several backwards need.
+    """RevTorch's sequence.
 
-    Where one backward is run and nothing drawn, `careful=False` does neither.
+    `careful` fixes seeds for blocks that draw random numbers, and keeps variables for further backwards.
     """
 
     careful = True
@@ -220,7 +228,7 @@ class RevTorch(Pairs):
 
 
 class ReformerPytorch(Pairs):
-    """Its sequence of pairs, for streams that are halves of the third dimension."""
+    """The sequence of pairs of reformer-pytorch, whose streams are halves of the third dimension."""
 
     def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
         from reformer_pytorch.reversible import ReversibleSequence
@@ -233,7 +241,7 @@ class ReformerPytorch(Pairs):
 
 
 class Seeded(nn.Module):
-    """The function RevTorch computes, by ordinary autograd: a new seed before each block."""
+    """The function that RevTorch computes, by ordinary autograd, with a new seed before each block."""
 
     def __init__(self, *blocks: nn.Module, dim: int) -> None:
         super().__init__()
@@ -248,12 +256,14 @@ class Seeded(nn.Module):
 
 
 class SeededReference(Pairs):
+    """The reference of RevTorch."""
+
     def pairs(self, kind: str, pairs: list[tuple[nn.Module, nn.Module]], dim: int) -> nn.Module:
         return Seeded(*[block for pair in pairs for block in pair], dim=dim)
 
 
 class MomentumNet(Peer):
-    """In its mode that saves memory; the velocity starts at zero."""
+    """momentumnet's network in its mode that saves memory; the velocity starts at zero."""
 
     OPTIONS: ClassVar[set[str]] = {"coupling"}
 
@@ -268,6 +278,8 @@ class MomentumNet(Peer):
 
 
 class CheckpointedBlock(nn.Module):
+    """A block under `torch.utils.checkpoint`."""
+
     def __init__(self, block: nn.Module, context_fn: Callable[[], Any]) -> None:
         super().__init__()
         self.block, self.context_fn = block, context_fn
@@ -277,7 +289,7 @@ class CheckpointedBlock(nn.Module):
 
 
 class Checkpointed(Peer):
-    """Not reversible: the coupling by ordinary autograd, and `torch.utils.checkpoint` round each block."""
+    """The coupling by ordinary autograd, with each block under `torch.utils.checkpoint`."""
 
     OPTIONS: ClassVar[set[str]] = {"context_fn"}
 
@@ -288,4 +300,4 @@ class Checkpointed(Peer):
             block if kind in ("store", "invertible") else CheckpointedBlock(block, context_fn)
             for kind, block in zip(kinds, blocks, strict=True)
         ]
-        return [lightning_revlib.CoupledSequential(*modules, split_dim=self.split_dim)]
+        return [CoupledSequential(*modules, split_dim=self.split_dim)]

@@ -1,7 +1,7 @@
-"""The curve of memory against time: ten budgets between the least and what plain training takes, beside the others.
+"""Measure memory against time: budgets between the least peak and plain training's, beside the other contestants.
 
-At each budget the best of the others is the one that takes the fewest FLOPs, or the shortest step, among
-those that fit in the same bytes with right gradients.
+At each budget the best of the others is the one with the fewest FLOPs, or the shortest step, among those that fit in
+the same bytes and have right gradients.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ PLAIN, LEAST = RIVALS[0], "lightning_revlib"
 
 @dataclass
 class Point:
-    """Ours at one budget, and the best of the others that fit in it."""
+    """Ours at one budget, and the best of the others that fit in the budget."""
 
     budget: int
     row: Row
     plan: str
     fewest: Row | None = None
     fastest: Row | None = None
-    ratio: tuple[float, float, float] | None = None  # of step times, to the fastest's
+    ratio: tuple[float, float, float] | None = None  # step time over the fastest's, with its interval
 
     @property
     def fits(self) -> bool:
+        """Return whether the peak is within the budget."""
         return self.row.peak is not None and self.row.peak <= self.budget
 
     @property
     def holds(self) -> bool:
-        """In budget, right, with as few FLOPs, and not slower beyond the noise."""
+        """Return whether ours fits, is right, takes the fewest FLOPs or as few, and is not slower beyond the noise."""
         own, least = self.row.flops, None if self.fewest is None else self.fewest.flops
         return (
             self.fits
@@ -62,18 +63,21 @@ class Point:
 
 @dataclass
 class Curve:
+    """The points of one model, with the rows of the others."""
+
     name: str
-    rows: list[Row]  # of the others, and of ours at the least
+    rows: list[Row]  # the others, and ours at the least peak
     points: list[Point]
     rounds: int
 
     @property
     def plain(self) -> Row:
+        """Return the row of ordinary autograd."""
         return next(r for r in self.rows if r.contestant == "plain")
 
 
 def of_workload(workload: Workload, size: Size, device: torch.device, budgets: int, seconds: float, seed: int) -> Curve:
-    """The curve of one of the benchmark's stacks."""
+    """Return the curve of one of the benchmark's stacks."""
     torch.manual_seed(seed)
     stack, x = workload.stack(size).to(device), workload.input(size, device=device, requires_grad=True)
     name = f"{workload.name}-depth{size.depth}-width{size.width}-batch{size.batch}"
@@ -81,38 +85,20 @@ def of_workload(workload: Workload, size: Size, device: torch.device, budgets: i
 
 
 def sweep(name: str, model: nn.Module, x: Tensor, *, budgets: int = 10, seconds: float = 30.0, seed: int = 0) -> Curve:
-    """Measure the model at so many budgets, and the others once; all take turns with their steps.
+    """Measure the model at `budgets` budgets and the others once, with steps in turns.
 
-    Raises ValueError for less than two budgets, and for a model without a stack.
+    Raises ValueError for fewer than two budgets, and for a model without a stack.
     """
     if not isinstance(budgets, int) or budgets < 2:
         raise ValueError(f"budgets={budgets!r}: pass 2 or more")
-    steps = sum(len(m) for m in model.modules() if isinstance(m, CoupledSequential))
-    if not steps:
-        raise ValueError(f"{name} has no stack: a budget chooses how the blocks of a CoupledSequential are run")
-    state = torch.get_rng_state()
-    measure.step(execute(PLAIN, model, True), x)
-    draws = not torch.equal(torch.get_rng_state(), state)
-    small = (x[:2].double() if x.is_floating_point() else x[:2]).detach().requires_grad_(x.requires_grad)
-    reference = measure.gradients(execute(PLAIN, model, draws, torch.float64), small)
-    rows: dict[str, Row] = {}
-    modules: dict[str, nn.Module] = {}
-
-    def enter(contestant: Contestant) -> Row:
-        row = Row(name, steps, x.shape[-1], len(x), contestant.name, contestant.version, str(x.device), str(x.dtype))
-        module = examine(row, contestant, model, x, small, reference, draws)
-        if module is not None:
-            modules[contestant.name] = module
-        rows[contestant.name] = row
-        return row
-
+    bench = _Entries(name, model, x)
     for rival in RIVALS:
-        enter(rival)
-    least, plain = enter(Contestant(LEAST, ours, "lightning_revlib", True)), rows["plain"]
+        bench.enter(rival)
+    least, plain = bench.enter(Contestant(LEAST, ours, "lightning_revlib", True)), bench.rows["plain"]
     if least.peak is None or plain.peak is None:
         raise ValueError(f"{name}: {least.note or plain.note}")
-    # What the model takes beside its stacks, whose plan this is; and a budget below the plan's minimum is refused.
-    whole = execute(Contestant("", ours, budget=1.0), model, draws)
+    # A plan is for the stacks, and a budget below its minimum is refused: `outside` is what the model takes besides.
+    whole = execute(Contestant("", ours, budget=1.0), model, bench.draws)
     measure.step(whole, x)
     plan = plan_of(whole)
     outside = 0 if isinstance(model, CoupledSequential) else max(0, plain.peak - plan.plain, least.peak - plan.minimum)
@@ -121,32 +107,68 @@ def sweep(name: str, model: nn.Module, x: Tensor, *, budgets: int = 10, seconds:
     for index in range(budgets):
         budget = low + (high - low) * index // (budgets - 1)
         label = f"budget {index + 1}"
-        row = enter(Contestant(label, ours, "lightning_revlib", budget=budget - outside))
+        row = bench.enter(Contestant(label, ours, "lightning_revlib", budget=budget - outside))
         if row.note:
             raise ValueError(f"{name}, memory_budget={budget - outside}: {row.note}")
-        points.append(Point(budget, row, summarise(plan_of(modules[label]))))
-    times = timing.times(modules, x, seconds, seed, rounds=(3, 100))
-    for key, taken in times.items():
-        rows[key].seconds = statistics.median(taken)
-        rows[key].over_plain, rows[key].over_plain_low, rows[key].over_plain_high = timing.ratio(taken, times["plain"])
-    rivals = [rows[c.name] for c in RIVALS if rows[c.name].right]
+        points.append(Point(budget, row, summarise(plan_of(bench.modules[label]))))
+    times = bench.time(seconds, seed)
+    rivals = [bench.rows[c.name] for c in RIVALS if bench.rows[c.name].right]
     for point in points:
         fitting = [r for r in rivals if r.peak is not None and r.peak <= point.budget]
         if fitting:
             point.fewest = min(fitting, key=lambda r: r.flops or 0)
             point.fastest = min(fitting, key=lambda r: r.over_plain or 0.0)
             point.ratio = timing.ratio(times[point.row.contestant], times[point.fastest.contestant])
-    return Curve(name, [rows[c.name] for c in RIVALS] + [rows[LEAST]], points, len(times["plain"]))
+    return Curve(name, [bench.rows[name] for name in (*[c.name for c in RIVALS], LEAST)], points, len(times["plain"]))
+
+
+class _Entries:
+    """The contestants that run one model: their rows, and the modules that are timed.
+
+    Raises ValueError for a model without a stack.
+    """
+
+    def __init__(self, name: str, model: nn.Module, x: Tensor) -> None:
+        self.steps = sum(len(m) for m in model.modules() if isinstance(m, CoupledSequential))
+        if not self.steps:
+            raise ValueError(f"{name} has no stack: a budget chooses how the blocks of a CoupledSequential are run")
+        self.name, self.model, self.x = name, model, x
+        state = torch.get_rng_state()
+        measure.step(execute(PLAIN, model, True), x)
+        self.draws = not torch.equal(torch.get_rng_state(), state)
+        self.small = (x[:2].double() if x.is_floating_point() else x[:2]).detach().requires_grad_(x.requires_grad)
+        self.reference = measure.gradients(execute(PLAIN, model, self.draws, torch.float64), self.small)
+        self.rows: dict[str, Row] = {}
+        self.modules: dict[str, nn.Module] = {}
+
+    def enter(self, contestant: Contestant) -> Row:
+        """Measure a contestant's error, bytes and FLOPs."""
+        x, version = self.x, contestant.version
+        row = Row(self.name, self.steps, x.shape[-1], len(x), contestant.name, version, str(x.device), str(x.dtype))
+        module = examine(row, contestant, self.model, x, self.small, self.reference, self.draws)
+        if module is not None:
+            self.modules[contestant.name] = module
+        self.rows[contestant.name] = row
+        return row
+
+    def time(self, seconds: float, seed: int) -> dict[str, list[float]]:
+        """Time all modules in turns, and fill in their rows."""
+        times = timing.times(self.modules, self.x, seconds, seed, rounds=(3, 100))
+        for key, taken in times.items():
+            row = self.rows[key]
+            row.seconds = statistics.median(taken)
+            row.over_plain, row.over_plain_low, row.over_plain_high = timing.ratio(taken, times["plain"])
+        return times
 
 
 def summarise(plan: Plan) -> str:
-    """How many blocks have which treatment."""
+    """Return the number of blocks under each treatment, as text."""
     counts = Counter(treatment for treatments in plan.treatments.values() for treatment in treatments)
     return ", ".join(f"{count} {treatment}" for treatment, count in counts.items())
 
 
 def show(curve: Curve) -> str:
-    """The curve as Markdown: the budgets with the check of each, and the others."""
+    """Return the curve as Markdown: a table of the budgets, and one of the others."""
     lines = []
     for p in curve.points:
         fewest = f"{_over(p.fewest, curve)} {p.fewest.contestant}" if p.fewest else "none fits"
@@ -189,15 +211,15 @@ def show(curve: Curve) -> str:
             f"### {curve.name}",
             tables.table(columns, lines),
             tables.table(["", "gradients", "peak", "FLOPs", "step"], others),
-            f"MiB; FLOPs and steps over plain's, medians of {curve.rounds} rounds with an interval of 95 %. It holds if"
-            " the peak is in the budget, gradients are right, FLOPs are the fewest or equal, and the interval does not"
-            f" lie above 1. {notes}".rstrip(),
+            f"MiB; FLOPs and steps over plain's, medians of {curve.rounds} rounds with an interval of 95 %. A budget"
+            " holds if the peak is within it, gradients are right, FLOPs are the fewest or equal, and the interval"
+            f" does not lie above 1. {notes}".rstrip(),
         ]
     )
 
 
 def _over(row: Row, curve: Curve) -> str:
-    """Its FLOPs over plain's."""
+    """Return the row's FLOPs over plain's."""
     return f"{row.flops / curve.plain.flops:.3f}" if row.flops and curve.plain.flops else "-"
 
 
@@ -206,8 +228,8 @@ def _mib(count: int | None) -> str:
 
 
 def draw(path: Path, curve: Curve) -> None:
-    """A PNG: peak bytes against step time, and against FLOPs, over plain's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    """Write a PNG of peak bytes against step time and against FLOPs, both over plain's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
 
     assert curve.plain.flops
@@ -234,7 +256,7 @@ def draw(path: Path, curve: Curve) -> None:
 
 
 def write(folder: Path, curves: Sequence[Curve], head: Mapping[str, str]) -> None:
-    """sweep.md, sweep.csv and a picture for each curve; their names are printed."""
+    """Write sweep.md, sweep.csv and a picture for each curve, and print their names."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for curve in curves for row in (*curve.rows, *[p.row for p in curve.points])]
     tables.write_csv(folder / "sweep.csv", rows, head)

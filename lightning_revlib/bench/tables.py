@@ -1,4 +1,4 @@
-"""Rows as CSV, Markdown and PNG."""
+"""Write rows as CSV, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_revlib.nn.meter import format_bytes
 
 
 def write_csv(path: Path, rows: Sequence[Row], head: Mapping[str, str]) -> None:
-    """One line a row; what holds for all of them is repeated in each, so that files can be put together."""
+    """Write a line for each row; `head` is repeated in each line, so that files can be concatenated."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*[f.name for f in fields(Row)], *head])
         writer.writeheader()
@@ -22,23 +22,25 @@ def write_csv(path: Path, rows: Sequence[Row], head: Mapping[str, str]) -> None:
 
 
 def markdown(title: str, head: Mapping[str, str], sections: Iterable[str]) -> str:
+    """Return a Markdown document."""
     lines = [f"# {title}", "", *[f"- {key}: {value}" for key, value in head.items()], ""]
     return "\n".join(lines) + "\n" + "\n\n".join(sections) + "\n"
 
 
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others are figures."""
+    """Return a Markdown table whose first column is text and whose other columns are figures."""
     rule = "|---" + "|---:" * (len(columns) - 1) + "|"
     return "\n".join(["| " + " | ".join(columns) + " |", rule, *["| " + " | ".join(line) + " |" for line in lines]])
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows by cell, each with its heading."""
+    """Group rows by cell, under the cell's heading."""
     key = lambda r: f"{r.workload}, depth {r.depth}, width {r.width}, batch {r.batch}"  # noqa: E731
     return [(name, list(group)) for name, group in groupby(rows, key)]
 
 
 def cell_table(name: str, rows: Sequence[Row]) -> str:
+    """Return a cell's section: a table of its contestants, and notes of those that did not run."""
     plain = next((r for r in rows if r.contestant == "plain"), None)
     cuda = any(r.allocated is not None for r in rows)
     columns = ["", "gradients", "held", "peak", *["CUDA's peak"] * cuda, "FLOPs", "step", "of plain", "a second"]
@@ -69,7 +71,7 @@ def cell_table(name: str, rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """Ours at minimum memory beside the reversible peers, cell by cell; `times` by cell and contestant."""
+    """Compare ours at minimum memory with the reversible peers, cell by cell; `times` are by cell and contestant."""
     lines = []
     for name, group in cells(rows):
         found = {r.contestant: r for r in group}
@@ -102,22 +104,24 @@ def summary(rows: Sequence[Row], times: Mapping[str, Mapping[str, list[float]]])
         "## At minimum memory, beside the reversible peers\n\n"
         + table(columns, lines)
         + "\n\nPeers whose gradients are wrong do not count. Times are medians of the ratios within rounds, with an"
-        " interval of 95 %; who is fastest is decided in the other half of the rounds."
+        " interval of 95 %; the fastest peer is chosen by the other half of the rounds."
     )
 
 
 def over_plain(row: Row) -> str:
+    """Return the row's step time over plain's, with its interval."""
     found = row.over_plain, row.over_plain_low, row.over_plain_high
     return "-" if found[0] is None else interval(found)  # type: ignore[arg-type]
 
 
 def interval(found: tuple[float, float, float]) -> str:
+    """Return a figure with its interval as text."""
     return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A PNG: peak bytes against step time over plain's, of each workload's deepest cell that was timed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    """Write a PNG of peak bytes against step time over plain's, for each workload's deepest cell with times."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
 
     deepest = {r.workload: [r.depth, r.width] for r in sorted(rows, key=lambda r: (r.depth, r.width)) if r.over_plain}

@@ -1,4 +1,4 @@
-"""The times of several contestants, in turns, and how they compare."""
+"""Time several contestants in turns, and compare their times."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def times(
     rounds: tuple[int, int] = (3, 40),
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each, round after round until `seconds` are over; the order is drawn anew in each.
+    """Return the seconds of a step of each module, round after round until `seconds` are over.
 
-    All contestants meet the same drift of the machine: compare by the ratios within a round. Unless the modules are
-    `warm`, another round comes first and does not count.
+    The order is drawn anew in each round. The machine's speed changes in time and is alike within a round, so compare
+    by ratios within rounds. Unless the modules are `warm`, one more round comes first and does not count.
     """
     found: dict[str, list[float]] = {name: [] for name in modules}
     order, draw = list(modules), random.Random(seed)
@@ -51,19 +51,20 @@ def times(
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """The median of a / b by rounds, and an interval that contains the true one with 95 %, from order statistics."""
+    """Return the median of a / b over the rounds, and its interval of 95 % from order statistics."""
     return _middle(_ratios(a, b))
 
 
 def over_fastest(own: Sequence[float], others: Mapping[str, Sequence[float]]) -> tuple[float, float, float]:
-    """The same over the fastest of others.
+    """Return the median of own times over those of the fastest of the others, and its interval of 95 %.
 
-    Who that is, the other half of the rounds tells: of those that are alike, the one that was lucky would seem fastest
-    in the same rounds, and all of them slower than they are beside it.
+    In each half of the rounds the fastest is chosen by the other half. In the same rounds, one of several equally fast
+    contestants would be chosen because its times happened to be low, and own times would look worse beside it.
     """
     half, ratios = len(own) // 2, []
-    for told, taken in (slice(half), slice(half, None)), (slice(half, None), slice(half)):
-        fastest = max(others, key=lambda name: statistics.median(_ratios(own[told], others[name][told])))
+    for chosen_by, taken in (slice(half), slice(half, None)), (slice(half, None), slice(half)):
+        medians = {name: statistics.median(_ratios(own[chosen_by], t[chosen_by])) for name, t in others.items()}
+        fastest = max(medians, key=lambda name: medians[name])
         ratios += _ratios(own[taken], others[fastest][taken])
     return _middle(ratios)
 
@@ -85,9 +86,9 @@ def _wait(x: Tensor) -> None:
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """The collector does not look at what is there now until the outermost of these contexts ends.
+    """Exclude all present objects from garbage collection until the outermost of these contexts ends.
 
-    With the libraries that are imported that takes a third of a second.
+    A collection that visits the objects of all imported libraries takes a third of a second.
     """
     outermost = not gc.get_freeze_count()
     gc.collect()
@@ -101,6 +102,7 @@ def frozen() -> Iterator[None]:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
+    """Disable garbage collection in the context."""
     enabled = gc.isenabled()
     gc.disable()
     try:

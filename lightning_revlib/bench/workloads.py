@@ -1,7 +1,7 @@
-"""What the benchmark runs: stacks of six kinds of blocks, by depth, width and batch.
+"""Stacks of six kinds of blocks that the benchmark runs, by depth, width and batch.
 
-A size's depth counts blocks, its width is that of one stream. Each list of sizes is a default of the
-command; `depths=` and `widths=` replace it.
+A size's depth is the number of blocks and its width is that of one stream. Each list of sizes is a default of the
+command, which `depths=` and `widths=` replace.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from lightning_revlib.nn import CoupledSequential
 
 
 class Size(NamedTuple):
+    """The number of blocks, the width of one stream, and the batch."""
+
     depth: int
     width: int
     batch: int
 
 
 def heads(width: int) -> int:
-    """Of attention. Raises ValueError for a width that they cannot share."""
+    """Return the number of attention heads; ValueError for a width that is no multiple of it."""
     if width % (count := max(4, width // 64)):
-        raise ValueError(f"widths={width}: its {count} heads are to be equally wide; take a multiple of {count}")
+        raise ValueError(f"widths={width}: {count} heads need a multiple of {count}")
     return count
 
 
 class Attention(nn.Module):
+    """Self-attention with projections."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = heads(width)
@@ -43,33 +47,39 @@ class Attention(nn.Module):
 
 
 def mlp(width: int) -> nn.Module:
+    """Build two linear layers with a hidden layer of four times the width."""
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 def conv(width: int) -> nn.Module:
+    """Build two pre-activation convolutions."""
     layers = [(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False)) for _ in range(2)]
     return nn.Sequential(*layers[0], *layers[1])
 
 
 def attention(width: int) -> nn.Module:
+    """Build pre-norm self-attention."""
     return nn.Sequential(nn.LayerNorm(width), Attention(width))
 
 
 def feed_forward(width: int) -> nn.Module:
+    """Build a pre-norm feed-forward layer."""
     return nn.Sequential(nn.LayerNorm(width), mlp(width))
 
 
 def repeated(*makers: Callable[[int], nn.Module]) -> Callable[[Size], list[nn.Module]]:
-    """Blocks that take turns."""
+    """Return a function that builds a stack's blocks by `makers` in turn."""
     return lambda size: [make(size.width) for make in islice(cycle(makers), size.depth)]
 
 
 def irevnet(size: Size) -> list[nn.Module]:
-    """Two stages of i-RevNet, the second of stride 2; one if the depth is no multiple of 4."""
+    """Build two stages of i-RevNet, the second with stride 2; one stage if the depth is no multiple of 4."""
     from lightning_revlib.recipes.models.irevnet import IRevNet
 
     if size.width < 4:
-        raise ValueError(f"widths={size.width}: i-RevNet's blocks have a quarter of it inside; take 4 or more")
+        raise ValueError(
+            f"widths={size.width}: i-RevNet's inner convolutions have a quarter of the width; pass 4 or more"
+        )
     channels, strides = ([size.width, 4 * size.width], [1, 2]) if size.depth % 4 == 0 else ([size.width], [1])
     net = IRevNet(
         (3, 32, 32), depth=size.depth // len(strides), channels=channels, strides=strides, initial_psi=2, dropout=0.0
@@ -78,12 +88,14 @@ def irevnet(size: Size) -> list[nn.Module]:
 
 
 def momentum(width: int) -> nn.Module:
+    """Build a block of Momentum ResNet."""
     from lightning_revlib.recipes.models.momentumnet import basic
 
     return basic(width, width, width)
 
 
 def lsh(width: int) -> nn.Module:
+    """Build a Reformer's LSH attention."""
     from lightning_revlib.recipes.models.attention import LSHAttention
     from lightning_revlib.recipes.models.reformer import AttentionBlock
 
@@ -93,10 +105,10 @@ def lsh(width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Workload:
-    """A kind of stack.
+    """A kind of stack, with its inputs and sizes.
 
-    `sample` is the input's shape without the batch, in which `streams` times the width comes at `dim`; `units` are in
-    one sample. `draws` says that blocks draw random numbers.
+    `sample` is the input's shape without the batch, where the width of all streams replaces the entry of dimension
+    `dim`. `units` is the number of `unit` in one sample. `draws` says that blocks draw random numbers.
     """
 
     name: str
@@ -112,9 +124,11 @@ class Workload:
     draws: bool = False
 
     def stack(self, size: Size) -> CoupledSequential:
+        """Build the stack of a size."""
         return CoupledSequential(*self.blocks(size), **{"split_dim": self.dim, **self.options})
 
     def input(self, size: Size, **factory: Any) -> Tensor:
+        """Draw an input of a size; `factory` are arguments of `torch.randn`."""
         streams = 1 if self.options.get("split_dim", self.dim) is None else 2
         shape = [size.batch, *self.sample]
         shape[self.dim] = streams * size.width
@@ -173,7 +187,7 @@ WORKLOADS = {
             quick=_sizes((4, 64, 4), (8, 16, 4)),
             full=_sizes((4, 32, 32), (4, 128, 8), (16, 32, 16), (64, 16, 8), (256, 16, 2)),
             cuda=_sizes((16, 256, 256), (64, 128, 256)),
-            # The paper's 0.9 loses 12 digits in 256 blocks, and so would nets of such a depth.
+            # The paper's 0.9 would lose 12 digits in 256 blocks.
             options={"split_dim": None, "coupling": {"name": "momentum", "gamma": 0.99}},
             **IMAGES,
         ),

@@ -1,4 +1,4 @@
-"""A user's mistakes on the command line: which errors are such, and one message for each, with the way out."""
+"""Errors of a user on the command line: one message for each, with the way out."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 from collections.abc import Iterable, Sequence
 
 CONFIG = "pkg://lightning_revlib.conf"
-PLUGINS = {  # of Hydra, by the option that they add
+PLUGINS = {  # packages of Hydra's plugins, by the option that each adds
     "joblib": "hydra-joblib-launcher",
     "submitit_slurm": "hydra-submitit-launcher",
     "optuna": "hydra-optuna-sweeper",
 }
 
 
-def is_mistake(error: Exception) -> bool:
-    """Whether the user's; Lightning is not imported to know its own."""
+def is_user_error(error: Exception) -> bool:
+    """Return whether an error is the user's; Lightning's own is known only if Lightning has been imported."""
     from hydra.errors import InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -25,7 +25,7 @@ def is_mistake(error: Exception) -> bool:
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:
-    """One message for the user: what was given, and what can be given instead."""
+    """Return one message for the user: the value that was given, and what can be given instead."""
     from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +34,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in PLUGINS:
             return f"{group}={option} is a plugin of Hydra's, which is not installed: pip install {PLUGINS[option]}"
-        return f"{group}={option}: no such option{near(option, error.options)}; it has {', '.join(error.options)}"
+        return f"{group}={option}: no such option{suggest(option, error.options)}; it has {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
     if str(error).startswith("Ambiguous value for argument"):
@@ -42,19 +42,19 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         name, _, value = given.partition("=")
         return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
     if isinstance(error, InstantiationException) and cause is not None:
-        _, _, where = str(error).rpartition("full_key: ")  # a message of torch's does not say which key it is about
+        _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
         return str(cause) if "=" in str(cause) or not where else f"{where}: {cause}"
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
-        return f"{key}: no such key{near(name, keys, parent)}; {where}; +{key}=... adds a new one"
-    bug = isinstance(error, TypeError)  # perhaps not the user's mistake, but the program's
-    return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if bug else "")
+        return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
+    perhaps_bug = isinstance(error, TypeError)  # which the user's values may cause, or the program
+    return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if perhaps_bug else "")
 
 
 def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
-    """The keys below `parent` in the command's configuration, with the groups chosen as in `overrides`."""
+    """Return the keys below `parent` in the command's configuration, with the groups chosen as in `overrides`."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
@@ -67,12 +67,13 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
         chosen = [o for o in overrides if o.partition("=")[0] in groups]
         try:
             cfg = compose(command, chosen)
-        except HydraException:  # options of a folder of the user's own
+        except HydraException:  # the options are in a folder of the user's own
             cfg = compose(command)
         node = OmegaConf.select(cfg, parent) if parent else cfg
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
 
 
-def near(name: str, known: Iterable[str], parent: str = "") -> str:
+def suggest(name: str, known: Iterable[str], parent: str = "") -> str:
+    """Return a hint with the known name that is nearest to a wrong one, or an empty text."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {parent + '.' if parent else ''}{found[0]}?)" if found else ""

@@ -1,6 +1,8 @@
 """`revlib train | eval | predict | report | bench`, with Hydra overrides after the command; `revlib list | copy`.
 
-The commands' work is in `lightning_revlib.recipes` and `bench`; their configuration in `lightning_revlib.conf`.
+The commands are in `lightning_revlib.recipes.commands` and `lightning_revlib.bench`, their configuration in
+`lightning_revlib.conf`. A command is imported when it runs, so that help and completion wait neither for torch nor for
+Lightning.
 """
 
 from __future__ import annotations
@@ -8,43 +10,68 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_revlib.cli.errors import CONFIG, explain, is_mistake, near
+from lightning_revlib.cli.errors import CONFIG, explain, is_user_error, suggest
 
-COMMANDS = {
-    "train": ("train", "train a recipe, test its best checkpoint and print what was found"),
-    "eval": ("evaluate", "test a checkpoint: revlib eval ckpt_path=..."),
-    "predict": ("predict", "run a checkpoint on held-out data and show what it makes: revlib predict ckpt_path=..."),
-    "report": ("report_memory", "draw the activation memory of a recipe against its depth"),
-    "bench": ("bench", "measure this library beside others: revlib bench full=true"),
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class Command(NamedTuple):
+    """A command's module and function, and its line in the help text."""
+
+    module: str
+    function: str
+    summary: str
+
+    def load(self) -> Callable[[Any], Any]:
+        """Import the command's function."""
+        return getattr(importlib.import_module(f"lightning_revlib.{self.module}"), self.function)
+
+
+RUN, CATALOGUE = "recipes.commands.run", "recipes.commands.catalogue"
+COMMANDS = {  # with a configuration of the same name
+    "train": Command(RUN, "train", "train a recipe, test its best checkpoint and print the results"),
+    "eval": Command(RUN, "evaluate", "test a checkpoint: revlib eval ckpt_path=..."),
+    "predict": Command(RUN, "predict", "run a checkpoint on held-out data and show its output: ckpt_path=..."),
+    "report": Command(
+        "recipes.commands.memory_report", "report_memory", "draw the activation memory of a recipe against its depth"
+    ),
+    "bench": Command("bench.command", "bench", "measure this library beside others: revlib bench full=true"),
 }
-OTHERS = {
-    "list": ("show_list", "the recipes and experiments, with a line about each: revlib list [GROUP ...]"),
-    "copy": ("copy_out", "write a recipe's configuration and module out for editing: revlib copy NAME [FOLDER]"),
+BUDGET_SWEEP = Command("bench.command", "sweep_recipe", "measure a recipe under memory budgets")
+OTHERS = {  # without a configuration
+    "list": Command(
+        CATALOGUE, "show_list", "list recipes, experiments and data, a line for each: revlib list [GROUP ...]"
+    ),
+    "copy": Command(
+        CATALOGUE, "copy_out", "write a recipe's configuration and module to edit: revlib copy NAME [FOLDER]"
+    ),
 }
 HELP = f"""\
 usage: revlib COMMAND [-m] [group=option] [key=value] ...
 
-{"".join(f"  {name:<9}{what}{chr(10)}" for name, (_, what) in (COMMANDS | OTHERS).items())}
+{"".join(f"  {name:<9}{command.summary}{chr(10)}" for name, command in (COMMANDS | OTHERS).items())}
   revlib train                                      i-RevNet on handwritten digits, the default
   revlib train depth=5 coupling=momentum            deeper, with another coupling
   revlib train coupling=momentum coupling.gamma=0.95
   revlib train strategy=auto                        ordinary autograd, to compare
   revlib train -m depth=2,3,4 seed=0,1              six runs, one after the other
   revlib train -m launcher=joblib depth=2,3,4       or side by side
+  revlib bench study=memory                         a study; `revlib bench --help` lists all
 
-`revlib COMMAND --help` lists groups, options and keys; eval "$(revlib -sc install=bash)" completes them by the tab
+`revlib COMMAND --help` lists groups, options and keys. eval "$(revlib -sc install=bash)" completes them by the tab
 key (zsh and fish likewise). HYDRA_FULL_ERROR=1 adds the traceback to errors."""
 
 
-class _Mistake(BaseException):
-    """A user's error on its way out. Hydra lets it pass, since it is no Exception, and says nothing of its own."""
+class _UserError(BaseException):
+    """Carries a user's error out of Hydra, which prints a message of its own for each Exception."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return the exit status."""
     own_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -55,29 +82,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"revlib {__version__}")
         return 0
     command, *overrides = argv
-    if own_process and (command == "bench" or "budget_sweep=true" in overrides):  # they take times
+    if own_process and (command == "bench" or "budget_sweep=true" in overrides):  # commands that measure times
         from lightning_revlib.bench.allocator import fix_allocator
 
         fix_allocator()
     if command in OTHERS:
-        from lightning_revlib.recipes.commands import catalogue
-
         try:
-            getattr(catalogue, OTHERS[command][0])(overrides)
+            OTHERS[command].load()(overrides)
         except (ValueError, OSError) as error:
             return _fail(str(error))
         return 0
-    complete = command in ("-sc", "--shell-completion")
-    if command not in COMMANDS and not complete:
+    if command in ("-sc", "--shell-completion"):
+        return _run(*_read_completion(argv))
+    if command not in COMMANDS:
         known = [*COMMANDS, *OTHERS]
-        return _fail(f"unknown command {command!r}{near(command, known)}; commands are {', '.join(known)}")
+        return _fail(f"unknown command {command!r}{suggest(command, known)}; commands are {', '.join(known)}")
+    if command == "bench" and {"-h", "--help"} & {*overrides}:
+        from lightning_revlib.bench.studies import listing
+
+        print(f"{listing()}\n")
+    return _run(command, sorted(overrides, key=lambda word: word not in ("-m", "--multirun")))  # Hydra needs -m first
+
+
+def _read_completion(argv: list[str]) -> tuple[str, list[str]]:
+    """Return the command whose line the shell asks to complete, and the arguments of Hydra's completion.
+
+    The line is in COMP_LINE. Hydra completes it without the command's name. Before that name is complete, an empty
+    command stands for the list of commands.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    if "query=" not in "".join(argv):
+        return "train", argv
+    program, *words = line.split(maxsplit=2) or [""]
+    if not words or words[0] not in COMMANDS or line == f"{program} {words[0]}":
+        return "", argv
+    os.environ["COMP_LINE"] = f"{program} {words[1] if len(words) > 1 else ''}"
+    return words[0], argv
+
+
+def _run(command: str, overrides: list[str]) -> int:
+    """Run a command by Hydra, and return the exit status; an empty command lists all."""
     from hydra.errors import HydraException
 
-    overrides.sort(key=lambda word: word not in ("-m", "--multirun"))  # Hydra takes it in front only
+    if not command:
+        print(" ".join([*COMMANDS, *OTHERS]))
+        return 0
     try:
-        _complete(argv) if complete else _run(command, overrides)
-    except _Mistake as mistake:
-        return _fail(str(mistake))
+        _compose_and_run(command, overrides)
+    except _UserError as error:
+        return _fail(str(error))
     except (HydraException, ValueError) as error:
         if _full_error():
             raise
@@ -85,38 +138,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _complete(argv: Sequence[str]) -> None:
-    """Shell completion by Hydra, of the command in the line: the shell asks the program without one."""
-    command, line = "train", os.environ.get("COMP_LINE", "")
-    if "query=" in "".join(argv):
-        program, *words = line.split(maxsplit=2) or [""]
-        if not words or words[0] not in COMMANDS or line == f"{program} {words[0]}":
-            print(" ".join([*COMMANDS, *OTHERS]))
-            return
-        command, os.environ["COMP_LINE"] = words[0], f"{program} {words[1] if len(words) > 1 else ''}"
-    _run(command, argv)
-
-
-def _run(command: str, overrides: Sequence[str]) -> None:
+def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
     """Compose the command's configuration and run it, once or once for each point of a sweep."""
     import hydra
-    from omegaconf import DictConfig
 
     original, traceback = sys.argv, _full_error()
 
     def task(cfg: DictConfig) -> Any:
-        where = "bench.command" if command == "bench" else "recipes.commands.run"
-        commands = importlib.import_module(f"lightning_revlib.{where}")
-        sys.argv = original  # what Lightning starts again for each further device
+        chosen = BUDGET_SWEEP if command == "report" and cfg.budget_sweep else COMMANDS[command]
+        function = chosen.load()
+        sys.argv = original  # the command line that Lightning starts again for each further device
         try:
-            return getattr(commands, COMMANDS[command][0])(cfg)
+            return function(cfg)
         except Exception as error:
-            if traceback or not is_mistake(error):
+            if traceback or not is_user_error(error):
                 raise
-            raise _Mistake(explain(error, command, overrides)) from None
+            raise _UserError(explain(error, command, overrides)) from None
 
-    sys.path.append(here := os.getcwd())  # where `revlib copy` puts modules
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out of Hydra as they were raised
+    sys.path.append(here := os.getcwd())  # the folder into which `revlib copy` writes modules
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra pass errors on as they were raised
     sys.argv = [original[0], *overrides]
     try:
         hydra.main(config_path=CONFIG, config_name=command, version_base="1.3")(task)()
@@ -128,9 +168,15 @@ def _run(command: str, overrides: Sequence[str]) -> None:
 
 
 def _fail(message: str) -> int:
+    """Print an error and return its exit status."""
     print(f"revlib: {message}", file=sys.stderr)
     return 1
 
 
 def _full_error() -> bool:
+    """Return whether the user asked for tracebacks."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

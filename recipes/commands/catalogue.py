@@ -1,4 +1,4 @@
-"""`revlib list` and `revlib copy`: what recipes and experiments there are, and a copy of one to edit."""
+"""Run `revlib list` and `revlib copy`: list recipes, experiments and other options, and copy one to edit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGET = re.compile(
 
 
 def show_list(groups: list[str]) -> None:
-    """Print the options of some groups, of those in GROUPS by default, with a line about each."""
+    """Print the options of the named groups, by default of GROUPS, with a line about each."""
     known = sorted(path.name for path in CONF.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
     for group in groups or GROUPS:
         if group not in known:
@@ -31,7 +31,7 @@ def show_list(groups: list[str]) -> None:
 
 
 def describe(file: Path) -> str:
-    """The first line of a configuration's comment."""
+    """Return the first line of a configuration's comment."""
     lines = [line for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
     return lines[0].removeprefix("# ") if lines else ""
 
@@ -55,8 +55,8 @@ def copy_out(arguments: list[str]) -> None:
     files[folder / group / f"my_{name}.yaml"] = text.replace(
         f"revlib train {group}={name}", f"revlib train --config-dir . {group}=my_{name}"
     )
-    if there := [str(file) for file in files if file.exists()]:
-        raise ValueError(f"{', '.join(there)} exists already; name another folder: revlib copy {name} FOLDER")
+    if existing := [str(file) for file in files if file.exists()]:
+        raise ValueError(f"{', '.join(existing)} exists already; name another folder: revlib copy {name} FOLDER")
     for file, content in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)

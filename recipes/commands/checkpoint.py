@@ -1,4 +1,4 @@
-"""Checkpoints that name the module they belong to, and clear errors for files that are none."""
+"""Checkpoints that name the classes of their module and data, and clear errors for other files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ RECIPE, DATA = "revlib_recipe", "revlib_data"  # the keys under which a checkpoi
 
 
 class SignCheckpoint(L.Callback):
-    """Writes the classes of module and data into checkpoints, so that `revlib eval` need not be told them again."""
+    """Write the classes of module and data into checkpoints, from which `revlib eval` reads them."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the names of both classes to the checkpoint."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        for key, one in ((RECIPE, pl_module), (DATA, data)):
-            checkpoint[key] = f"{type(one).__module__}.{type(one).__qualname__}"
+        for key, named in ((RECIPE, pl_module), (DATA, data)):
+            checkpoint[key] = f"{type(named).__module__}.{type(named).__qualname__}"
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The checkpoint at `path`, on the CPU. Raises ValueError if there is none, or it is none of Lightning's."""
+    """Return the checkpoint at `path` on the CPU; ValueError if the file does not exist or is not Lightning's."""
     file = Path(path)
     if not file.exists():
         raise ValueError(f"ckpt_path={path} does not exist{_hint(file)}")
@@ -32,7 +33,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} is a folder{_hint(file / 'best.ckpt')}")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling fails in as many ways as there are files
+    except Exception as error:  # unpickling raises errors of many types
         raise ValueError(f"ckpt_path={path} is not a checkpoint: torch.load cannot read it") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"ckpt_path={path} is not a Lightning checkpoint: it has no state_dict")
@@ -40,7 +41,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def load_module(cfg: DictConfig) -> L.LightningModule:
-    """The module of `cfg.ckpt_path`, as it was trained."""
+    """Return the module of `cfg.ckpt_path` as it was trained."""
     if OmegaConf.is_missing(cfg, "ckpt_path") or cfg.ckpt_path is None:
         found = sorted(Path(cfg.paths.log_dir).glob("train/runs/*/checkpoints/best.ckpt"))
         example = found[-1] if found else "logs/train/runs/<time>/checkpoints/best.ckpt"
@@ -52,12 +53,12 @@ def load_module(cfg: DictConfig) -> L.LightningModule:
         )
     recipe = _named(checkpoint[RECIPE], cfg)
     if not issubclass(recipe, L.LightningModule):
-        raise ValueError(f"ckpt_path={cfg.ckpt_path} names {checkpoint[RECIPE]}, which is no LightningModule")
+        raise ValueError(f"ckpt_path={cfg.ckpt_path} names {checkpoint[RECIPE]}, which is not a LightningModule")
     return recipe.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
 
 
 def load_data(cfg: DictConfig) -> L.LightningDataModule:
-    """`cfg.data`; where it is not given, the data on which the module of `cfg.ckpt_path` was trained."""
+    """Return `cfg.data` or, if it is null, the data on which the module of `cfg.ckpt_path` was trained."""
     if cfg.get("data") is not None:
         return instantiate(cfg.data)
     name = read(cfg.ckpt_path).get(DATA)
@@ -68,28 +69,28 @@ def load_data(cfg: DictConfig) -> L.LightningDataModule:
 
 
 def _named(name: Any, cfg: DictConfig) -> type:
-    """The class that a checkpoint names; importing executes, and so it is one of ours or one that the user trusts."""
+    """Return the class that a checkpoint names, if it is revlib's or the user trusts it, since an import runs code."""
     trusted = cfg.get("trust") or []
     if not str(name).startswith("lightning_revlib.recipes.") and name not in (
         [trusted] if isinstance(trusted, str) else trusted
     ):
         raise ValueError(
-            f"ckpt_path={cfg.ckpt_path} names the class {name}, which is none of revlib's, and was not imported; if you"
+            f"ckpt_path={cfg.ckpt_path} names the class {name}, which is not revlib's, and was not imported; if you"
             f" trust it, add trust={name}"
         )
     return get_class(str(name))
 
 
 def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, path: str) -> None:
-    """Raise ValueError if a run cannot go on from this checkpoint."""
+    """Raise ValueError if a run cannot resume from this checkpoint."""
     theirs, ours = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
     differing = [f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in theirs | ours if theirs.get(k) != ours.get(k)]
     if differing:
-        raise ValueError(f"ckpt_path={path} was trained with {', '.join(differing)}; set the same to go on from it")
+        raise ValueError(f"ckpt_path={path} was trained with {', '.join(differing)}; set the same to resume from it")
 
 
 def _hint(file: Path) -> str:
-    """The names nearby, if the folder exists."""
+    """Return a hint with similar names in the file's folder, or that the folder does not exist."""
     if not file.parent.is_dir():
         return f"; nor does the folder {file.parent}"
     names = [entry.name for entry in file.parent.iterdir()]

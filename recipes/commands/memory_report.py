@@ -1,11 +1,11 @@
-"""`revlib report`: the activation memory of a recipe as it gets deeper, by three ways to execute it."""
+"""Run `revlib report`: measure the activation memory of a recipe by depth, under three ways to execute it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -15,13 +15,13 @@ from rich.table import Table
 from torch import nn
 
 from lightning_revlib.nn import MemoryMeter, restore, swap
+from lightning_revlib.recipes.display.panel import Bytes
 
 WAYS = ("plain", "checkpointed", "reversible")
-Bytes: TypeAlias = dict[str, tuple[int, int]]  # by way of execution: held after forward, peak in backward
 
 
 class Point(NamedTuple):
-    """What one depth takes."""
+    """The bytes that one depth takes, and its number of reversible steps."""
 
     depth: Any
     steps: int
@@ -30,12 +30,6 @@ class Point(NamedTuple):
 
 def report_memory(cfg: DictConfig) -> None:
     """Measure `cfg.recipe` at each of `cfg.depths` on a batch of zeros; print a table and draw it."""
-    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
-        raise ValueError(f"batch_size={cfg.batch_size}: pass a whole number of 1 or more")
-    if cfg.budget_sweep:
-        from lightning_revlib.bench.command import sweep_recipe
-
-        return sweep_recipe(cfg)
     depths = OmegaConf.to_container(cfg.depths) if OmegaConf.is_list(cfg.depths) else [cfg.depths]
     if not isinstance(depths, list) or not depths:
         raise ValueError(f"depths={cfg.depths}: give one depth or more, such as depths=[2,4,8]")
@@ -51,13 +45,18 @@ def report_memory(cfg: DictConfig) -> None:
 
 
 def build(cfg: DictConfig) -> Any:
-    """The recipe's module, for the images or tokens that `cfg.data` has."""
+    """Build the recipe's module for the images or tokens of `cfg.data`."""
     data = instantiate(cfg.data) if "_target_" in cfg.get("data", {}) else None
     return instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
 
 
-def sample(module: Any, batch_size: int) -> torch.Tensor:
-    """Its `example_input_array`, repeated to a batch."""
+def sample(module: Any, batch_size: Any) -> torch.Tensor:
+    """Return the module's `example_input_array`, repeated to a batch.
+
+    Raises ValueError for a module without one, and for a batch size that is no whole number of 1 or more.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: pass a whole number of 1 or more")
     example = getattr(module, "example_input_array", None)
     if example is None:
         raise ValueError(
@@ -73,10 +72,10 @@ def measure(module: Any, depth: Any, batch_size: int) -> Point:
 
 
 def activations(module: nn.Module, inputs: Any, ways: Sequence[str] = WAYS) -> Bytes:
-    """The bytes of one forward and backward, inputs, parameters and their gradients left out.
+    """Return the bytes of one forward and backward, without inputs, parameters and their gradients.
 
-    It leaves the module in ordinary execution, with gradients and running statistics that mean nothing.
-    Raises ValueError if it has no stack.
+    The module is in ordinary execution afterwards, with gradients and running statistics that mean nothing. Raises
+    ValueError if it has no stack.
     """
     restore(module)
     counts = {path: len(module.get_submodule(path)) for path in swap(module)}  # type: ignore[arg-type]
@@ -103,7 +102,7 @@ def activations(module: nn.Module, inputs: Any, ways: Sequence[str] = WAYS) -> B
 
 def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
     """Write a PNG: bytes held after forward beside the peak in backward, against the number of steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -125,10 +124,12 @@ def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
 
 
 def type_name(cfg: DictConfig) -> str:
+    """Return the name of the recipe's network."""
     return str(cfg.recipe["_target_"]).rpartition(".")[2].removesuffix("Module")
 
 
 def _print(points: Sequence[Point], batch_size: int) -> None:
+    """Print a table with a row for each depth."""
     largest = max(peak for point in points for _, peak in point.bytes.values())
     unit, size = ("MiB", 2**20) if largest >= 10 * 2**20 else ("KiB", 2**10)
     table = Table(title=f"{unit} of activations held / peak in backward, batch of {batch_size}", title_justify="left")

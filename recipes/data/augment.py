@@ -1,4 +1,4 @@
-"""Augmentation of a batch of images on its device, each image in a way of its own."""
+"""Augment a batch of images on its device, with random numbers of its own for each image."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 def jitter(images: Tensor, amount: float) -> Tensor:
-    """Each of the images (B, C, H, W) under an affine map of its own, near the identity.
+    """Transform each of the images (B, C, H, W) by a random affine map near the identity.
 
-    `amount` is the standard deviation of the map's entries, of which 1 is half an image.
+    `amount` is the standard deviation of the map's entries, in units of half an image.
     """
     return _sample(images, torch.eye(2, 3) + amount * torch.randn(len(images), 2, 3), images.shape[-2:])
 
 
 def crop(images: Tensor, padding: int) -> Tensor:
-    """The images shifted by up to `padding` pixels in each direction, with zeros where nothing was."""
+    """Shift each image by up to `padding` pixels in each direction, and fill with zeros."""
     height, width = images.shape[-2:]
     padded = F.pad(images, [padding] * 4)
     top, left = torch.randint(2 * padding + 1, (2, len(images), 1), device=images.device)
@@ -28,13 +28,16 @@ def crop(images: Tensor, padding: int) -> Tensor:
 
 
 def flip(images: Tensor) -> Tensor:
-    """Every second image, at random, with left and right exchanged."""
+    """Exchange left and right in a random half of the images."""
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(chosen, images.flip(-1), images)
 
 
 def resized_crop(images: Tensor, size: int, smallest: float, ratio: float = 4 / 3) -> Tensor:
-    """A rectangle of each image, of `smallest` of its area or more and sides of at most `ratio`, as size x size pixels.
+    """Return a random rectangle of each image as size x size pixels.
+
+    The rectangle has at least the share `smallest` of the image's area, and its sides differ at most by a factor
+    `ratio`.
 
     Going deeper with convolutions, https://arxiv.org/abs/1409.4842.
     """
@@ -46,11 +49,12 @@ def resized_crop(images: Tensor, size: int, smallest: float, ratio: float = 4 / 
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
-    """The middle size x size pixels."""
+    """Return the middle size x size pixels of each image."""
     top, left = ((n - size) // 2 for n in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
 
 
 def _sample(images: Tensor, maps: Tensor, size: torch.Size) -> Tensor:
+    """Sample each image under its affine map (2, 3), to a size."""
     grid = F.affine_grid(maps.to(images), [*images.shape[:2], *size], align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

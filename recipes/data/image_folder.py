@@ -1,4 +1,4 @@
-"""Images in folders, one for each class, as ImageNet is usually kept."""
+"""Images in a folder for each class, the usual form of ImageNet."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ class ImageFolder(ImageData):
 
     >>> data = ImageFolder("imagenet", size=224, smallest=0.08, flip=True, batch_size=256, num_workers=8)
 
-    They are decoded by Pillow when they are needed, and brought to a square of `size` * 8 / 7 pixels, the
-    middle of each; the device takes a random part of it in training and its middle otherwise. With
-    `train` and `val` only, as in ImageNet, `val` is held out, and `validation` images of `train` choose the
-    checkpoint; with all three, `val` does.
+    Pillow decodes each image when it is needed, and resizes its middle to a square of `size` * 8 / 7 pixels. The
+    device takes a random part of the square in training and its middle otherwise. With `train` and `val` only, as in
+    ImageNet, `val` is held out, and `validation` images of `train` choose the checkpoint. With all three folders,
+    `val` chooses it.
 
     Args:
         root: the folder.
-        size: pixels, of height and width.
-        smallest: the least share of an image's area that a random part has; 1 for the middle always.
-
-    Other arguments are `ImageData`'s.
+        size: height and width in pixels.
+        smallest: the least share of an image's area that a random part has; 1 always takes the middle.
+        batch_size, **options: see `ImageData`.
     """
 
     def __init__(
@@ -40,11 +39,12 @@ class ImageFolder(ImageData):
         self.shape, self.root = (3, size, size), Path(root)
         names = sorted(entry.name for entry in self._folder("train").iterdir() if entry.is_dir())
         if len(names) < 2:
-            raise ValueError(f"data.root={root}: train is to have a folder for each class, and has {len(names)}")
+            raise ValueError(f"data.root={root}: train needs a folder for each class, and has {len(names)}")
         self.names, self.classes = names, len(names)
         super().__init__(batch_size, **options)
 
     def load(self) -> dict[str, Labelled]:
+        """List the files of each part."""
         three = all((self.root / part).is_dir() for part in ("val", "test"))
         held_out = "test" if (self.root / "test").is_dir() else "val"
         folders = {"train": "train", "test": held_out} | ({"val": "val"} if three else {})
@@ -55,10 +55,12 @@ class ImageFolder(ImageData):
         return parts
 
     def fit(self, images: Tensor, training: bool) -> Tensor:
+        """Return a random part of each square in training, and its middle otherwise."""
         size, smallest = self.shape[1], self.hparams["smallest"]
         return resized_crop(images, size, smallest) if training and smallest < 1 else center_crop(images, size)
 
     def _folder(self, part: str) -> Path:
+        """Return a part's folder; ValueError if it does not exist."""
         if not (folder := self.root / part).is_dir():
             raise ValueError(
                 f"data.root={self.root} has no folder {part}: put images in {self.root}/train/<class>/ and"
@@ -68,6 +70,8 @@ class ImageFolder(ImageData):
 
 
 class _Files(Dataset[Any]):
+    """The images of a folder, each as a square of `side` pixels."""
+
     def __init__(self, folder: Path, names: list[str], side: int) -> None:
         self.side = side
         self.files = [
@@ -78,7 +82,7 @@ class _Files(Dataset[Any]):
         ]
         if not self.files:
             raise ValueError(
-                f"{folder} has no images in {', '.join(names[:3])}, ...; known are {' '.join(sorted(SUFFIXES))}"
+                f"{folder} has no images in {', '.join(names[:3])}, ...; suffixes are {' '.join(sorted(SUFFIXES))}"
             )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What all image data share: parts that do not overlap, loaders, and augmentation on the device."""
+"""Base of the image data: parts that do not overlap, loaders, and augmentation on the device."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ Labelled: TypeAlias = tuple[Dataset[Any], Tensor]  # images with labels, and all
 
 
 class ImageData(L.LightningDataModule):
-    """Base of the image data: `load` says what there is, this class divides it and serves batches.
+    """Base of the image data: a subclass loads the parts, this class divides them and makes batches.
 
-    Images wait as bytes where they come so, and become numbers in [0, 1] on the device; there, too,
-    they are augmented in training. The held-out part is seen by `test` and `predict` only.
+    Images of bytes stay bytes in memory, and become numbers in [0, 1] on the device, where training images are
+    augmented. Only `test` and `predict` see the held-out part.
 
     Args:
-        batch_size: images a step.
-        validation: so many images of the training part choose the checkpoint instead, all classes in
-            proportion; where the data come with a part for it, that is taken.
-        crop: shift training images by up to so many pixels in each direction.
-        flip: exchange left and right in half of them.
-        jitter: turn, stretch and shift them: the standard deviation of the entries of a random
-            affine map, of which 1 is half an image.
-        augment: a function of a batch of training images of your own, such as a module of kornia.
-        mean, std: of each channel, for images in [0, 1]; they are subtracted and divided by.
-        num_workers: processes that load; 0 is fastest where all images are in memory.
-        split_seed: of the division into parts. Not the run's seed, so that what one run has held
-            out, no other has trained on.
+        batch_size: number of images in a batch.
+        validation: number of training images that choose the checkpoint instead, with all classes in proportion; not
+            used if the data have a part "val".
+        crop: largest shift of training images in each direction, in pixels.
+        flip: exchange left and right in half of the training images.
+        jitter: standard deviation of the entries of a random affine map of training images, in units of half an image.
+        augment: a function of your own from a batch of training images to another, such as a module of kornia.
+        mean, std: of each channel, for images in [0, 1]; the mean is subtracted, then the result is divided by std.
+        num_workers: number of processes that load; 0 is fastest if all images are in memory.
+        split_seed: of the division into parts. It is not the run's seed, so that no run trains on images that another
+            run has held out.
 
     Raises:
-        ValueError: for data that are not there, saying where to get them, or not as they should be.
+        ValueError: for data that do not exist, with the place to get them, or that have another format.
     """
 
     shape: tuple[int, int, int]
@@ -59,24 +58,25 @@ class ImageData(L.LightningDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["augment"])  # the subclass's arguments, too
+        self.save_hyperparameters(ignore=["augment"])  # and the subclass's arguments
         self.augment = augment
         self.parts = {}
         for name, numbers in (("mean", mean), ("std", std)):
-            self.hparams[name] = None if numbers is None else [*map(float, numbers)]  # plain, for the checkpoint
+            self.hparams[name] = None if numbers is None else [*map(float, numbers)]  # plain Python, for the checkpoint
             if numbers is not None and len(numbers) not in (1, self.shape[0]):
                 raise ValueError(f"{name}={list(numbers)}: give one number for each of {self.shape[0]} channels")
 
     @property
     def model_arguments(self) -> dict[str, Any]:
-        """What a network must know of its data."""
+        """Return the arguments of a network that depend on the data."""
         return {"shape": self.shape, "classes": self.classes}
 
     @abstractmethod
     def load(self) -> dict[str, Labelled]:
-        """The parts "train" and "test", and "val" if the data come with one."""
+        """Return the parts "train" and "test", and "val" if the data have one."""
 
     def setup(self, stage: str | None = None) -> None:
+        """Load the parts and put images for validation aside, once."""
         if self.parts:
             return
         parts = self.load()
@@ -86,12 +86,12 @@ class ImageData(L.LightningDataModule):
             parts["train"], parts["val"] = (_take(images, labels, index) for index in (train, val))
         if len(parts["train"][1]) < self.hparams["batch_size"]:
             raise ValueError(
-                f"batch_size={self.hparams['batch_size']}: {len(parts['train'][1])} images are there to train on"
+                f"batch_size={self.hparams['batch_size']}: {len(parts['train'][1])} images are too few to train on"
             )
         self.parts = {name: images for name, (images, _) in parts.items()}
 
     def divide(self, labels: Tensor, size: int, name: str) -> list[Tensor]:
-        """Indices of all labels but `size`, and of these, with all classes in the same proportion."""
+        """Return the indices of all labels but `size`, and of these `size`, with classes in proportion in both."""
         from sklearn.model_selection import train_test_split
 
         classes = len(labels.unique())
@@ -120,11 +120,11 @@ class ImageData(L.LightningDataModule):
         return [images, labels]
 
     def fit(self, images: Tensor, training: bool) -> Tensor:
-        """The images (B, C, H, W) in the size that the network takes; for data that load larger ones."""
+        """Return the images (B, C, H, W) in the network's size; for data that load larger images."""
         return images
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", shuffle=True, drop_last=True)  # a small last batch would upset BatchNorm
+        return self._loader("train", shuffle=True, drop_last=True)  # BatchNorm needs more than a few images
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")
@@ -143,11 +143,12 @@ class ImageData(L.LightningDataModule):
 
 
 def labelled(images: Tensor, labels: Tensor) -> Labelled:
-    """Images (N, C, H, W) and labels (N,) in memory."""
+    """Return images (N, C, H, W) and labels (N,) in memory as a part."""
     return TensorDataset(images, labels), labels
 
 
 def _take(images: Dataset[Any], labels: Tensor, index: Tensor) -> Labelled:
+    """Return the images and labels at an index."""
     if isinstance(images, TensorDataset):
         return TensorDataset(*(tensor[index] for tensor in images.tensors)), labels[index]
     return Subset(images, index.tolist()), labels[index]

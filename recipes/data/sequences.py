@@ -1,4 +1,4 @@
-"""Sequences that are no text: made up to test attention, and images byte by byte."""
+"""Sequences other than text: a synthetic task for attention, and images byte by byte."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_revlib.recipes.data.text import SequenceData
 
 
 class Words(Dataset[list[Tensor]]):
-    """0 w 0 w, w a word of random symbols; with a seed, always the same words.
+    """0 w 0 w, where w is a word of random symbols; a seed gives the same words in each epoch.
 
-    Without, a number drawn anew is the seed: processes that draw the same one still get different words, as the sampler
-    gives them different indices.
+    Without a seed, each word draws one. Processes that draw the same seed still get different words, since their
+    samplers give them different indices.
     """
 
     def __init__(self, count: int, length: int, vocab: int, seed: int | None = None) -> None:
@@ -28,10 +28,10 @@ class Words(Dataset[list[Tensor]]):
         return self.count
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        if index >= self.count:  # what ends a loop over it
+        if index >= self.count:  # ends a loop over the dataset
             raise IndexError(index)
         base = int(torch.randint(2**31, ())) if self.seed is None else self.seed * 10**8
-        generator = torch.Generator().manual_seed(base + index)  # which uses 32 bits
+        generator = torch.Generator().manual_seed(base + index)  # which uses 32 bits of the seed
         word = torch.randint(1, self.vocab, (self.length // 2,), generator=generator)
         word[0] = 0
         half = torch.full_like(word, -100)
@@ -39,7 +39,7 @@ class Words(Dataset[list[Tensor]]):
 
 
 class Duplication(SequenceData):
-    """The Reformer's test of whether attention finds what is far away: 0 w 0 w, of which the second half counts.
+    """The Reformer's test of attention over a distance: 0 w 0 w, of which the second half counts.
 
     >>> data = Duplication(length=256)
     >>> data.setup()
@@ -47,10 +47,11 @@ class Duplication(SequenceData):
 
     Args:
         length: of 0 w 0 w; the paper's is 1,024.
-        vocab: symbols, of which words have all but 0; the paper's are 1 to 127.
-        epoch: steps that make an epoch; words are never the same again.
-        batch_size: words a step.
-        held_out: words of validation and of test.
+        vocab: number of symbols, of which words have all but 0; the paper's words have 1 to 127.
+        epoch: number of steps in an epoch; each epoch has new words.
+        batch_size: number of words in a batch.
+        held_out: number of words of validation and of test.
+        num_workers: number of processes that load.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Duplication(SequenceData):
         self.vocab = vocab
 
     def setup(self, stage: str | None = None) -> None:
+        """Make the parts; validation and test have fixed words."""
         sizes = {"train": self.hparams["epoch"] * self.hparams["batch_size"]}
         sizes |= dict.fromkeys(("val", "test"), self.hparams["held_out"])
         seeds = {"train": None, "val": 1, "test": 2}
@@ -79,7 +81,7 @@ class Duplication(SequenceData):
 
 
 class Images(Dataset[list[Tensor]]):
-    """Images as rows of bytes, out of arrays mapped into memory."""
+    """Images as rows of bytes, from arrays mapped into memory."""
 
     def __init__(self, arrays: list[Any]) -> None:
         self.arrays = arrays
@@ -95,13 +97,15 @@ class Images(Dataset[list[Tensor]]):
 
 
 class ImageNet64(SequenceData):
-    """Images of 64 x 64 pixels, each a sequence of 12,288 bytes: pixel by pixel, red, green and blue.
+    """Images of 64 x 64 pixels, each a sequence of 12,288 bytes: red, green and blue of each pixel.
 
     >>> ImageNet64("data/imagenet64", batch_size=1)
 
     Args:
-        folder: has train*.npy and val*.npy, arrays of uint8, (images, 64, 64, 3).
+        folder: the folder of train*.npy and val*.npy, arrays of uint8, (images, 64, 64, 3).
         size: the images' height and width.
+        batch_size: number of images in a batch.
+        num_workers: number of processes that load.
 
     Raises:
         ValueError: if files are missing or have another shape.
@@ -113,23 +117,25 @@ class ImageNet64(SequenceData):
 
     @property
     def model_arguments(self) -> dict[str, Any]:
+        """Return the arguments of a network that depend on the data."""
         return {"vocab": self.vocab, "length": self.hparams["size"] ** 2 * 3}
 
     def setup(self, stage: str | None = None) -> None:
+        """Map the arrays into memory."""
         folder, size = Path(self.hparams["folder"]).expanduser(), self.hparams["size"]
         for part in ("train", "val"):
             arrays = [np.load(file, mmap_mode="r") for file in sorted(folder.glob(f"{part}*.npy"))]
             if not arrays:
                 raise ValueError(
                     f"data.folder={folder} has no {part}*.npy, arrays of uint8 (images, {size}, {size}, 3). Of the .npz"
-                    " files of downsampled ImageNet, https://image-net.org/download-images, they are made by"
+                    " files of downsampled ImageNet, https://image-net.org/download-images, make them by"
                     " np.save(name, np.load(file)['data'].reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1))"
                 )
             for array in arrays:
                 if array.dtype != np.uint8 or math.prod(array.shape[1:]) != size**2 * 3:
                     raise ValueError(
-                        f"data.folder={folder}: {part} has {array.dtype} of shape {list(array.shape)}, and is to have"
+                        f"data.folder={folder}: {part} has {array.dtype} of shape {list(array.shape)}, and needs"
                         f" uint8 of shape [images, {size}, {size}, 3]"
                     )
             self.parts[part] = Images(arrays)
-        self.parts["test"] = self.parts["val"]  # the published figures are of the validation images
+        self.parts["test"] = self.parts["val"]  # on which the published figures were measured

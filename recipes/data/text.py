@@ -1,7 +1,7 @@
-"""The text on which language models train: bytes, of which each is a token.
+"""Text on which language models train; each byte is a token.
 
 Topics      Python's own manual, 466 kB of English, bundled with Python
-TextFile    a file of one's own, compressed by gzip or not
+TextFile    a file of your own, compressed by gzip or not
 Enwik8      100 MB of Wikipedia, a file to download
 """
 
@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class SequenceData(L.LightningDataModule):
-    """What all data of sequences share. `parts` are set by `setup`.
+    """Base of the data of sequences; `setup` sets `parts`.
 
-    Args of all: `batch_size`, sequences a step, and `num_workers`, processes that load them.
+    All subclasses take `batch_size`, the number of sequences in a batch, and `num_workers`, the number of processes
+    that load them.
     """
 
     vocab = 256
@@ -30,10 +31,11 @@ class SequenceData(L.LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self.parts: dict[str, Dataset[Any]] = {}
-        self.known: dict[str, float] = {}  # what simpler models reach on the held-out part, to compare with
+        self.known: dict[str, float] = {}  # metrics of simpler models on the held-out part, to compare with
 
     @property
     def model_arguments(self) -> dict[str, Any]:
+        """Return the arguments of a network that depend on the data."""
         return {"vocab": self.vocab, "length": self.hparams["length"]}
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -56,10 +58,10 @@ class SequenceData(L.LightningDataModule):
 
 
 class Windows(Dataset[list[Tensor]]):
-    """Pieces of some length out of one row of bytes, one after the other.
+    """Pieces of one length from a row of bytes, one after the other.
 
-    With `shifted`, each begins up to a length later, at random: processes whose random numbers are alike still get
-    different pieces, as the sampler gives them different indices.
+    With `shifted`, each piece begins later by a random number of bytes below the length. Processes that draw the same
+    random numbers still get different pieces, since their samplers give them different indices.
     """
 
     def __init__(self, data: Tensor, length: int, *, shifted: bool = False) -> None:
@@ -72,15 +74,15 @@ class Windows(Dataset[list[Tensor]]):
         if index >= len(self):
             raise IndexError(index)
         start = index * self.length
-        if self.shifted:  # past the end it goes on at the beginning
+        if self.shifted:  # past the end, pieces continue at the beginning
             start = (start + int(torch.randint(self.length, ()))) % (len(self.data) - self.length + 1)
         return [self.data[start : start + self.length].long()]
 
 
 class Text(SequenceData):
-    """Bytes in a row: the first 90 % train, 5 % choose the checkpoint, the last 5 % are held out.
+    """A row of bytes, of which the first 90 % train, 5 % choose the checkpoint and the last 5 % are held out.
 
-    Training shifts each window at random: as many in an epoch as there would be one after the other.
+    Training shifts each window at random; an epoch has as many windows as lie one after the other.
     """
 
     def __init__(self, length: int = 512, batch_size: int = 16, num_workers: int = 0) -> None:
@@ -88,10 +90,11 @@ class Text(SequenceData):
         self.save_hyperparameters()
 
     def read(self) -> Tensor:
-        """All bytes, as uint8."""
+        """Return all bytes as uint8."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
+        """Divide the bytes into windows, once."""
         if self.parts:
             return
         data, length = self.read(), self.hparams["length"]
@@ -116,11 +119,12 @@ class Topics(Text):
     >>> data.setup("fit")
     >>> (tokens,) = next(iter(data.train_dataloader()))     # (16, 512)
 
-    It varies with Python's version: `sha256` tells which text it is, and is logged. `known` has
-    the bits per byte of two simpler models: single bytes by their frequency, and bz2 of the whole text.
+    The text varies with Python's version; `sha256` identifies it and is logged. `known` has the bits per byte of two
+    simpler models: single bytes by their frequency, and bz2 of the whole text.
     """
 
     def read(self) -> Tensor:
+        """Return the manual's bytes."""
         from pydoc_data.topics import topics
 
         text = "\n".join(topics.values()).encode()
@@ -128,6 +132,7 @@ class Topics(Text):
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def setup(self, stage: str | None = None) -> None:
+        """Divide the text, and compute the metrics of simpler models."""
         if self.parts:
             return
         super().setup(stage)
@@ -143,27 +148,28 @@ class Topics(Text):
 
 
 class TextFile(Text):
-    """A file, whatever is in it, byte by byte.
+    """Any file, byte by byte.
 
     >>> TextFile("book.txt", length=1024, batch_size=8)
 
-    It is mapped into memory: a large one costs none. With the suffix .gz it is read and unpacked.
+    The file is mapped into memory, so that a large file takes none. A file with the suffix .gz is read and unpacked.
 
     Raises:
-        ValueError: if there is no such file, or it is too short.
+        ValueError: if the file does not exist, or is too short.
     """
 
-    where = ""  # where to get it from
+    source = ""  # the end of the error if the file does not exist
 
     def __init__(self, path: str, length: int = 512, batch_size: int = 16, num_workers: int = 0) -> None:
         super().__init__(length, batch_size, num_workers)
         self.save_hyperparameters()
 
     def read(self) -> Tensor:
+        """Return the file's bytes."""
         path = Path(self.hparams["path"]).expanduser()
         if not path.is_file():
             zipped = path.with_name(path.name + ".gz")
-            hint = f"; there is {zipped}" if zipped.is_file() else self.where
+            hint = f"; there is {zipped}" if zipped.is_file() else self.source
             raise ValueError(f"data.path={path} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
         if path.suffix == ".zip":
             raise ValueError(f"data.path={path}: unpack it first, or compress it by gzip")
@@ -178,16 +184,15 @@ class TextFile(Text):
 
 
 class Enwik8(TextFile):
-    """The first 10^8 bytes of the English Wikipedia of March 2006; 90, 5 and 5 million are the usual parts.
+    """The first 10^8 bytes of the English Wikipedia of March 2006, in the usual parts of 90, 5 and 5 million.
 
     >>> Enwik8("data/enwik8", length=65536, batch_size=1)
-
-    Also .gz.
     """
 
-    where = "; get it from https://mattmahoney.net/dc/enwik8.zip, and unpack it there"
+    source = "; get it from https://mattmahoney.net/dc/enwik8.zip, and unpack it there"
 
     def setup(self, stage: str | None = None) -> None:
+        """Divide the text; ValueError if its size is not enwik8's."""
         super().setup(stage)
         if self.size != 10**8:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The curves of a training as a PNG beside the table of its metrics."""
+"""Draw the curves of a training as a PNG beside the table of its metrics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ STAGES = ("train", "val", "test")
 
 
 def draw_curves(loggers: Sequence[Any]) -> Path | None:
-    """Write `curves.png` beside `metrics.csv`, if there is one: a field for each metric, a line for each stage."""
-    folder = next((Path(one.log_dir) for one in loggers if isinstance(one, CSVLogger)), None)
+    """Write `curves.png` beside `metrics.csv`, if there is one: an axis for each metric, a line for each stage."""
+    folder = next((Path(logger.log_dir) for logger in loggers if isinstance(logger, CSVLogger)), None)
     curves = read_curves(folder / "metrics.csv") if folder is not None and (folder / "metrics.csv").exists() else {}
     if folder is None or not curves:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
@@ -34,7 +34,7 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
 
 
 def read_curves(table: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """By metric and stage, the points (epoch, value) of a table of Lightning's CSVLogger."""
+    """Return the points (epoch, value) of a table of Lightning's CSVLogger, by metric and stage."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with table.open(newline="") as file:
         for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""The panel with which a command closes: what was found, and where it lies."""
+"""The panel that a command prints at the end: its results, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.recipes.commands.memory_report import Bytes
 
 Row: TypeAlias = tuple[str, str]
+Bytes: TypeAlias = dict[str, tuple[int, int]]  # held after forward and peak in backward, by way of execution
 NAMES = {
     "acc": "accuracy",
     "bpb": "bits per byte",
@@ -43,9 +43,10 @@ def show_training(
     plans: Sequence[str] = (),
     measured: str | None = None,
 ) -> None:
-    """What `revlib train` reports.
+    """Print the results of `revlib train`.
 
-    `found` is measured on one batch, with one forward and backward of each kind; on part of it, if `measured` says so.
+    `found` are the bytes of one forward and backward of each kind on one batch; `measured` is the shape of the part of
+    the batch that was used, None for the whole batch.
     """
     best = best and os.path.relpath(best)
     none, unknown = "none: ordinary autograd rebuilds nothing", "not measured: no callbacks.drift, or on_drift=ignore"
@@ -65,16 +66,18 @@ def show_training(
 
 
 def _tested(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What was measured on the held-out data; the loss only where there is nothing else."""
+    """Return the metrics of the held-out data, with the loss only if it is the only one."""
     tested = {k.removeprefix("test/"): v for k, v in metrics.items() if k.startswith("test/")}
     return {k: v for k, v in tested.items() if k != "loss"} or tested
 
 
 def _format(name: str, value: float) -> str:
+    """Return a metric's value as text."""
     return f"{value:.2%}" if name.startswith("acc") else f"{value:.4g}"
 
 
 def _activations(found: Bytes) -> list[Row]:
+    """Return the rows of activation bytes."""
     pairs = zip(found["plain"], found["reversible"], strict=True)
     return [
         (name, f"{format_bytes(a)} by autograd, {format_bytes(b)} reversible: {a / b:.1f} x less")

@@ -1,4 +1,4 @@
-"""The pictures of `revlib predict`: images, each under a title of its own."""
+"""Draw the pictures of `revlib predict`: images, each under its title."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 def draw(path: str | Path, images: Tensor, titles: Sequence[str], *, heading: str, columns: int = 6) -> Path:
     """Write a PNG of images (N, C, H, W), C 1 or 3, in [0, 1]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed by one command
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
 
     rows, ratio = -(-len(images) // columns), images.shape[3] / images.shape[2]
@@ -31,11 +31,11 @@ def draw(path: str | Path, images: Tensor, titles: Sequence[str], *, heading: st
 
 
 def to_unit(images: Tensor, like: Tensor | None = None) -> Tensor:
-    """Images that were normalised, back in [0, 1] for the eye: by the least and the largest number of `like`."""
+    """Scale normalised images to [0, 1] by the least and the largest number of `like`, by default of the images."""
     low, high = torch.aminmax(images if like is None else like)
     return (images - low) / (high - low).clamp_min(1e-12)
 
 
 def pairs(left: Tensor, right: Tensor) -> Tensor:
-    """Images side by side, with a white line between."""
+    """Join images side by side, with a white line between."""
     return torch.cat([left, left.new_ones(*left.shape[:3], 1), right], dim=3)

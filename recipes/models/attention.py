@@ -1,11 +1,11 @@
-"""Attention of the Reformer: three modules from (B, N, dim) to (B, N, out), by what a token can see.
+"""Attention of the Reformer: three modules from (B, N, dim) to (B, N, out), by the tokens that a token sees.
 
-    FullAttention     everything before it, at a cost that grows with the square of the length
-    LocalAttention    its own chunk and the one before
-    LSHAttention      what is like it, by `lsh_attention`
+    FullAttention     all tokens before it, at a cost that grows with the square of the length
+    LocalAttention    its own chunk and the chunk before
+    LSHAttention      tokens that are like it, by `lsh_attention`
 
-Full and LSH attention share queries and keys, the keys normalised, and their parameters: a model trained with
-one can be run with the other. Reformer, https://arxiv.org/abs/2001.04451.
+In full and LSH attention, keys are the normalised queries, and both have the same parameters: a model trained with one
+can be run with the other. Reformer, https://arxiv.org/abs/2001.04451.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lightning_revlib.recipes.models.lsh import SELF, as_keys, factors, lsh_atte
 
 
 class Attention(nn.Module):
-    """What all three share: projections before and after.
+    """Base of all attention modules, with projections before and after.
 
     Args:
         dim: width of the input.
-        heads: how many.
+        heads: number of heads.
         head_dim: width of a head; default dim / heads.
         out: width of the output; default dim.
         causal: no token sees a later one.
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         ValueError: if `dim` cannot be shared among the heads.
     """
 
-    inputs = 2  # projections: shared queries and keys, and values
+    inputs = 2  # number of projections: shared queries and keys, and values
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, out or dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, dim) -> (B, N, out); `mask` (B, N) is False for padding, which no token sees."""
+        """Map (B, N, dim) to (B, N, out); `mask` (B, N) is False for padding, which no token sees."""
         if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"mask is {mask.dtype} of shape {list(mask.shape)}; pass torch.bool of shape {list(x.shape[:2])},"
@@ -66,16 +66,17 @@ class Attention(nn.Module):
         return self.out(self.attend(*heads, mask=mask).flatten(2))
 
     def attend(self, *heads: Tensor, mask: Tensor | None) -> Tensor:
-        """`inputs` tensors of (B, N, H, d) -> (B, N, H, d), for a subclass to define."""
+        """Map `inputs` tensors of (B, N, H, d) to (B, N, H, d); a subclass defines it."""
         raise NotImplementedError
 
     @property
     def dropped(self) -> float:
+        """Return the probability of dropout in the current mode."""
         return self.dropout if self.training else 0.0
 
 
 class FullAttention(Attention):
-    """Each token sees all before it, itself only if there is no other.
+    """Attention in which a token sees all tokens before it, and itself only if there is no other.
 
     >>> FullAttention(64, heads=4)(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
@@ -97,14 +98,16 @@ class FullAttention(Attention):
 
 
 class LSHAttention(FullAttention):
-    """Each token sees those like it; see `lsh_attention` for `hashes`, `buckets`, `within_bucket` and `duplicates`.
+    """Attention in which a token sees tokens that are like it.
+
+    See `lsh_attention` for `hashes`, `buckets`, `within_bucket` and `duplicates`.
 
     >>> LSHAttention(64, heads=4, hashes=2)(torch.randn(2, 1000, 64)).shape
     torch.Size([2, 1000, 64])
 
     Args:
-        full_below: sequences up to this length get full attention, which is faster there and misses
-            nothing; default two chunks.
+        full_below: sequences up to this length get full attention, which is faster for short sequences and misses no
+            token; default two chunks.
         **options: of `Attention`.
     """
 
@@ -147,13 +150,13 @@ class LSHAttention(FullAttention):
 
 
 class LocalAttention(Attention):
-    """Each token sees its own chunk and the one before, itself included, by queries and keys of their own.
+    """Attention in which a token sees its own chunk and the one before, by separate queries and keys.
 
     >>> LocalAttention(64, heads=4, chunk=32)(torch.randn(2, 1000, 64)).shape
     torch.Size([2, 1000, 64])
 
     Args:
-        chunk: tokens of a chunk; without `causal`, the one after is seen, too.
+        chunk: number of tokens in a chunk; without `causal`, a token sees the chunk after as well.
         **options: of `Attention`.
     """
 
@@ -173,7 +176,7 @@ class LocalAttention(Attention):
         own = torch.arange(1, n + pad + 1, device=q.device).view(1, chunks, m, 1)
         real = own <= n if mask is None else F.pad(mask, (0, pad)).view(b, chunks, m, 1)
         at, real = (_neighbours(t, reach).transpose(2, 3) for t in (own, real))  # (., C, 1, w); zero outside
-        allowed = (real & (at <= own if self.causal else at > 0)) | (at == own)  # padding, too, needs something to see
+        allowed = (real & (at <= own if self.causal else at > 0)) | (at == own)  # a softmax needs a key: itself
         q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, _neighbours(k, reach), _neighbours(v, reach)))
         allowed = allowed.expand(b, -1, -1, -1).flatten(0, 1).unsqueeze(1)  # (B C, 1, m, w)
         y = F.scaled_dot_product_attention(q, k, v, allowed, self.dropped)
@@ -181,7 +184,7 @@ class LocalAttention(Attention):
 
 
 def _neighbours(x: Tensor, reach: tuple[int, int]) -> Tensor:
-    """Chunks (B, C, m, ...) with those before and after, zeros outside: (B, C, w, ...)."""
+    """Join chunks (B, C, m, ...) with the chunks before and after, zeros outside, to (B, C, w, ...)."""
     before, after = reach
     around = F.pad(x, (0, 0) * (x.ndim - 2) + (before, after))
     return torch.cat([around[:, i : i + x.shape[1]] for i in range(1 + before + after)], 2)

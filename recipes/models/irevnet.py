@@ -1,9 +1,9 @@
-"""i-RevNet: an image classifier whose layers lose nothing until the head, so that it can be run backwards.
+"""i-RevNet: an image classifier that is invertible up to its head.
 
     z = stack(pad(psi(x))),  x = psi^-1(unpad(stack^-1(z))),  logits = linear(pool(relu(bn(z))))
 
-i-RevNet: Deep Invertible Networks, https://arxiv.org/abs/1802.07088. A fifth of this file says which
-sizes do not go together, and why.
+i-RevNet: Deep Invertible Networks, https://arxiv.org/abs/1802.07088. A fifth of this file are errors about sizes that
+do not fit together.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lightning_revlib.recipes.tasks.classifier import ImageClassifier, blocks_in
 
 
 class Bottleneck(nn.Module):
-    """F: three 3x3 convolutions, the middle one narrow, with BN-ReLU before each but the network's first.
+    """F: three 3x3 convolutions with a narrow middle, and BN-ReLU before each of them but the network's first.
 
-    With stride 2 its stream has been through psi already: it undoes that on its own input, and
-    convolves with the stride instead.
+    With stride 2, psi has already been applied to the stream. The block undoes psi on its input and convolves with the
+    stride instead.
     """
 
     def __init__(
@@ -54,11 +54,10 @@ class Bottleneck(nn.Module):
 
 
 class SplitPad(nn.Module):
-    """Zero channels that make the first stage as wide as it is asked to be, shared out between both streams.
+    """Zero channels that widen the image to the first stage's width, in equal parts for both streams.
 
-    All of them in the second stream, as the paper's program has it, leaves the first stream to carry
-    the whole image, and trained networks then invert badly in float32. `streams` is 1 where
-    the streams do not lie along the channels.
+    The paper's program puts all zeros into the second stream. The first stream then carries the whole image, and
+    trained networks invert badly in float32. `streams` is 1 if the streams do not divide the channels.
     """
 
     def __init__(self, channels: int, width: int, streams: int) -> None:
@@ -71,12 +70,13 @@ class SplitPad(nn.Module):
         return torch.cat([F.pad(p, (0, 0, 0, 0, 0, self.width - p.shape[1])) for p in parts], dim=1)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Remove the zero channels."""
         parts = y.split(self.width, dim=1)
         return torch.cat([p[:, :n] for p, n in zip(parts, self.channels, strict=True)], dim=1)
 
 
 class IRevNet(nn.Module):
-    """The network alone; by default the paper's for CIFAR, 6.27 M parameters.
+    """The network, by default the paper's for CIFAR with 6.27 M parameters.
 
     >>> net = IRevNet().eval()
     >>> x = torch.randn(2, 3, 32, 32)
@@ -85,20 +85,20 @@ class IRevNet(nn.Module):
 
     Args:
         shape: the images' channels, height and width.
-        classes: how many.
+        classes: number of classes.
         depth: blocks in each stage, as a list, or one number for all stages.
-        channels: of one stream after each stage; a stride of 2 takes four times the stage before.
+        channels: of one stream after each stage; a stride of 2 needs four times those of the stage before.
         strides: of each stage, 1 or 2.
-        initial_psi: patches of this side become channels before the first stage; 0 for none.
-        dropout: probability, in each block.
-        bottleneck: by how much a block's inner convolutions are narrower than its stream.
-        split_dim: 1, the channels, as in the paper, or 2 or 3: the streams are the image's halves
-            in height or width, each with all channels.
+        initial_psi: side of the patches that become channels before the first stage; 0 for none.
+        dropout: probability in each block.
+        bottleneck: ratio of a stream's width to that of its blocks' inner convolutions.
+        split_dim: 1, the channels, as in the paper; or 2 or 3, so that the streams are the image's halves in height or
+            width, each with all channels.
         coupling: of the two streams: a name, or a mapping such as {"name": "momentum", "gamma": 0.9}.
         grid_bits: make the stack exact, see `CoupledSequential`: 12 keeps 4 digits, and inverts bit for bit.
 
     Raises:
-        ValueError: for sizes that do not go together; it says which and why.
+        ValueError: for sizes that do not fit together.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class IRevNet(nn.Module):
             )
         dim = image_dim(split_dim)
         _check_size(shape, initial_psi, strides, dim)
-        streams = 2 if dim == 1 else 1  # how many lie along the channels
+        streams = 2 if dim == 1 else 1  # number of streams along the channels
         seen, width = shape[0] * max(1, initial_psi) ** 2, channels[0] // strides[0] ** 2
         if seen > streams * width:
             raise ValueError(
@@ -156,17 +156,17 @@ class IRevNet(nn.Module):
         )
 
     def forward(self, x: Tensor, *, bijective: bool = False) -> Any:
-        """Logits (B, classes) of images (B, *shape); with `bijective` also z, of which `inverse` makes the images."""
+        """Return logits (B, classes) of images (B, *shape); with `bijective` also z, the input of `inverse`."""
         z = self.stack(self.pad(self.psi(x)))
         return (self.head(z), z) if bijective else self.head(z)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The images of which the stack made z; up to rounding in eval mode, where BatchNorm and dropout are fixed."""
+        """Return the images from the stack's output z, up to rounding, in eval mode."""
         return self.psi.inverse(self.pad.inverse(self.stack.inverse(z)))
 
 
 class IRevNetModule(ImageClassifier):
-    """i-RevNet in training; takes `IRevNet`'s arguments, and `optimizer` and `scheduler` as `ImageClassifier` does.
+    """Train an i-RevNet; takes `IRevNet`'s arguments, and `optimizer` and `scheduler` as `ImageClassifier` does.
 
     >>> trainer = lightning.Trainer(strategy="reversible")
     >>> trainer.fit(IRevNetModule(shape=(1, 8, 8), depth=3), Digits())
@@ -185,19 +185,19 @@ class IRevNetModule(ImageClassifier):
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The class of each image, and by how much its reconstruction by `inverse` is off, relative; images of both.
+        """Return the class of each image and the relative error of its reconstruction by `inverse`.
 
-        The images and their reconstructions are those of the first batch only.
+        The first batch has the images and their reconstructions as well.
         """
         images = batch[0]
         logits, z = self.net(images, bijective=True)
-        again = self.net.inverse(z)
-        error = (again - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1).clamp_min(1e-12)
-        shown = {} if batch_idx else {"images": images.cpu(), "reconstruction": again.cpu()}
-        return {"error": error, "predicted": logits.argmax(1), **shown}
+        reconstruction = self.net.inverse(z)
+        error = (reconstruction - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1).clamp_min(1e-12)
+        first = {} if batch_idx else {"images": images.cpu(), "reconstruction": reconstruction.cpu()}
+        return {"error": error, "predicted": logits.argmax(1), **first}
 
     def present(self, batches: list[dict[str, Tensor]], cfg: Any) -> list[Row]:
-        """Draws images beside what the network's inverse makes of its own output."""
+        """Draw images beside their reconstructions from the network's output, and return the rows to print."""
         error, first = torch.cat([batch["error"] for batch in batches]), batches[0]
         left, right = (first[k][: cfg.images].float() for k in ("images", "reconstruction"))
         path = draw(
@@ -213,6 +213,7 @@ class IRevNetModule(ImageClassifier):
 
 
 def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[int], bottleneck: int) -> None:
+    """Raise ValueError for stages whose sizes do not fit together."""
     if len(blocks) != len(strides) or len(channels) != len(strides):
         raise ValueError(
             f"depth={blocks}, channels={list(channels)} and strides={list(strides)} are to name as many stages each;"
@@ -233,6 +234,7 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
 
 
 def _check_size(shape: Sequence[int], initial_psi: int, strides: Sequence[int], dim: int) -> None:
+    """Raise ValueError for images that the stages cannot divide."""
     if len(shape) != 3 or initial_psi < 0:
         raise ValueError(
             f"shape={list(shape)}, initial_psi={initial_psi}: give (channels, height, width), and 0 or more"

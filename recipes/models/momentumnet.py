@@ -1,10 +1,10 @@
-"""Momentum ResNet: residual networks whose blocks add to a velocity, by which each stage can be run backwards.
+"""Momentum ResNet: residual networks whose blocks add to a velocity, which makes each stage invertible.
 
     x = first(x);  v = 0, or velocity(x);  v <- gamma v + (1 - gamma) f(x), x <- x + v  for the stage's other blocks f
 
-Momentum Residual Neural Networks, https://arxiv.org/abs/2102.07870, of the residual networks of
-https://arxiv.org/abs/1512.03385. The first block of a stage changes the size and stays as it was; the others
-lose their skip connection and last ReLU, or keep both if a trained network is converted.
+Momentum Residual Neural Networks, https://arxiv.org/abs/2102.07870, are made of the residual networks of
+https://arxiv.org/abs/1512.03385. The first block of a stage changes the size and stays an ordinary residual block. The
+other blocks lose their skip connection and last ReLU, or keep both if a trained network is converted.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_revlib.nn import CoupledSequential, get_coupling
-from lightning_revlib.nn.coupling.standard import Momentum
+from lightning_revlib.nn import CoupledSequential, Momentum, get_coupling
 from lightning_revlib.recipes.tasks.base import OptimizerFactory, SchedulerFactory
 from lightning_revlib.recipes.tasks.classifier import ImageClassifier, blocks_in_stages, check_images, image_dim
 
@@ -27,12 +26,12 @@ CouplingOptions: TypeAlias = str | Mapping[str, Any]
 
 
 def basic(seen: int, width: int, out: int, stride: int = 1) -> nn.Sequential:
-    """Two 3x3 convolutions, of networks of depth 18 and 34."""
+    """Build two 3x3 convolutions, the blocks of networks of depth 18 and 34."""
     return nn.Sequential(*_conv(seen, width, 3, stride), nn.ReLU(inplace=True), *_conv(width, out, 3))
 
 
 def bottleneck(seen: int, width: int, out: int, stride: int = 1) -> nn.Sequential:
-    """Three convolutions, the middle one narrow, of deeper networks."""
+    """Build three convolutions with a narrow middle, the blocks of deeper networks."""
     relu = nn.ReLU(inplace=True)
     return nn.Sequential(*_conv(seen, width, 1), relu, *_conv(width, width, 3, stride), relu, *_conv(width, out, 1))
 
@@ -53,8 +52,8 @@ class Stage(nn.Module):
 
     Args:
         first: the block that opens the stage.
-        *others: the blocks of the stack; none is allowed.
-        velocity: a module that makes v0 of the stage's x; None for zero. For the momentum coupling on one stream.
+        *others: the blocks of the stack; there may be none.
+        velocity: a module that computes v0 from the stage's x; None for zero. For the momentum coupling on one stream.
         coupling, **options: of the stack, as in `CoupledSequential`.
     """
 
@@ -68,22 +67,22 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.first, self.velocity = first, velocity
-        one = get_coupling(coupling)
+        resolved = get_coupling(coupling)
         if velocity is not None:
-            if not isinstance(one, Momentum) or options.get("split_dim") is not None:
+            if not isinstance(resolved, Momentum) or options.get("split_dim") is not None:
                 raise ValueError(
                     f"velocity={type(velocity).__name__}, coupling={coupling!r}, split_dim={options.get('split_dim')}:"
                     " only coupling=momentum with split_dim=null starts from a velocity"
                 )
-            one = replace(one, init=velocity)
-        self.stack = CoupledSequential(*others, coupling=one, **options) if others else nn.Identity()
+            resolved = replace(resolved, init=velocity)
+        self.stack = CoupledSequential(*others, coupling=resolved, **options) if others else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stack(self.first(x))
 
 
 class MomentumNet(nn.Module):
-    """The network alone; by default Momentum ResNet-18 for CIFAR-10, 11.2 M parameters.
+    """The network, by default Momentum ResNet-18 for CIFAR-10 with 11.2 M parameters.
 
     >>> net = MomentumNet(depth=101)
     >>> net(torch.randn(2, 3, 32, 32)).shape
@@ -91,22 +90,22 @@ class MomentumNet(nn.Module):
 
     Args:
         shape: the images' channels, height and width.
-        classes: how many.
-        depth: 18, 34, 50, 101 or 152, the published networks; or blocks in each stage, as a list, or as one number
-            below 18 for all stages.
-        width: channels of the first stage's narrow convolutions; each further stage has twice as many.
+        classes: number of classes.
+        depth: 18, 34, 50, 101 or 152, the published networks; or the number of blocks in each stage, as a list, or as
+            one number below 18 for all stages.
+        width: number of channels of the first stage's narrow convolutions; each further stage has twice as many.
         strides: of each stage.
         stem: "cifar", a 3x3 convolution; or "imagenet", 7x7 with stride 2, then max-pooling.
-        wide: blocks of three convolutions, of four times the width outside; None: from depth 50 on.
-        velocity: how v0 is made of a stage's input: None for zero, "learned" for a 1x1 convolution, or a
-            function of the channels that returns a module.
-        split_dim: None, as in the paper: velocity and x are streams of the stage's full width. 1: they are
-            halves of its channels, which makes a RevNet if the coupling is additive; 2, 3: of height or width.
+        wide: blocks have three convolutions, with four times the width outside; None: from depth 50 on.
+        velocity: how v0 is computed from a stage's input: None for zero, "learned" for a 1x1 convolution, or a function
+            from the number of channels to a module.
+        split_dim: None, as in the paper, for streams of the stage's full width. 1 for streams that are halves of its
+            channels, which makes a RevNet if the coupling is additive; 2 or 3 for halves of height or width.
         coupling: of the two streams: a name, or a mapping such as {"name": "momentum", "gamma": 0.9}.
         grid_bits: make the stacks exact, see `CoupledSequential`; not for momentum.
 
     Raises:
-        ValueError: for sizes or options that do not go together.
+        ValueError: for sizes or options that do not fit together.
     """
 
     def __init__(
@@ -136,14 +135,7 @@ class MomentumNet(nn.Module):
         for index, (count, stride) in enumerate(zip(blocks, strides, strict=True)):
             narrow = width * 2**index
             out, size = narrow * expansion, [-(-side // stride) for side in size]
-            stream = torch.Size((1, out, *size))
-            if dim is not None:
-                if stream[dim] % 2:
-                    raise ValueError(
-                        f"split_dim={split_dim}: the images of stage {index} are {out} x {size[0]} x {size[1]}, and"
-                        f" {stream[dim]} cannot be halved; take another split_dim, or null"
-                    )
-                stream = torch.Size(n // 2 if i == dim else n for i, n in enumerate(stream))
+            stream = _stream_shape(index, (out, *size), split_dim)
             branch = get_coupling(coupling).branch_shape(stream)[1]
             same = stride == 1 and seen == out
             first = Residual(
@@ -164,7 +156,7 @@ class MomentumNet(nn.Module):
 
 
 class MomentumNetModule(ImageClassifier):
-    """Momentum ResNet in training; takes `MomentumNet`'s arguments, `optimizer` and `scheduler` as `ImageClassifier`.
+    """Train a Momentum ResNet; takes `MomentumNet`'s arguments, and `optimizer` and `scheduler` of `ImageClassifier`.
 
     >>> trainer = lightning.Trainer(strategy="reversible")
     >>> trainer.fit(MomentumNetModule(shape=(1, 8, 8), depth=3, width=16, strides=(1, 2)), Digits())
@@ -189,19 +181,19 @@ def convert(
     coupling: CouplingOptions = "momentum",
     stages: Sequence[str] = ("layer1", "layer2", "layer3", "layer4"),
 ) -> nn.Module:
-    """Make a Momentum ResNet of a residual network, trained perhaps, with the same parameters, in place.
+    """Make a residual network a Momentum ResNet with the same parameters, in place.
 
     >>> net = convert(torchvision.models.resnet101(weights="DEFAULT"), coupling={"name": "momentum", "gamma": 0.9})
     >>> Trainer(strategy="reversible").fit(ImageClassifier(net, classes=1000), data)
 
-    Blocks are kept whole: with g their function, skip connection and last ReLU included, g(x) - x is what is added
-    to the velocity. The smaller gamma, the nearer is the new network to the old one, and the worse it inverts; it
-    is to be trained on. Parameters stay the same objects in the same order, under new names: `layer1.0` becomes
-    `layer1.first`, `layer1.1` becomes `layer1.stack.0`; load weights before.
+    Blocks are kept whole. If g is a block's function, with its skip connection and last ReLU, g(x) - x is added to the
+    velocity. With a smaller gamma the new network is nearer to the old one and inverts worse, so train it further.
+    Parameters stay the same objects in the same order, under new names: `layer1.0` becomes `layer1.first`, `layer1.1`
+    becomes `layer1.stack.0`. Load weights before.
 
     Raises:
         ValueError: for a stage that the network does not have.
-        TypeError: for a stage that is no nn.Sequential of blocks.
+        TypeError: for a stage that is not an nn.Sequential of blocks.
     """
     for name in stages:
         layer = getattr(resnet, name, None)
@@ -216,11 +208,27 @@ def convert(
     return resnet
 
 
+def _stream_shape(stage: int, image: tuple[int, ...], split_dim: int | None) -> torch.Size:
+    """Return the shape of a stage's stream for images (C, H, W); with a `split_dim` of None they are not halved."""
+    shape = [1, *image]
+    if split_dim is not None:
+        dim = image_dim(split_dim)
+        if shape[dim] % 2:
+            raise ValueError(
+                f"split_dim={split_dim}: the images of stage {stage} are {image[0]} x {image[1]} x {image[2]}, and"
+                f" {shape[dim]} cannot be halved; take another split_dim, or null"
+            )
+        shape[dim] //= 2
+    return torch.Size(shape)
+
+
 def _conv(seen: int, out: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    """Build a convolution without bias, and its batch norm."""
     return nn.Conv2d(seen, out, kernel, stride=stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(out)
 
 
 def _stem(channels: int, width: int, stem: str) -> list[nn.Module]:
+    """Build the layers before the first stage."""
     if stem == "cifar":
         return [*_conv(channels, width, 3), nn.ReLU(inplace=True)]
     if stem == "imagenet":
@@ -229,6 +237,7 @@ def _stem(channels: int, width: int, stem: str) -> list[nn.Module]:
 
 
 def _blocks(depth: int | Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Return the number of blocks in each stage; ValueError for depths that are not possible."""
     if isinstance(depth, int) and depth in DEPTHS:
         blocks = DEPTHS[depth]
     elif isinstance(depth, int) and depth >= min(DEPTHS):
@@ -239,11 +248,14 @@ def _blocks(depth: int | Sequence[int], strides: Sequence[int]) -> list[int]:
     else:
         blocks = blocks_in_stages(depth, len(strides))
     if len(blocks) != len(strides):
-        raise ValueError(f"depth={depth} is {blocks}, one for each stage, and strides={list(strides)} not as many")
+        raise ValueError(
+            f"depth={depth} is {blocks}, one for each stage, and strides={list(strides)} has another number of stages"
+        )
     return blocks
 
 
 def _velocity(velocity: str | Callable[[int], nn.Module] | None, channels: int) -> nn.Module | None:
+    """Build the module that computes a stage's first velocity; None for zero."""
     if velocity is None or callable(velocity):
         return velocity and velocity(channels)
     if velocity != "learned":

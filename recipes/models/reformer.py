@@ -1,8 +1,8 @@
-"""Reformer: a language model whose memory grows neither with its depth nor with the square of its length.
+"""Reformer: a language model whose memory does not grow with its depth, nor with the square of its length.
 
     y1 = x1 + Attention(LayerNorm(x2)),  y2 = x2 + FeedForward(LayerNorm(y1))      one layer: two steps of the stack
 
-Both streams start as the embedded tokens, as wide as the model, and their mean is what is read in the end.
+Both streams start as the embedded tokens, as wide as the model. The head reads the mean of both.
 Reformer: The Efficient Transformer, https://arxiv.org/abs/2001.04451.
 """
 
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Norm(nn.LayerNorm):
-    """Layer normalisation; with `shift`, the second half of the channels are those of the token before."""
+    """Layer normalisation; with `shift`, the second half of the channels come from the token before."""
 
     def __init__(self, width: int, shift: bool) -> None:
         super().__init__(width)
@@ -54,7 +54,7 @@ class AttentionBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers for each token by itself, so that a stack can do the tokens chunk by chunk."""
+    """Two layers that act on each token by itself, so that a stack can run them on chunks of the sequence."""
 
     def __init__(self, width: int, hidden: int, out: int, *, activation: str, shift: bool, dropout: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
 
 
 class AxialPositions(nn.Module):
-    """An embedding of a position's coordinates on a grid: of 65,536 positions, 640 vectors instead of as many.
+    """An embedding of a position's coordinates on a grid: 640 vectors for 65,536 positions.
 
     >>> AxialPositions([256, 256], [32, 32])(1000).shape
     torch.Size([1000, 64])
@@ -84,8 +84,8 @@ class AxialPositions(nn.Module):
         self.axes = nn.ParameterList(0.02 * torch.randn(size, dim) for size, dim in zip(shape, dims, strict=True))
 
     def forward(self, length: int) -> Tensor:
-        """Of the first `length` positions, (length, sum of the axes' widths)."""
-        grid = (-(-length // math.prod(self.shape[1:])), *self.shape[1:])  # as many rows as are needed
+        """Return the embeddings of the first `length` positions, (length, sum of the axes' widths)."""
+        grid = (-(-length // math.prod(self.shape[1:])), *self.shape[1:])  # the rows that the length needs
         parts = []
         for axis, weight in enumerate(self.axes):
             view = [1] * len(grid) + [weight.shape[1]]
@@ -95,7 +95,7 @@ class AxialPositions(nn.Module):
 
 
 class Reformer(nn.Module):
-    """Of tokens (B, N) the logits (B, N, vocab) of each token, given those before it.
+    """A causal language model: logits (B, N, vocab) of each of the tokens (B, N), given the tokens before it.
 
     >>> net = Reformer(length=1024, dim=128, depth=2)
     >>> logits = net(torch.randint(256, (2, 1024)))
@@ -108,25 +108,26 @@ class Reformer(nn.Module):
         depth: layers.
         heads, head_dim: of the attention; default dim / heads.
         ff: width of the feed-forward's hidden layer; default 4 dim.
-        ff_chunks: pieces of the sequence that the feed-forward does one after the other, and in backward holds one
-            at a time; not with `shift`.
-        activation: there, "relu" or "gelu".
-        attention: the layers' kinds, "lsh", "local" or "full", cycled.
+        ff_chunks: number of pieces of the sequence on which the feed-forward runs one after the other, so that backward
+            holds one piece at a time; not with `shift`.
+        activation: of the feed-forward, "relu" or "gelu".
+        attention: the kinds of the layers in turn, "lsh", "local" or "full".
         lsh: options of `LSHAttention`, such as {"hashes": 4, "chunk": 64}.
         local: options of `LocalAttention`.
-        axial: the grid of positions, whose product is at least `length`; default two axes alike if it is long.
+        axial: the grid of positions, whose product is at least `length`; by default one axis up to a length of 1,024,
+            and two of about equal size above.
         axial_dims: the part of `dim` that each axis has; default equal parts.
-        shift: half the channels of what a block sees are those of the token before. Not in the paper, but a
-            small model learns in a third of the time; RWKV, https://arxiv.org/abs/2305.13048.
-        dropout: probability, of embeddings, in feed-forward layers, and of what a block adds.
-        attention_dropout: of attention weights.
+        shift: half the channels of a block's input come from the token before. Not in the paper, but a small model
+            learns in a third of the time; RWKV, https://arxiv.org/abs/2305.13048.
+        dropout: probability for embeddings, feed-forward layers and the blocks' outputs.
+        attention_dropout: probability for attention weights.
         tied: the last layer's weights are the embedding's.
-        split_dim: None, the paper's two streams; 2 halves the width between them.
+        split_dim: None for the paper's two streams of the model's width; 2 for streams of half the width.
         coupling: of the streams: a name, or a mapping such as {"name": "momentum", "gamma": 0.9}.
-        grid_bits: make the stack exact, see `CoupledSequential`: hashes, too, then are in backward as in forward.
+        grid_bits: make the stack exact, see `CoupledSequential`; hashes in backward then equal those in forward.
 
     Raises:
-        ValueError: for sizes that do not go together; it says which and why.
+        ValueError: for sizes that do not fit together.
     """
 
     def __init__(
@@ -181,13 +182,13 @@ class Reformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits of `tokens` (B, N), each from those before it; `mask` (B, N) is False for padding."""
+        """Return the logits of `tokens` (B, N), each from the tokens before; `mask` (B, N) is False for padding."""
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.length:
             raise ValueError(
                 f"tokens of shape {list(tokens.shape)}: pass (batch, length), the length from 1 to {self.length};"
                 " make the model with a larger length for more"
             )
-        x = F.pad(self.embedding(tokens[:, :-1]), (0, 0, 1, 0))  # shifted: the first is told from nothing
+        x = F.pad(self.embedding(tokens[:, :-1]), (0, 0, 1, 0))  # the first token is predicted from zeros
         x = self.dropout(x + self.positions(tokens.shape[1]))
         shifted = None if mask is None else F.pad(mask[:, :-1], (1, 0), value=True)
         calls: list[Any] = [((), {"mask": shifted}), ((), {})]  # attention, feed-forward
@@ -195,7 +196,7 @@ class Reformer(nn.Module):
 
     @contextmanager
     def hashing(self, hashes: int) -> Iterator[None]:
-        """Inside, LSH attention has so many rounds, whatever it was trained with; with 0 it is full attention."""
+        """Run LSH attention with another number of rounds inside the context; 0 is full attention."""
         layers = [m for m in self.modules() if isinstance(m, LSHAttention)]
         before = [(m.hashes, m.full_below) for m in layers]
         for m in layers:
@@ -208,11 +209,13 @@ class Reformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, *, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """`tokens` (B, N) and `count` more, each drawn from the model's distribution given those before it.
+        """Return `tokens` (B, N) and `count` more, each drawn from the model's distribution given the tokens before it.
 
         Args:
-            temperature: below 1 the likely become likelier; 0 takes the likeliest.
-            top_k: draw among so many of the likeliest only.
+            tokens: the beginning, which may have no tokens.
+            count: number of tokens to add.
+            temperature: below 1 makes likely tokens likelier; 0 takes the likeliest token.
+            top_k: draw among this number of the likeliest tokens only; None for all.
         """
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature}, top_k={top_k}: pass 0 or more, and 1 or more or None")
@@ -236,7 +239,7 @@ class Reformer(nn.Module):
 
 
 class ReformerModule(LanguageModel):
-    """Reformer in training; takes `Reformer`'s arguments, and `optimizer` and `scheduler` as `Trained` does.
+    """Train a Reformer; takes `Reformer`'s arguments, and `optimizer` and `scheduler` as `RecipeModule` does.
 
     >>> trainer = lightning.Trainer(strategy="reversible")
     >>> trainer.fit(ReformerModule(length=512, dim=128, depth=2), Topics(length=512))
@@ -244,8 +247,10 @@ class ReformerModule(LanguageModel):
     Arguments are saved with the checkpoint and have to be plain Python: numbers, lists, dictionaries.
 
     Args:
-        test_hashes: numbers of hashes with which the held-out data are tested besides; 0 is full
-            attention. Each gives a metric, such as `test/acc_lsh8`.
+        optimizer, scheduler: see `RecipeModule`.
+        test_hashes: further numbers of hashes with which the held-out data are tested; 0 is full attention. Each gives
+            a metric, such as `test/acc_lsh8`.
+        **net: arguments of `Reformer`.
     """
 
     def __init__(
@@ -276,6 +281,7 @@ class ReformerModule(LanguageModel):
 
 
 def _check_split_dim(split_dim: int | None, dim: int) -> int | None:
+    """Return 2, the width, or None for streams of full width; ValueError for other dimensions."""
     if split_dim is None:
         return None
     if split_dim in (2, -1):
@@ -283,8 +289,8 @@ def _check_split_dim(split_dim: int | None, dim: int) -> int | None:
             raise ValueError(f"split_dim={split_dim}: a width of dim={dim} cannot be halved; take an even one")
         return 2
     why = {
-        0: "the streams would be different texts, each telling about the other",
-        1: "the streams would be the halves of a text, and the first would see the second, which it is to foretell",
+        0: "the streams would be different texts, each of which informs the other",
+        1: "the streams would be the halves of a text, and the first would see the second, which it is to predict",
     }.get(split_dim % 3 if split_dim in (-3, -2) else split_dim, "tokens have the dimensions 0 to 2")
     raise ValueError(
         f"split_dim={split_dim}: {why}; take null (None) for two streams of the model's width, or 2 to halve it"
@@ -292,7 +298,7 @@ def _check_split_dim(split_dim: int | None, dim: int) -> int | None:
 
 
 def _branch(coupling: str | Mapping[str, Any], width: int) -> int:
-    """The width a block has to return."""
+    """Return the width that a block has to return."""
     shape = get_coupling(coupling).branch_shape(torch.Size((2, 3, width)))
     if shape[:2] != (2, 3):
         raise ValueError(
@@ -302,12 +308,15 @@ def _branch(coupling: str | Mapping[str, Any], width: int) -> int:
 
 
 def _check(depth: int, activation: str, attention: Sequence[str], ff_chunks: int, shift: bool) -> None:
+    """Raise ValueError for options that are not possible."""
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth={depth!r}: a Reformer has no stages; pass the number of its layers, 1 or more")
     if ff_chunks < 1:
         raise ValueError(f"ff_chunks={ff_chunks}: pass 1 or more")
     if ff_chunks > 1 and shift:
-        raise ValueError(f"ff_chunks={ff_chunks} with shift=True: tokens need their neighbours then; leave out one")
+        raise ValueError(
+            f"ff_chunks={ff_chunks} with shift=True: with shift a token needs the token before it; leave out one"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
     if isinstance(attention, str) or not attention or set(attention) - set(KINDS):
@@ -317,6 +326,7 @@ def _check(depth: int, activation: str, attention: Sequence[str], ff_chunks: int
 def _grid(
     length: int, dim: int, axial: Sequence[int] | None, axial_dims: Sequence[int] | None
 ) -> tuple[list[int], list[int]]:
+    """Return the axial grid of positions and the width of each axis; ValueError for a grid that does not fit."""
     if axial is None:
         rows = 1 if length <= 1024 else math.isqrt(length)
         axial = [length] if rows == 1 else [rows, -(-length // rows)]

@@ -1,4 +1,4 @@
-"""What all recipes share in training: optimizer and schedule."""
+"""Optimizer and learning rate schedule of all recipes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ OptimizerFactory: TypeAlias = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory: TypeAlias = Callable[..., LRScheduler]
 
 
-class Trained(L.LightningModule):
-    """A LightningModule that gets its optimizer from outside.
+class RecipeModule(L.LightningModule):
+    """Base of the recipes' modules, which get their optimizer and schedule as arguments.
 
     Args:
         optimizer: called with the parameters; default SGD, lr 0.01, momentum 0.9.
-        scheduler: called with the optimizer; default none. One that takes `total_steps`, such as
-            OneCycleLR, is given them and steps with each batch, any other with each epoch.
+        scheduler: called with the optimizer; default none. A scheduler that takes `total_steps`, such as OneCycleLR,
+            gets their number and steps after each batch, any other scheduler after each epoch.
     """
 
     def __init__(self, optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None) -> None:
@@ -39,7 +39,7 @@ class Trained(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
 
     def _planned(self, make: SchedulerFactory, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        """A schedule for all steps of the run; where they have no end, one that needs none."""
+        """Return a schedule for all steps of the run; ValueError if training has no end and the schedule needs one."""
         if not math.isinf(steps := self.trainer.estimated_stepping_batches):
             return make(optimizer, total_steps=int(steps))
         try:
@@ -47,24 +47,24 @@ class Trained(L.LightningModule):
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"max_epochs=-1: training has no end, and the learning rate's schedule needs one ({error}); set"
-                " max_epochs or max_steps, or take a schedule without, such as scheduler=warmup_rsqrt"
+                " max_epochs or max_steps, or take a schedule without an end, such as scheduler=warmup_rsqrt"
             ) from error
 
     def on_train_start(self) -> None:
         steps = self.trainer.estimated_stepping_batches
-        for config in self.trainer.lr_scheduler_configs:  # as restored from a checkpoint, if there is one
+        for config in self.trainer.lr_scheduler_configs:  # restored from the checkpoint of a run that is resumed
             if (planned := getattr(config.scheduler, "total_steps", steps)) < steps:
                 raise ValueError(
                     f"the checkpoint's learning rate was planned for {planned} steps, and this run has {steps}: a cycle"
-                    " cannot be prolonged; keep max_epochs, or train afresh"
+                    " cannot be prolonged; keep max_epochs, or start a new training"
                 )
 
 
 def warmup_rsqrt(optimizer: torch.optim.Optimizer, *, warmup: int, total_steps: int | None = None) -> LambdaLR:
-    """The rate rises to the optimizer's own over `warmup` steps, and falls with the square root of the steps.
+    """Return a schedule that rises to the optimizer's rate over `warmup` steps, then falls with their square root.
 
-    rate(t) = lr min((t + 1) / warmup, sqrt(warmup / (t + 1))). It needs no end, and `total_steps` is not used.
-    Raises ValueError if `warmup` is less than a step.
+    rate(t) = lr min((t + 1) / warmup, sqrt(warmup / (t + 1))). The schedule needs no end and ignores `total_steps`.
+    Raises ValueError if `warmup` is less than 1.
     """
     if warmup < 1:
         raise ValueError(f"warmup={warmup}: pass 1 or more; with 1 the rate falls from the first step")

@@ -1,4 +1,4 @@
-"""What all image classifiers share: loss, accuracy, and what is shown of their predictions."""
+"""Image classifiers: loss, accuracy and the display of predictions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_revlib.recipes.display.panel import Row
 from lightning_revlib.recipes.display.picture import draw, to_unit
-from lightning_revlib.recipes.tasks.base import OptimizerFactory, SchedulerFactory, Trained
+from lightning_revlib.recipes.tasks.base import OptimizerFactory, RecipeModule, SchedulerFactory
 
 
-class ImageClassifier(Trained):
-    """Trains a network from images (B, C, H, W) to logits (B, classes) by cross-entropy.
+class ImageClassifier(RecipeModule):
+    """Train a network from images (B, C, H, W) to logits (B, classes) by cross-entropy.
 
     >>> ImageClassifier(net, classes=10, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
@@ -28,9 +28,9 @@ class ImageClassifier(Trained):
 
     Args:
         net: the network.
-        classes: how many.
-        shape: the images' channels, height and width; `revlib report` makes up a batch of them.
-        optimizer, scheduler: see `Trained`.
+        classes: number of classes.
+        shape: the images' channels, height and width, of which `revlib report` makes a batch.
+        optimizer, scheduler: see `RecipeModule`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImageClassifier(Trained):
         self.net = net
         self.example_input_array = None if shape is None else torch.zeros(1, *shape)
         accuracy = MetricCollection({"acc": MulticlassAccuracy(classes, average="micro")})
-        # "train" itself is a method of every module, and no name for a child
+        # the underscore is needed since "train" is a method of each module
         self.accuracy = nn.ModuleDict({f"{stage}_": accuracy.clone(f"{stage}/") for stage in ("train", "val", "test")})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ class ImageClassifier(Trained):
         self._step(batch, "test")
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The class of each image and its probability; the images, too, of the first batch."""
+        """Return the class of each image and its probability; the first batch has the images as well."""
         probability, predicted = self(batch[0]).softmax(1).max(1)
-        shown = {} if batch_idx else {"images": batch[0].cpu()}
-        return {"label": batch[1], "predicted": predicted, "probability": probability, **shown}
+        first = {} if batch_idx else {"images": batch[0].cpu()}
+        return {"label": batch[1], "predicted": predicted, "probability": probability, **first}
 
     def present(self, batches: list[dict[str, Tensor]], cfg: Any) -> list[Row]:
-        """What `revlib predict` does with all `predict_step` has returned: a table, a picture, and lines to print."""
+        """Write the table and the picture of `revlib predict`, and return the rows to print."""
         label, predicted, probability = (
             torch.cat([b[k] for b in batches]).tolist() for k in ("label", "predicted", "probability")
         )
@@ -102,7 +102,7 @@ class ImageClassifier(Trained):
 
 
 def check_images(net: Mapping[str, Any]) -> None:
-    """Raises ValueError if a network's arguments are those of sequences of tokens."""
+    """Raise ValueError if a network's arguments are those of sequences of tokens."""
     if tokens := sorted({"vocab", "length"} & set(net)):
         raise ValueError(
             f"{', '.join(tokens)}: the data are sequences of tokens, and this network works on images; take"
@@ -111,18 +111,20 @@ def check_images(net: Mapping[str, Any]) -> None:
 
 
 def blocks_in_stages(depth: int | Sequence[int], stages: int) -> list[int]:
-    """As `depth` lists them, or one number for all stages. Raises ValueError for what is no number of blocks."""
+    """Return the number of blocks in each stage, from a list or one number for all; ValueError for other depths."""
     blocks = list(depth) if isinstance(depth, Sequence) and not isinstance(depth, str) else [depth] * stages
     if any(not isinstance(count, int) or count < 1 for count in blocks):
-        raise ValueError(f"depth={depth!r}: each stage needs a block or more; pass how many, an int or a list of them")
+        raise ValueError(
+            f"depth={depth!r}: each stage needs a block or more; pass their number, an int or a list of ints"
+        )
     return blocks
 
 
 def image_dim(split_dim: int) -> int:
-    """The dimension 1, 2 or 3 of an image batch along which streams may divide it; ValueError for others."""
+    """Return the dimension 1, 2 or 3 along which streams divide an image batch; ValueError for other dimensions."""
     if split_dim in (1, 2, 3, -1, -2, -3):
         return split_dim % 4
-    why = "the streams would be different images, each changing how the others are classified"
+    why = "the streams would be different images, each of which changes how the others are classified"
     raise ValueError(
         f"split_dim={split_dim}: {why if split_dim in (0, -4) else 'an image batch has the dimensions 0 to 3'};"
         " take 1 (channels), 2 (height) or 3 (width)"

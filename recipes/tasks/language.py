@@ -1,4 +1,4 @@
-"""What language models share: loss, bits per byte, and the text that they write."""
+"""Language models: loss, bits per byte and generated text."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_revlib.recipes.display.panel import Row
-from lightning_revlib.recipes.tasks.base import OptimizerFactory, SchedulerFactory, Trained
+from lightning_revlib.recipes.tasks.base import OptimizerFactory, RecipeModule, SchedulerFactory
 
 
-class LanguageModel(Trained):
-    """Trains a network from tokens (B, N) to logits (B, N, vocab), each of a token given those before it.
+class LanguageModel(RecipeModule):
+    """Train a network from tokens (B, N) to logits (B, N, vocab), each given the tokens before it.
 
     >>> LanguageModel(Reformer(length=256, dim=64, depth=2), optimizer=partial(torch.optim.AdamW, lr=3e-3))
 
-    A batch is a list of the tokens, and of the targets where they differ from them: -100 is not
-    counted. Logs `loss` in nats, `bpb` in bits per token (per byte, if bytes are the tokens), and `acc`.
+    A batch is a list of the tokens and, if they differ from the tokens, of the targets. A target of -100 is not
+    counted. Logs `loss` in nats, `bpb` in bits per token (per byte, if tokens are bytes), and `acc`.
 
     Args:
-        net: the network; it says its `vocab`, and `generate`s.
-        optimizer, scheduler: see `Trained`.
+        net: the network, with an attribute `vocab` and a method `generate`.
+        optimizer, scheduler: see `RecipeModule`.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class LanguageModel(Trained):
         self.log_dict(known, on_step=False, on_epoch=True, sync_dist=True)
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """The tokens of the first batch, for `present` to go on from."""
+        """Return the tokens of the first batch, from which `present` takes the beginning of the text."""
         return batch[0][: 0 if batch_idx else None].cpu()
 
     def present(self, batches: list[Tensor], cfg: Any) -> list[Row]:
-        """What `revlib predict` prints: text written from `prompt`, or else from the beginning of held-out text."""
+        """Return the rows to print: text that continues `prompt`, or the beginning of held-out text if it is null."""
         prompt = cfg.get("prompt")
         tokens = batches[0][:1, :64] if prompt is None else torch.tensor([list(str(prompt).encode())]).long()
         if int(tokens.max() if tokens.numel() else 0) >= self.net.vocab:
@@ -72,10 +72,10 @@ class LanguageModel(Trained):
 
     @staticmethod
     def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-        """The share of the targets that count which the logits put first."""
+        """Return the share of the counted targets that have the largest logit."""
         return (logits.argmax(-1) == targets).sum() / (targets != -100).sum()
 
 
 def as_text(tokens: Tensor) -> str:
-    """Bytes as text, what is none marked."""
+    """Return bytes as text, with a mark for each byte that is none."""
     return bytes(tokens.clamp(0, 255).tolist()).decode("utf-8", errors="replace")

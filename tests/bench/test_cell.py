@@ -1,4 +1,4 @@
-"""Every workload with every contestant, tiny: it builds, and computes ordinary autograd's gradients."""
+"""Every contestant on every workload, at tiny sizes, computes the gradients of ordinary autograd or says why not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_revlib.nn import CoupledSequential
 
 TINY = {"mlp": Size(4, 32, 64), "irevnet": Size(4, 8, 2), "reformer": Size(4, 16, 1)}
 CPU = torch.device("cpu")
-# MemCNN does not draw the same numbers again; selective checkpointing keeps products that LSH then changes in place
+# MemCNN does not draw the same numbers again. Selective checkpointing stores products that LSH changes in place later.
 WRONG = {"reformer": {"MemCNN", "checkpoint, selective"}}
 
 

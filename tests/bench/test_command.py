@@ -50,13 +50,13 @@ def test_missing_peers_are_listed(folder, monkeypatch):
     assert "- not installed: RevLib" in text and "RevLib: not installed" in text
 
 
-def test_what_is_done_is_kept_if_the_rest_is_given_up(folder, monkeypatch):
-    def given_up(workload, size, *args, **options):
+def test_an_interrupted_run_keeps_its_cells(folder, monkeypatch):
+    def interrupted(workload, size, *args, **options):
         if size.depth == 8:
             raise KeyboardInterrupt
         return cell(workload, size, *args, **options)
 
-    monkeypatch.setattr(command, "cell", given_up)
+    monkeypatch.setattr(command, "cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["bench", *TINY, "depths=[4,8]", "contestants=[plain]", "seconds=0"])
     assert "### mlp, depth 4, width 8" in (folder / "bench.md").read_text()
@@ -91,7 +91,7 @@ def test_a_sweep_of_budgets_writes_tables_and_a_picture(folder, capsys):
 
 
 def test_a_sweep_is_never_over_its_budgets_and_never_does_more_work():
-    curve = sweep.of_workload(WORKLOADS["transformer"], Size(8, 16, 2), torch.device("cpu"), 4, 0, 0)
+    curve = sweep.of_workload(WORKLOADS["transformer"], Size(8, 16, 2), torch.device("cpu"), 3, 0, 0)
     for point in curve.points:
         assert point.fits and point.row.right
         assert point.fewest is None or point.row.flops <= point.fewest.flops
@@ -108,7 +108,7 @@ def test_a_recipe_can_be_swept(folder, monkeypatch, capsys):
 
 
 def test_a_budget_is_shared_by_the_stacks_of_a_model():
-    model = nn.Sequential(WORKLOADS["mlp"].stack(Size(6, 16, 0)), nn.Tanh(), WORKLOADS["mlp"].stack(Size(6, 16, 0)))
+    model = nn.Sequential(WORKLOADS["mlp"].stack(Size(4, 16, 0)), nn.Tanh(), WORKLOADS["mlp"].stack(Size(4, 16, 0)))
     curve = sweep.sweep("two", model, torch.randn(64, 32, requires_grad=True), budgets=2, seconds=0)
     assert all(point.fits and point.row.right for point in curve.points)
     with pytest.raises(ValueError, match="two has no stack"):
@@ -118,19 +118,22 @@ def test_a_budget_is_shared_by_the_stacks_of_a_model():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["workloads=mpl"], "workloads=['mpl']: there is no such; take some of mlp, conv"),
+        (["workloads=mpl"], "workloads=['mpl']: unknown; take some of mlp, conv"),
         (["contestants=[plain,other]"], "contestants=['other']"),
         (["device=tpu"], "device=tpu: take auto, cpu or cuda"),
         (["depths=0"], "depths=0: pass whole numbers of 1 or more"),
         (["sweep=true", "budgets=1", "depths=4"], "budgets=1: pass 2 or more"),
         (["threads=0"], "threads=0: pass whole numbers of 1 or more"),
-        (["workloads=transformer", "widths=66"], "widths=66: its 4 heads are to be equally wide; take a multiple of 4"),
-        (["workloads=reformer", "widths=66"], "widths=66: its 4 heads"),
-        (["workloads=irevnet", "widths=3"], "widths=3: i-RevNet's blocks have a quarter of it inside; take 4 or more"),
+        (["workloads=transformer", "widths=66"], "widths=66: 4 heads need a multiple of 4"),
+        (["workloads=reformer", "widths=66"], "widths=66: 4 heads"),
+        (
+            ["workloads=irevnet", "widths=3"],
+            "widths=3: i-RevNet's inner convolutions have a quarter of the width; pass 4 or more",
+        ),
         (["seconds=-1"], "seconds=-1: pass 0 or more"),
     ],
 )
-def test_mistakes_are_named(given, said, capsys):
+def test_errors_name_key_value_and_way_out(given, said, capsys):
     assert main(["bench", *TINY[:1], *given, "hydra.run.dir=out"]) == 1
     assert said in capsys.readouterr().err
 

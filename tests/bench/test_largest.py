@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_revlib.bench import largest
 from lightning_revlib.bench.largest import most, read_limit
 from lightning_revlib.cli.main import main
 
@@ -26,12 +25,11 @@ def test_the_largest_number_is_found_to_a_sixteenth(right: int, weights: int, en
 
 def test_reversible_stacks_fit_more(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(largest, "SHOWN", [c for c in largest.SHOWN if "checkpoint" not in c.name])
-    assert (
-        main(["bench", "largest=2MiB", "device=cpu", "widths=32", "depths=2", "lengths=512", "hydra.run.dir=out"]) == 0
-    )
+    compared = "contestants=[plain,lightning_revlib,'lightning_revlib, feed-forward in 4 chunks']"
+    sizes = ["device=cpu", "widths=16", "depths=2", "lengths=128", "hydra.run.dir=out"]
+    assert main(["bench", "largest=512KiB", compared, *sizes]) == 0
     text = (tmp_path / "out" / "largest.md").read_text()
-    assert "The largest in 2.0 MiB, width 32" in capsys.readouterr().out
+    assert "The largest in 512.0 KiB, width 16" in capsys.readouterr().out
     rows = {r.split("|")[1].strip(): [int(n.replace(",", "")) for n in r.split("|")[2:4]] for r in _lines(text)}
     plain, ours = rows["plain"], rows["lightning_revlib"]
     assert ours[0] > 3 * plain[0] and ours[1] > plain[1] > 0
@@ -41,9 +39,9 @@ def test_reversible_stacks_fit_more(tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("asked", "column"), [("lengths=64", "blocks, of 64 tokens"), ("depths=2", "tokens, in 2 blocks")]
 )
-def test_what_is_not_asked_for_is_not_sought(tmp_path, monkeypatch, asked, column) -> None:
-    monkeypatch.setattr(largest, "SHOWN", largest.SHOWN[:1])
-    assert main(["bench", "largest=512KiB", "device=cpu", "widths=16", asked, f"hydra.run.dir={tmp_path}"]) == 0
+def test_only_the_named_size_is_searched(tmp_path, asked, column) -> None:
+    sizes = ["largest=128KiB", "device=cpu", "widths=16", "contestants=plain", f"hydra.run.dir={tmp_path}"]
+    assert main(["bench", *sizes, asked]) == 0
     assert f"|  | {column} |" in (tmp_path / "largest.md").read_text()
 
 

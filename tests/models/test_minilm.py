@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_sentence_embeddings_and_drift() -> None:
-    from benchmarks import minilm
+    from lightning_revlib.bench.studies import minilm
 
     model, tokenizer = minilm.load()
     texts = [topic[0] for topic in minilm.sentences() if topic][:16]
@@ -35,7 +35,7 @@ def test_sentence_embeddings_and_drift() -> None:
 
 def test_fine_tuning_lowers_the_loss_as_the_originals() -> None:
     """One batch, six steps, without dropout; the benchmark has many batches and what is held out."""
-    from benchmarks import minilm
+    from lightning_revlib.bench.studies import minilm
 
     texts = [sentence for topic in minilm.sentences() for sentence in topic][:16]
     losses: dict[str, list[float]] = {}

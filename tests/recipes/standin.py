@@ -1,4 +1,4 @@
-"""Small data of the right shape in the formats in which the large ones are published."""
+"""Write small data of the right shape in the formats of the published ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def idx(folder, train=40, test=20, size=28, compressed=True):
 
 
 def cifar(folder, classes=10, binary=False, each=1):
-    """`each` images of each class in each file."""
+    """Write `each` images of each class into each file."""
     folder.mkdir(parents=True, exist_ok=True)
     few = {10: [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], 100: ["train", "test"]}[classes]
     for name in few:
@@ -57,7 +57,7 @@ def _labels(count, classes):
 
 
 def large(folder, size):
-    """A file of so many bytes that takes no space."""
+    """Write a file of `size` bytes that takes no space on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "file").open("wb") as file:
         file.truncate(size)
@@ -65,7 +65,7 @@ def large(folder, size):
 
 
 def arrays(folder, size):
-    """Images in the arrays that `ImageNet64` reads."""
+    """Write images in the arrays that `ImageNet64` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "val"):
         np.save(folder / f"{part}.npy", RANDOM.integers(0, 256, (8, size, size, 3), dtype=np.uint8))

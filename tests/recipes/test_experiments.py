@@ -1,4 +1,4 @@
-"""Every experiment runs: two steps on data of the right shape, validation, test and the panel; and as published."""
+"""Every experiment runs: two steps on small data of the right shape, validation, test and prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_revlib.cli.main import main
 from tests.recipes import standin
 
 EXPERIMENTS = sorted(path.stem for path in (Path(conf.__file__).parent / "experiment").glob("*.yaml"))
-# what stands in for data that are not bundled, in a folder
+# small data in place of those that are not bundled, in a folder
 STANDIN = {
     "irevnet_fashion_mnist": lambda folder: [f"data.root={standin.idx(folder)}", "data.validation=10"],
     "irevnet_cifar10": lambda folder: [f"data.root={standin.cifar(folder)}", "data.validation=10"],
@@ -26,15 +26,21 @@ STANDIN = {
         "data.num_workers=0",
     ],
 }
-SHALLOW = {
+SMALL = {  # published sizes are instantiated in tests/conf, and run by the slow tests below
     "irevnet_cifar10": ["depth=1"],
-    "momentumnet_cifar10": ["depth=[1,2,1,2]"],
-    "momentumnet_cifar100": ["depth=[1,2,1,2]"],
-    "irevnet_imagenet": ["depth=1", "data.batch_size=2"],
+    "momentumnet_cifar10": ["depth=[1,2,1,2]", "recipe.width=8", "recipe.wide=true"],
+    "momentumnet_cifar100": ["depth=[1,2,1,2]", "recipe.width=8", "recipe.wide=true"],
+    "irevnet_imagenet": ["depth=1", "data.batch_size=2", "data.size=64", "recipe.bottleneck=16"],
     "reformer_duplication": ["data.length=256", "data.held_out=4"],
-    "reformer_enwik8": ["depth=3", "data.length=600", "data.batch_size=1", "trainer.val_check_interval=1"],
-    "reformer_imagenet64": ["depth=1", "data.batch_size=1", "trainer.val_check_interval=1"],
-}
+    "reformer_enwik8": [
+        "depth=3", "data.length=600", "data.batch_size=1", "trainer.val_check_interval=1", "recipe.dim=96",
+        "recipe.ff=64", "recipe.axial_dims=[32,64]",
+    ],
+    "reformer_imagenet64": [
+        "depth=1", "data.batch_size=1", "trainer.val_check_interval=1", "recipe.dim=96", "recipe.ff=64",
+        "recipe.axial_dims=[32,32,32]",
+    ],
+}  # fmt: skip
 SHORT = [
     "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1",
     "+trainer.limit_test_batches=1", "data.batch_size=4", "logger=csv", "hydra.run.dir=run",
@@ -49,20 +55,22 @@ def two_steps(experiment, tmp_path, monkeypatch, *more):
         rows = list(csv.DictReader(file))
     assert any(row["test/loss"] for row in rows) and max(int(row["step"]) for row in rows) == 2
     for checkpoint in tmp_path.glob("run/checkpoints/best.ckpt"):
-        assert main(["predict", f"ckpt_path={checkpoint}", "+trainer.limit_predict_batches=1"]) == 0
+        short = ["+trainer.limit_predict_batches=1", "count=4"]  # a language model writes token by token
+        assert main(["predict", f"ckpt_path={checkpoint}", *short]) == 0
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_two_steps(experiment, tmp_path, monkeypatch):
-    two_steps(experiment, tmp_path, monkeypatch, *SHALLOW.get(experiment, []))
+    two_steps(experiment, tmp_path, monkeypatch, *SMALL.get(experiment, []))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", SHALLOW)
+@pytest.mark.parametrize("experiment", SMALL)
 def test_two_steps_as_deep_as_published(experiment, tmp_path, monkeypatch):
     two_steps(experiment, tmp_path, monkeypatch, "~callbacks.checkpoint", "+trainer.enable_checkpointing=false")
 
 
 def test_the_injective_network_for_imagenet(tmp_path, monkeypatch):
     wider = ["recipe.channels=[32,128,512,2048]", "depth=1", "data.size=64", "data.batch_size=2"]
+    wider += ["recipe.bottleneck=16"]
     two_steps("irevnet_imagenet", tmp_path, monkeypatch, *wider)

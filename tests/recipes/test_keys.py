@@ -1,4 +1,4 @@
-"""State-dict keys of all recipes: equal, and in order, before, during and after a reversible run."""
+"""State-dict keys of all recipes, which are equal and in order before, during and after a reversible run."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
-"""The drift of each coupling: relative error of the input as backward rebuilds it, by depth.
+"""Measure the drift of each coupling by depth: the relative error of the input that backward rebuilds.
 
-    python benchmarks/drift.py
+    revlib bench study=drift
 
-Blocks are LayerNorm, Linear, GELU, Linear, untrained, of width 64 on 256 samples; streams are float32.
-`bf16` has blocks in bfloat16 autocast and `bf16 streams` the streams, too.
+Blocks are LayerNorm, Linear, GELU, Linear, untrained, of width 64 on 256 samples. Streams are float32. `bf16` runs
+blocks in bfloat16 autocast, and `bf16 streams` has streams in bfloat16 as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-import lightning_revlib as revlib
+from lightning_revlib.nn import ReversibleSequential
 
 COUPLINGS: dict[str, dict[str, Any]] = {
     "additive": {},
@@ -30,27 +31,24 @@ COUPLINGS: dict[str, dict[str, Any]] = {
     "scaled(0.9)": {"coupling": "scaled"},
     "bdia, grid_bits=12": {"coupling": "bdia", "grid_bits": 12},
 }
-DEPTHS = (6, 24, 96)
 
 
 def block(width: int, out: int) -> nn.Module:
+    """Build a pre-norm feed-forward block."""
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, out))
 
 
-def main() -> None:
-    print("| drift | " + " | ".join(f"depth {d}" for d in DEPTHS) + " |\n" + "|---" * (len(DEPTHS) + 1) + "|")
+def main(*, depths: Sequence[int] = (6, 24, 96), seed: int = 0) -> None:
+    """Print a table of drifts, a row for each coupling and a column for each depth."""
+    print("| drift | " + " | ".join(f"depth {d}" for d in depths) + " |\n" + "|---" * (len(depths) + 1) + "|")
     for name, options in COUPLINGS.items():
         cells = []
-        for depth in DEPTHS:
-            torch.manual_seed(0)
+        for depth in depths:
+            torch.manual_seed(seed)
             blocks = [block(64, 128 if name == "affine" else 64) for _ in range(depth)]
-            stack, x = revlib.ReversibleSequential(*blocks, **options), torch.randn(256, 128)
+            stack, x = ReversibleSequential(*blocks, **options), torch.randn(256, 128)
             with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in name):
                 y = stack(x)
             y.square().mean().backward()
             cells.append(f"{stack.drift:.0e}")
         print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-if __name__ == "__main__":
-    main()

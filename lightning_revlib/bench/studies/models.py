@@ -1,42 +1,47 @@
-"""Activation bytes of models of several families, before and after the swap, at three depths.
+"""Count activation bytes of models of several families before and after the swap, by depth.
 
-    python -m benchmarks.models
+    revlib bench study=models            # in a checkout of the repository
 
-The models are those of `tests/models`: the real classes at small random sizes. Held after forward / peak in backward.
+The models are those of `tests/models`: the real classes at small random sizes. Cells are the bytes held after forward /
+the peak in backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-import lightning_revlib as revlib
+from lightning_revlib.bench.studies import from_checkout
+from lightning_revlib.nn import MemoryMeter, swap
 from lightning_revlib.nn.meter import format_bytes
-from tests.models.test_bert import BERT
-from tests.models.test_gpt2 import GPT2
-from tests.models.test_llama import LLAMA
-from tests.models.test_resnet import FAMILIES as RESNETS
-from tests.models.test_transformer import FAMILIES as TRANSFORMERS
-from tests.models.test_vit import VIT
-
-FAMILIES = {
-    "GPT-2": GPT2, "Llama": LLAMA, "BERT": BERT, "ViT": VIT,
-    **{f"ResNet, {name}": family for name, family in RESNETS.items()},
-    **{f"nn.Transformer {name}": family for name, family in TRANSFORMERS.items()},
-}  # fmt: skip
 
 
-def main() -> None:
-    print("| | " + " | ".join(f"depth {d}" for d in (4, 8, 16)) + " |\n|---|---|---|---|")
-    for name, family in FAMILIES.items():
+def families() -> dict[str, Any]:
+    """Return the families of models by name."""
+    single = {"GPT-2": ("gpt2", "GPT2"), "Llama": ("llama", "LLAMA"), "BERT": ("bert", "BERT"), "ViT": ("vit", "VIT")}
+    found = {name: getattr(from_checkout(f"models.test_{file}"), family) for name, (file, family) in single.items()}
+    for name, file in (("ResNet,", "resnet"), ("nn.Transformer", "transformer")):
+        several = from_checkout(f"models.test_{file}").FAMILIES
+        found.update({f"{name} {kind}": family for kind, family in several.items()})
+    return found
+
+
+def main(*, depths: Sequence[int] = (4, 8, 16), threads: int = 1) -> None:
+    """Print two rows for each family, before and after the swap, and a column for each depth."""
+    torch.set_num_threads(threads)
+    print("| | " + " | ".join(f"depth {d}" for d in depths) + " |\n" + "|---" * (len(depths) + 1) + "|")
+    for name, family in families().items():
         rows: dict[str, list[str]] = {"before": [], "after": []}
-        for depth in (4, 8, 16):
+        for depth in depths:
             model, batch = family.model(depth), family.batch()
             for when, cells in rows.items():
                 if when == "after":
-                    revlib.swap(model, family.targets(coupling="midpoint"))
+                    swap(model, family.targets(coupling="midpoint"))
                 for parameter in model.parameters():
                     parameter.grad = torch.zeros_like(parameter)
-                with revlib.MemoryMeter() as meter:
+                with MemoryMeter() as meter:
                     loss = family.loss(model, batch)
                     held = meter.live
                     meter.reset_peak()
@@ -44,8 +49,3 @@ def main() -> None:
                     cells.append(f"{format_bytes(held)} / {format_bytes(meter.peak)}")
         for when, cells in rows.items():
             print(f"| {name}, {when} | " + " | ".join(cells) + " |")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -1,4 +1,4 @@
-"""The image data: real where they are bundled, divided once and for all, and read from the formats they come in."""
+"""The image data: bundled ones, their division into parts, and the formats in which data are published."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_options_that_do_not_go_together(tmp_path):
     folder = str(standin.idx(tmp_path))
     with pytest.raises(ValueError, match="validation=9: of 40 images of 10 classes, 10 to 30 can be put aside"):
         FashionMNIST(folder, validation=9).setup()
-    with pytest.raises(ValueError, match="batch_size=64: 30 images are there to train on"):
+    with pytest.raises(ValueError, match="batch_size=64: 30 images are too few to train on"):
         FashionMNIST(folder, validation=10).setup()
     with pytest.raises(ValueError, match=r"mean=\[0.1, 0.2\]: give one number for each of 1 channels"):
         FashionMNIST(folder, mean=[0.1, 0.2])

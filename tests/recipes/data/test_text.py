@@ -1,4 +1,4 @@
-"""Text: divided once and for all, mapped into memory; and sequences that are none."""
+"""Text, divided into parts and mapped into memory, and other sequences."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_images_are_bytes_pixel_by_pixel(tmp_path):
         (lambda folder: Enwik8(str(folder / "short"), length=10), "has 1000 bytes, and enwik8 100000000"),
         (lambda folder: Duplication(length=7), "length=7, vocab=128: pass an even length"),
         (lambda folder: ImageNet64(str(folder / "none")), r"has no train\*.npy, arrays of uint8 \(images, 64, 64, 3\)"),
-        (lambda folder: ImageNet64(str(folder)), r"train has float64 of shape \[2, 64, 64, 3\], and is to have uint8"),
+        (lambda folder: ImageNet64(str(folder)), r"train has float64 of shape \[2, 64, 64, 3\], and needs uint8"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(make, message, tmp_path):

@@ -1,4 +1,4 @@
-"""Residual networks as in https://arxiv.org/abs/1512.03385, to compare with: table 1, option B, batch norm."""
+"""Residual networks of https://arxiv.org/abs/1512.03385, table 1, option B with batch norm, to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reformer: the same gradients reversibly, nothing from the future, what it writes, and what it refuses."""
+"""Reformer: gradients, causality, generated text and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation: every image in a way of its own, and nothing but what it says."""
+"""Augmentation: each image by random numbers of its own, within the given bounds."""
 
 from __future__ import annotations
 

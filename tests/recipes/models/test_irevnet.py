@@ -1,4 +1,4 @@
-"""i-RevNet: the paper's sizes, its inverse on weights that have been trained, and what it refuses."""
+"""i-RevNet: the paper's sizes, the inverse of trained weights, and errors."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_hyperparameters_are_plain_and_hold_no_optimizer():
         ({"depth": [1, 2, 3]}, r"depth=\[1, 2, 3\], channels=\[16, 64\] and strides=\[1, 2\]"),
         ({"depth": 0}, "depth=0: each stage needs a block"),
         ({"depth": 1.5}, "depth=1.5: each stage needs a block"),
-        ({"depth": "six"}, "depth='six': each stage needs a block or more; pass how many, an int"),
+        ({"depth": "six"}, "depth='six': each stage needs a block or more; pass their number, an int"),
         ({"strides": (1, 3)}, r"strides=\[1, 3\]: a stage's stride is 1 or 2"),
         ({"channels": (16, 32)}, "16 channels become 64 at a stride of 2, not 32"),
         ({"channels": (2, 8), "bottleneck": 2, "initial_psi": 4}, "starts with 4 channels, the image has 16 .*to 8 or"),

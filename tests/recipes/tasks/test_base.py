@@ -1,4 +1,4 @@
-"""What all recipes share in training."""
+"""Optimizer and schedule of all recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of the Reformer: against one written from the definition, token by token and in float64."""
+"""Attention of the Reformer, compared in float64 with loops over tokens that follow the definition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw(b=2, n=96, h=2, d=8, **options):
 
 
 def by_definition(qk, v, hashes, chunk, buckets, causal, within_bucket, duplicates, mask=None):
-    """The weights of every pair of tokens in every round, in loops."""
+    """Compute the weights of every pair of tokens in every round, in loops."""
     b, n, h, d = qk.shape
     codes = hash_tokens(qk.detach(), hashes, buckets)
     out = torch.empty_like(v)
@@ -56,7 +56,7 @@ def by_definition(qk, v, hashes, chunk, buckets, causal, within_bucket, duplicat
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_output_and_gradients_are_those_of_the_definition(switches):
-    qk, v = draw()
+    qk, v = draw(n=56)
     g = torch.randn_like(v)
     torch.manual_seed(1)
     expected = by_definition(qk, v, 3, 8, [8], **switches)
@@ -101,7 +101,7 @@ def test_where_one_bucket_holds_everything_it_is_full_attention(n, duplicates, c
 
 @pytest.mark.parametrize("make", [FullAttention, LocalAttention, LSHAttention])
 def test_no_gradient_comes_from_later_tokens(make):
-    """A perturbation would show nothing: it moves the boundaries of chunks, for earlier tokens, too."""
+    """Look at gradients, since a perturbation moves the boundaries of chunks for earlier tokens as well."""
     attention = make(16, 2, **({} if make is FullAttention else {"chunk": 16}))
     x = torch.randn(2, 100, 16, requires_grad=True)
     y = attention(x)

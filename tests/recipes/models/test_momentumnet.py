@@ -1,4 +1,4 @@
-"""Momentum ResNet: the papers' sizes and equations, conversion of a residual network, and what it refuses."""
+"""Momentum ResNet: the papers' sizes and equations, conversion of a residual network, and errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch.nn import functional as F
 
 from lightning_revlib.nn import COUPLINGS, ReversibleSequential, swap
 from lightning_revlib.recipes.models.momentumnet import MomentumNet, MomentumNetModule, Residual, Stage, convert
-from tests.recipes.resnet import ResNet
+from tests.recipes.models.resnet import ResNet
 
 SMALL = {"shape": (1, 8, 8), "depth": 3, "width": 8, "strides": (1, 2)}
 
 
-@pytest.mark.parametrize("imagenet", [False, True], ids=["cifar", "imagenet"])
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+@pytest.mark.parametrize(("depth", "imagenet"), [(18, False), (34, True), (50, True), (101, False), (152, True)])
 def test_as_many_parameters_as_the_residual_network(depth, imagenet):
     with torch.device("meta"):
         resnet = ResNet(depth, classes=100, imagenet=imagenet)
@@ -126,11 +125,14 @@ def test_what_cannot_be_converted():
     ("options", "message"),
     [
         ({"depth": 20}, r"depth=20: the networks of the paper are 18, 34, .* such as depth=\[20, 20\]"),
-        ({"depth": 18}, r"depth=18 is \[2, 2, 2, 2\], one for each stage, and strides=\[1, 2\] not as many"),
-        ({"depth": [1, 2, 3]}, r"depth=\[1, 2, 3\] is .*, and strides=\[1, 2\] not as many"),
+        (
+            {"depth": 18},
+            r"depth=18 is \[2, 2, 2, 2\], one for each stage, and strides=\[1, 2\] has another number of stages",
+        ),
+        ({"depth": [1, 2, 3]}, r"depth=\[1, 2, 3\] is .*, and strides=\[1, 2\] has another number of stages"),
         ({"depth": 0}, "depth=0: each stage needs a block"),
         ({"depth": 1.5}, "depth=1.5: each stage needs a block"),
-        ({"depth": "six"}, "depth='six': each stage needs a block or more; pass how many, an int"),
+        ({"depth": "six"}, "depth='six': each stage needs a block or more; pass their number, an int"),
         ({"stem": "mnist"}, "stem='mnist' is none of 'cifar', 'imagenet'"),
         ({"split_dim": 0}, "split_dim=0: the streams would be different images"),
         ({"split_dim": 4}, "split_dim=4: an image batch has the dimensions 0 to 3"),
