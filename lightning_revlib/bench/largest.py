@@ -21,7 +21,7 @@ from lightning_revlib.bench.tables import table
 from lightning_revlib.bench.workloads import WORKLOADS, Size
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.nn.stacks.options import read_budget
+from lightning_revlib.nn.plan.limit import read_budget
 
 MOST = 1 << 20  # pairs of blocks, or pieces of a sequence
 PIECE = 32  # tokens in a piece

@@ -75,8 +75,7 @@ class CouplingAnnealing(Callback):
             couplings, treatments = self._own[path]
             stack.couplings = self._set[path] = tuple(_scale(coupling, progress) for coupling in couplings)
             dtype = stack.stream_dtype or torch.float32
-            steps = (len(stack) - stack.ordinary) * (len(stack.branches) or 1)
-            drift = max(expected_drift(c, steps, dtype) for c in stack.couplings)
+            drift = max(expected_drift(c, stack.step_count, dtype) for c in stack.couplings)
             stack.treatments = treatments if drift < self.tolerance else tuple("store" for _ in treatments)
         pl_module.log("annealing", progress, on_step=True, on_epoch=False)
 

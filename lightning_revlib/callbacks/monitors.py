@@ -30,7 +30,7 @@ class DriftMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # `stack.drift` would wait for the device in each step
-        found = {path or "model": stack._drift() for path, stack in stacks(pl_module).items()}
+        found = {path or "model": stack.drift_on_device() for path, stack in stacks(pl_module).items()}
         drifts = {path: drift.float() for path, drift in found.items() if drift is not None}
         if drifts:
             drifts["worst"] = torch.stack(list(drifts.values())).max()

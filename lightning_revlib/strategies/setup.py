@@ -16,7 +16,7 @@ from torch import nn
 from lightning_revlib.nn import swap
 from lightning_revlib.nn.convert.swap import Targets, stacks
 from lightning_revlib.nn.plan.budget import Budget, share_budget
-from lightning_revlib.nn.stacks.options import MemoryBudget
+from lightning_revlib.nn.plan.limit import MemoryBudget
 
 __all__ = [
     "Budget",
