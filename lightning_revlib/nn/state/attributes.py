@@ -49,13 +49,9 @@ class Attributes(State):
 
     __slots__ = ("before", "changed")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.before: Snapshot | None = Snapshot(modules)
+    def __init__(self, call: Call) -> None:
+        self.before: Snapshot | None = Snapshot(call.modules)
         self.changed: Values = []
-
-    @classmethod
-    def capture(cls, call: Call) -> Attributes:
-        return cls(call.modules)
 
     def close(self) -> bool:
         assert self.before is not None

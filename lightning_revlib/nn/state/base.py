@@ -34,11 +34,8 @@ class State(ABC):
     """One thing that a block's call depends on besides its input.
 
     >>> class Seed(State):  # of a library with a random state of its own
-    ...     def __init__(self):
+    ...     def __init__(self, call):
     ...         self.before = library.seed
-    ...     @classmethod
-    ...     def capture(cls, call):
-    ...         return cls()
     ...     def close(self):
     ...         return library.seed != self.before
     ...     @contextmanager
@@ -54,10 +51,9 @@ class State(ABC):
     __slots__ = ()
     shared: ClassVar[bool] = False
 
-    @classmethod
     @abstractmethod
-    def capture(cls, call: Call) -> State:
-        """Note the state before the call; of a shared kind, before the first call of a forward."""
+    def __init__(self, call: Call) -> None:
+        """Capture the state before the call; of a shared kind, before the first call of a forward."""
 
     def close(self) -> bool:
         """Note what the call has changed; return whether a second run needs this state at all."""
@@ -98,14 +94,14 @@ class Scope:
         self._task: int | None = None  # the backward for which it is known what is outdated
         self._outdated: list[State] = []
         call = Call([m for modules, _ in self._blocks.values() for m in modules], stream, self._arguments)
-        self._shared = [kind.capture(call) for kind in KINDS if kind.shared]
+        self._shared = [kind(call) for kind in KINDS if kind.shared]
 
     def capture(self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor]) -> CallState:
         """Return the state before a call of `block`."""
         self._arguments += arguments
         modules, kinds = self._blocks[block]
         call = Call(modules, stream, arguments)
-        return CallState(self, call, [kind.capture(call) for kind in kinds])
+        return CallState(self, call, [kind(call) for kind in kinds])
 
     @staticmethod
     def _look_at(block: nn.Module) -> tuple[list[nn.Module], list[type[State]]]:

@@ -30,13 +30,13 @@ class Buffers(State):
 
     __slots__ = ("former", "met", "norms", "read", "written")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, call: Call) -> None:
         self.met: list[tuple[nn.Module, str, Tensor, Tensor, int, bool]] = []  # with a copy, version and training flag
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []  # with its version
         self.former: list[tuple[nn.Module, str, Tensor]] = []
         self.norms: list[tuple[nn.Module, int | None]] = []  # with the batches they have counted before
         self.written: list[nn.Module] = []  # norms
-        for m in modules:
+        for m in call.modules:
             if not m._buffers:
                 continue
             if is_usual(m):
@@ -51,10 +51,6 @@ class Buffers(State):
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
         return any([m._buffers for m in modules])
-
-    @classmethod
-    def capture(cls, call: Call) -> Buffers:
-        return cls(call.modules)
 
     def close(self) -> bool:
         self.read = [met for met in self.read if _now(*met[:2]) is None]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_revlib.nn.internals import function_modes, only_function_modes
 from lightning_revlib.nn.state.base import Call, State
@@ -19,13 +19,10 @@ class Context(State):
     shared = True
     __slots__ = ("kinds", "then")
 
-    def __init__(self, stream: Tensor) -> None:
-        self.kinds = ("cpu",) if stream.is_cpu or stream.is_meta else ("cpu", stream.device.type)
+    def __init__(self, call: Call) -> None:
+        device = call.stream.device.type
+        self.kinds = ("cpu",) if device in ("cpu", "meta") else ("cpu", device)
         self.then = self._now()
-
-    @classmethod
-    def capture(cls, call: Call) -> Context:
-        return cls(call.stream)
 
     def is_current(self) -> bool:
         return self.then == self._now()
@@ -54,12 +51,8 @@ class FunctionModes(State):
     shared = True
     __slots__ = ("modes",)
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
         self.modes = function_modes()
-
-    @classmethod
-    def capture(cls, call: Call) -> FunctionModes:
-        return cls()
 
     def is_current(self) -> bool:
         return self.modes == function_modes()

@@ -19,12 +19,8 @@ class Kernels(State):
     shared = True
     __slots__ = ("then",)
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
         self.then = _now()
-
-    @classmethod
-    def capture(cls, call: Call) -> Kernels:
-        return cls()
 
     def is_current(self) -> bool:
         return self.then == _now()

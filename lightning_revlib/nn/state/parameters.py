@@ -31,13 +31,9 @@ class Parameters(State):
     shared = True
     __slots__ = ("arguments", "flags", "index", "modules", "named", "requires_grad", "versions")
 
-    def __init__(self, modules: Sequence[nn.Module], arguments: Sequence[Tensor]) -> None:
-        self.modules, self.arguments = modules, arguments
+    def __init__(self, call: Call) -> None:
+        self.modules, self.arguments = call.modules, call.arguments
         self.index: dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]] = {}  # made when it is needed
-
-    @classmethod
-    def capture(cls, call: Call) -> Parameters:
-        return cls(call.modules, call.arguments)
 
     def close(self) -> bool:
         self.arguments = [*{id(t): t for t in self.arguments}.values()]

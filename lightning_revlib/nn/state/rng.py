@@ -41,13 +41,9 @@ class Random(State):
 
     __slots__ = ("before", "like")
 
-    def __init__(self, stream: Tensor) -> None:
-        self.like = EMPTY if stream.is_cpu else stream.new_empty(0)  # no view, which would hold the stream
-        self.before = RandomState(stream)
-
-    @classmethod
-    def capture(cls, call: Call) -> Random:
-        return cls(call.stream)
+    def __init__(self, call: Call) -> None:
+        self.like = EMPTY if call.stream.is_cpu else call.stream.new_empty(0)  # no view, which would hold the stream
+        self.before = RandomState(call.stream)
 
     def close(self) -> bool:
         return not RandomState(self.like).same(self.before)
@@ -67,17 +63,13 @@ class Generators(State):
 
     __slots__ = ("states",)
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        found = dict.fromkeys(x for m in modules for x in vars(m).values() if type(x) is torch.Generator)
+    def __init__(self, call: Call) -> None:
+        found = dict.fromkeys(x for m in call.modules for x in vars(m).values() if type(x) is torch.Generator)
         self.states = [(generator, generator.get_state()) for generator in found]
 
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
         return any([torch.Generator in map(type, vars(m).values()) for m in modules])
-
-    @classmethod
-    def capture(cls, call: Call) -> Generators:
-        return cls(call.modules)
 
     def close(self) -> bool:
         self.states = [(g, state) for g, state in self.states if not torch.equal(g.get_state(), state)]
