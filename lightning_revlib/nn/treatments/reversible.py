@@ -41,8 +41,8 @@ class Reversible(Treatment):
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         if self.last is None:
             a, b = dense(a), dense(b)
-        if a.is_inference():  # such a tensor would not count its changes
-            a, b = a.clone(), b.clone()
+            if a.is_inference():  # such a tensor would not count its changes
+                a, b = a.clone(), b.clone()
         return step.each(a, b, partial(self._record, step, ChunkedUndo()))
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
