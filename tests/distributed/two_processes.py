@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,16 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DE
 def run(function: Callable[..., None], out: Path, *arguments: Any, processes: int = 2, timeout: int = 300) -> Any:
     """Call `function(out, *arguments)` in each process and return what it has saved as `out/result.pt`.
 
-    The processes are forks of one that has imported torch and Lightning, which takes longer than most programs.
+    The processes are forks of one that has imported torch and Lightning, which takes longer than most programs. A
+    single process is no rank; it may start some itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PROGRAMS)
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    started = [
-        context.Process(target=_main, args=(rank, {} if processes == 1 else group, function, out, arguments))
-        for rank in range(processes)
-    ]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in range(processes):
+        ranks = {"WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "NODE_RANK": "0"} if processes > 1 else {}
+        started.append(context.Process(target=_main, args=(rank, {**group, **ranks}, function, out, arguments)))
     with mock.patch.dict(os.environ, ENVIRONMENT):
         for process in started:
             process.start()
@@ -54,10 +57,9 @@ def _join(started: list[Any], deadline: float) -> None:
         wait(running, timeout=deadline - time.monotonic())
 
 
-def _main(rank: int, group: dict[str, str], function: Callable[..., None], out: Path, arguments: Any) -> None:
-    """Be one of the processes: set its rank, write its output to a file, and call the function."""
-    if group:
-        os.environ.update(group, LOCAL_RANK=str(rank), NODE_RANK="0")
+def _main(rank: int, environment: dict[str, str], function: Callable[..., None], out: Path, arguments: Any) -> None:
+    """Call the function in one of the processes, with its output in a file."""
+    os.environ.update(environment)
     file = os.open(out / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT)
     for standard in (1, 2):
         os.dup2(file, standard)
@@ -67,7 +69,9 @@ def _main(rank: int, group: dict[str, str], function: Callable[..., None], out: 
 
 
 def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Return a port that nothing listens on, and that the system gives to nobody until the group listens on it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)  # tests have seeded the other generators
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
