@@ -216,7 +216,7 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
     """Raise ValueError for stages whose sizes do not fit together."""
     if len(blocks) != len(strides) or len(channels) != len(strides):
         raise ValueError(
-            f"depth={blocks}, channels={list(channels)} and strides={list(strides)} must have the same number of stages;"
+            f"depth={blocks}, channels={list(channels)} and strides={list(strides)} must have equally many stages;"
             " one number for depth serves all stages"
         )
     if any(stride not in (1, 2) for stride in strides):
