@@ -24,7 +24,7 @@ from lightning_revlib.nn import CoupledSequential
 
 
 class Inexpressible(Exception):
-    """Raised if a peer has no option for what is asked."""
+    """Raised if a peer cannot express an option or a condition."""
 
 
 def _is_invertible(block: nn.Module) -> bool:

@@ -121,7 +121,7 @@ class IRevNet(nn.Module):
         _check_stages(blocks, channels, strides, bottleneck)
         if split_dim is None:
             raise ValueError(
-                "split_dim=None: one output does not tell two streams, and i-RevNet is to be inverted; take 1"
+                "split_dim=None: one output does not determine two streams, and i-RevNet needs an inverse; take 1"
                 " (channels), 2 (height) or 3 (width)"
             )
         dim = image_dim(split_dim)
@@ -216,7 +216,7 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
     """Raise ValueError for stages whose sizes do not fit together."""
     if len(blocks) != len(strides) or len(channels) != len(strides):
         raise ValueError(
-            f"depth={blocks}, channels={list(channels)} and strides={list(strides)} are to name as many stages each;"
+            f"depth={blocks}, channels={list(channels)} and strides={list(strides)} must have equally many stages;"
             " one number for depth serves all stages"
         )
     if any(stride not in (1, 2) for stride in strides):
@@ -229,7 +229,7 @@ def _check_stages(blocks: list[int], channels: Sequence[int], strides: Sequence[
             )
     if channels[0] % strides[0] ** 2 or channels[0] < bottleneck:
         raise ValueError(
-            f"channels[0]={channels[0]} is to be a multiple of {strides[0] ** 2} and at least bottleneck={bottleneck}"
+            f"channels[0]={channels[0]} must be a multiple of {strides[0] ** 2} and at least bottleneck={bottleneck}"
         )
 
 

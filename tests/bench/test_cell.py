@@ -73,7 +73,7 @@ def test_wrong_gradients_are_found():
     assert measure.error([torch.ones(2)], [torch.full((2,), torch.nan)]) == float("inf")
 
 
-def test_checkpointing_by_segments_holds_what_it_should():
+def test_bytes_held_by_checkpointed_segments():
     workload, size = WORKLOADS["mlp"], Size(16, 32, 64)
     stack, x = workload.stack(size), workload.input(size, requires_grad=True)
 
@@ -108,7 +108,7 @@ def test_the_collector_is_left_as_it_was():
     assert gc.get_freeze_count() == before and gc.isenabled()
 
 
-def test_luck_does_not_decide_who_is_fastest_and_by_how_much():
+def test_the_fastest_is_chosen_by_other_rounds_than_it_is_compared_in():
     own, lucky = [1.0] * 20, [0.9] * 10 + [1.1] * 10  # each is fast in one half of the rounds
     others = {"a": lucky, "b": lucky[::-1]}
     assert timing.over_fastest(own, others)[0] == pytest.approx(1 / 1.1)
@@ -125,7 +125,7 @@ def test_copies_share_the_parameters_unless_of_another_dtype():
     assert all(p.dtype is torch.float32 for p in stack.parameters())
 
 
-def test_ours_looks_at_drift_where_it_was_asked_to_only():
+def test_ours_ignores_drift_unless_the_stack_asks_for_it():
     blocks = [torch.nn.Linear(4, 4) for _ in range(2)]
     assert ours(CoupledSequential(*blocks), False).on_drift == "ignore"
     assert ours(CoupledSequential(*blocks, on_drift="raise"), False).on_drift == "raise"

@@ -64,7 +64,7 @@ def test_an_interrupted_run_keeps_its_cells(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [[], ["seconds=0.5"]])
-def test_the_quick_mode_times_for_what_is_left_of_its_span(folder, monkeypatch, given):
+def test_the_quick_mode_shares_its_span_among_cells(folder, monkeypatch, given):
     seconds = []
 
     def noted(*args, **named):

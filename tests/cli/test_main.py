@@ -56,13 +56,13 @@ def test_training_leaves_logs_and_checkpoints(trained, best):
     assert "coupling" in (trained / "csv/hparams.yaml").read_text()
 
 
-def test_a_checkpoint_loads_as_plain_data_into_a_module_of_ones_own(best):
+def test_a_checkpoint_is_plain_data_and_loads_into_its_module(best):
     torch.load(best, weights_only=True)
     module = IRevNetModule.load_from_checkpoint(best, weights_only=True)
     assert type(module.net.stack) is CoupledSequential
 
 
-def test_what_has_been_trained_can_be_inverted(best):
+def test_a_trained_network_can_be_inverted(best):
     assert reconstruction_error(best) <= 1e-5
 
 
@@ -90,7 +90,7 @@ def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
     assert " of " in row and "at least" in row
 
 
-def test_of_what_is_large_a_little_is_measured(tmp_path, monkeypatch, capsys):
+def test_large_batches_are_measured_in_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lightning_revlib.recipes.commands.run.few_samples", lambda inputs, module: inputs[:2])
     assert main(["train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=1", "logger=csv"]) == 0
@@ -109,7 +109,7 @@ def test_of_what_is_large_a_little_is_measured(tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_what_counts_as_large(inputs, width, few):
+def test_size_of_the_measured_part(inputs, width, few):
     assert few_samples(inputs, torch.nn.Linear(width, width, device="meta")).shape == few
 
 
@@ -257,7 +257,7 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_gets_one_clear_message(argv, message, tmp_path, monkeypatch, capsys):
+def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "best.ckpt").write_text("no checkpoint")
     (tmp_path / "folder").mkdir()

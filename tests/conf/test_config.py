@@ -42,7 +42,7 @@ def configuration(command, *overrides):
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_file_opens_with_what_it_is_and_a_launch_line(file):
+def test_every_file_opens_with_a_description_and_a_launch_line(file):
     head = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("# @package")]
     comment = head[: next(i for i, line in enumerate(head) if not line.startswith("#"))]
     assert comment and not comment[0].startswith("#   ")
@@ -146,7 +146,7 @@ def test_the_strategy_reaches_the_trainer():
     assert type(instantiate(configuration("train").strategy)).__name__ == "ReversibleStrategy"
 
 
-def test_a_program_of_ones_own_can_use_the_groups(tmp_path):
+def test_another_program_can_use_the_groups(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "hydra:\n  searchpath: [pkg://lightning_revlib.conf]\ndefaults:\n  - coupling: momentum\n  - _self_\n"
     )

@@ -63,5 +63,5 @@ def from_checkout(module: str) -> Any:
         if not str(error.name).startswith("tests"):
             raise
         raise ValueError(
-            f"this study runs what is in tests/{module.replace('.', '/')}.py: run it in a checkout of the repository"
+            f"this study uses tests/{module.replace('.', '/')}.py: run it in a checkout of the repository"
         ) from error

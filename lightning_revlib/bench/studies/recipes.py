@@ -4,7 +4,7 @@
     revlib bench study=recipes experiments=[reformer_topics] 'overrides=["threads=1","trainer.max_epochs=1"]'
 
 By default the experiments whose data are bundled, for two epochs. Bytes are `ActivationMemoryMonitor`'s, of one batch.
-In float64 the losses are to be the same. In float32 training magnifies differences by rounding.
+In float64 the losses must be equal. In float32 training magnifies differences by rounding.
 """
 
 from __future__ import annotations

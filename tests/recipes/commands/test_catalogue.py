@@ -23,7 +23,7 @@ def test_list_of_one_group(capsys):
 
 
 @pytest.mark.parametrize("recipe", ["irevnet", "momentumnet"])
-def test_a_copied_recipe_runs_from_where_it_is(recipe, tmp_path, monkeypatch, capsys):
+def test_a_copied_recipe_runs_in_its_folder(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["copy", recipe]) == 0
     assert f"revlib train --config-dir . recipe=my_{recipe}" in capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_a_copied_experiment_runs(tmp_path, monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
+def test_errors(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     assert main(argv) == 1

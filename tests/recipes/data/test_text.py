@@ -47,7 +47,7 @@ def test_a_file_that_is_not_compressed_is_mapped_into_memory(tmp_path):
     assert len(data.parts["train"].data) == 2**33 * 90 // 100
 
 
-def test_topics_have_what_they_are_compared_with():
+def test_topics_know_the_metrics_of_simpler_models():
     data = Topics(length=256)
     data.setup()
     assert 4.5 < data.known["unigram"] < 5 and 1.5 < data.known["bz2"] < 1.9
@@ -112,7 +112,7 @@ def test_images_are_bytes_pixel_by_pixel(tmp_path):
         (lambda folder: ImageNet64(str(folder)), r"train has float64 of shape \[2, 64, 64, 3\], and needs uint8"),
     ],
 )
-def test_what_is_missing_or_wrong_is_said(make, message, tmp_path):
+def test_errors_of_missing_and_wrong_files(make, message, tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     (tmp_path / "there.gz").write_bytes(b"no gzip")
     (tmp_path / "empty").touch()

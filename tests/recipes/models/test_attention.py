@@ -84,7 +84,7 @@ def test_padding_is_not_seen(switches):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("duplicates", [True, False])
 @pytest.mark.parametrize("n", [64, 60, 32, 1])  # two chunks; padded; one chunk; one token
-def test_where_one_bucket_holds_everything_it_is_full_attention(n, duplicates, causal, monkeypatch):
+def test_with_one_bucket_it_is_full_attention(n, duplicates, causal, monkeypatch):
     monkeypatch.setattr(lsh_module, "hash_tokens", lambda x, hashes, _: x.new_zeros(2, 2, hashes, x.shape[1]).long())
     options = {"head_dim": 8, "causal": causal}
     chunk = 32 if causal else 64
@@ -218,6 +218,6 @@ def test_on_cuda_as_on_the_cpu(monkeypatch):
         ),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -99,8 +99,8 @@ def test_hyperparameters_are_plain_and_hold_no_optimizer():
         ({"strides": (1, 3)}, r"strides=\[1, 3\]: a stage's stride is 1 or 2"),
         ({"channels": (16, 32)}, "16 channels become 64 at a stride of 2, not 32"),
         ({"channels": (2, 8), "bottleneck": 2, "initial_psi": 4}, "starts with 4 channels, the image has 16 .*to 8 or"),
-        ({"channels": (2, 8)}, r"channels\[0\]=2 is to be .* at least bottleneck=4"),
-        ({"split_dim": None}, "split_dim=None: one output does not tell two streams"),
+        ({"channels": (2, 8)}, r"channels\[0\]=2 must be .* at least bottleneck=4"),
+        ({"split_dim": None}, "split_dim=None: one output does not determine two streams"),
         ({"split_dim": 0}, "split_dim=0: the streams would be different images"),
         ({"split_dim": 4}, "split_dim=4: an image batch has the dimensions 0 to 3"),
         ({"shape": (1, 7, 8)}, "an image of 7 x 8 pixels shrinks 4 times .* 7 is not a multiple of 4"),
@@ -109,7 +109,7 @@ def test_hyperparameters_are_plain_and_hold_no_optimizer():
         ({"coupling": "momentun"}, "coupling='momentun' is unknown.* did you mean 'momentum'"),
     ],
 )
-def test_sizes_that_do_not_go_together(options, message):
+def test_errors_of_sizes_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         IRevNet(**{**SMALL, **options})
 
@@ -119,7 +119,7 @@ def _bottlenecks(net):
 
 
 def _disturb(net):
-    """As after training: BatchNorm with statistics and weights of its own, which hide nothing in an inverse."""
+    """Give BatchNorm statistics and weights as after training, with which an inverse can be wrong."""
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(m.weight, 0.5, 1.5)

@@ -114,7 +114,7 @@ def test_a_converted_network_trains_reversibly():
     _compare(net, torch.rand(4, 3, 16, 16, dtype=torch.float64), [f"layer{i}.stack" for i in range(1, 5)])
 
 
-def test_what_cannot_be_converted():
+def test_conversion_errors():
     with pytest.raises(ValueError, match="ResNet has no layer5; name its stages"):
         convert(ResNet(18, width=4), stages=["layer1", "layer5"])
     with pytest.raises(TypeError, match="stage conv1 of ResNet is a Conv2d"):
@@ -145,7 +145,7 @@ def test_what_cannot_be_converted():
     ],
     ids=str,
 )
-def test_what_does_not_go_together(options, message):
+def test_errors_of_sizes_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         MomentumNet(**{**SMALL, **options})
 
@@ -160,7 +160,7 @@ def test_predictions_are_presented_as_classes(tmp_path):
     assert lines[0] == "image,label,predicted,probability" and len(lines) == 9
 
 
-def test_a_stage_of_ones_own():
+def test_a_stage_of_other_blocks():
     stage = Stage(nn.Identity(), nn.Conv2d(4, 4, 3, padding=1), coupling="midpoint", split_dim=None)
     assert stage(torch.rand(1, 4, 5, 5)).shape == (1, 4, 5, 5)
 

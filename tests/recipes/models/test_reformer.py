@@ -57,7 +57,7 @@ def test_on_the_grid_hashes_are_in_backward_as_in_forward():
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_a_token_is_told_from_those_before_it_only(shift):
+def test_a_token_is_predicted_from_earlier_tokens_only(shift):
     net = Reformer(**SMALL, shift=shift)
     embedded = net.embedding(torch.randint(11, (2, 96))).detach().requires_grad_()
     net.embedding.forward = lambda tokens: embedded[:, : tokens.shape[1]]
@@ -67,7 +67,7 @@ def test_a_token_is_told_from_those_before_it_only(shift):
         assert not gradient[:, t:].any() and (t == 0 or gradient[:, t - 1].any())
 
 
-def test_padding_does_not_reach_what_comes_after_it():
+def test_padding_does_not_change_later_tokens():
     net, tokens, mask = Reformer(**SMALL).eval(), torch.randint(11, (2, 96)), torch.ones(2, 96, dtype=torch.bool)
     mask[:, :30] = False
     outputs = []
@@ -156,7 +156,7 @@ def test_the_published_network_on_enwik8_has_its_size():
     assert sum(p.numel() for n, p in net.named_parameters() if "attention" in n) == attention
 
 
-def test_it_learns_and_writes_what_it_has_learnt():
+def test_it_learns_and_generates_a_sequence():
     net = Reformer(vocab=5, length=24, dim=32, depth=1, heads=2)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     tokens = (torch.arange(24) + torch.arange(5)[:, None]) % 5
@@ -219,12 +219,12 @@ def test_hyperparameters_are_plain_and_hold_no_optimizer():
         ({"ff_chunks": 2, "shift": True}, "ff_chunks=2 with shift=True"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together_is_said(options, message):
+def test_errors_of_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         Reformer(**{**SMALL, **options})
 
 
-def test_wrong_input_is_said():
+def test_errors_of_wrong_input():
     net = Reformer(**SMALL)
     with pytest.raises(ValueError, match=r"tokens of shape \[2, 97\]: .* from 1 to 96"):
         net(torch.zeros(2, 97, dtype=torch.long))
