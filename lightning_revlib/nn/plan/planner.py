@@ -16,6 +16,7 @@ from lightning_revlib.nn.internals import pytree, surrounding_hooks
 from lightning_revlib.nn.plan.budget import Signature
 from lightning_revlib.nn.plan.cost import StepCosts
 from lightning_revlib.nn.plan.fingerprint import description
+from lightning_revlib.nn.plan.unshard import unsharded
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
 from lightning_revlib.nn.treatments.forward import Forward
@@ -78,7 +79,8 @@ class PlannedRun(Run):
             for name, treatment in TREATMENTS.items()
             if name not in excluded and treatment.is_possible(step, a.device)
         ]
-        alone = {name: self._cost(step, name, a, b, last) for name in possible}
+        with unsharded(step.module):
+            alone = {name: self._cost(step, name, a, b, last) for name in possible}
         costs = {name: TREATMENTS[name].cost(cost, alone["store"]) for name, cost in alone.items()}
         undone = costs.get("reversible")
         if undone is not None and (not last or self.stack.options.split_dim is not None):

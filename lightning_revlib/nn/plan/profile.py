@@ -12,7 +12,6 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.meter import MemoryMeter
-from lightning_revlib.nn.plan.unshard import unsharded
 from lightning_revlib.nn.state.snapshot import preserve_state
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
@@ -50,7 +49,7 @@ def measure(
     hooks = [p.register_hook(_shrunk) for p in parameters]
     try:
         seed = torch.zeros((), device=a.device, requires_grad=True)
-        with unsharded(module), preserve_state(module), torch.enable_grad(), _Meter(a.device.type) as meter:
+        with preserve_state(module), torch.enable_grad(), _Meter(a.device.type) as meter:
             outputs = run(*_Entry.apply(seed, a.detach(), b.detach(), (a.requires_grad, b.requires_grad)))
             given: list[Tensor] = []
             end = _Exit.apply(given if last else None, *outputs)
