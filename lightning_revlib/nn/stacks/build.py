@@ -17,24 +17,26 @@ from lightning_revlib.nn.steps.step import Arguments, Step
 
 def build_steps(stack: Any, dtype: torch.dtype, args: Any, kwargs: Any, layerwise: Any) -> list[Step]:
     """Return all steps of a stack, those after its ordinary blocks. Raises ValueError for wrong `layerwise`."""
-    check_layerwise(layerwise, len(stack))
+    if layerwise is not None and len(layerwise) != len(stack):
+        raise ValueError(
+            f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {len(stack)} blocks"
+        )
     stack.step_treatments()
-    first, steps = 0, []
+    ordinary, coupled, steps = stack.options.ordinary, 0, []
     for index, (name, module) in enumerate(stack._modules.items()):
-        if index < stack.options.ordinary:
+        if index < ordinary:
             continue
-        arguments = arguments_of(index, args, kwargs, layerwise)
         if is_invertible(module):
             steps.append(Step(stack.path, name, module, Invertible(module), module, dtype, training=stack.training))
         else:
-            steps += steps_of(stack, first, name, module, dtype, arguments)
-            first += len(stack.options.branches or (None,))
+            steps += steps_of(stack, coupled, name, module, dtype, arguments_of(index, args, kwargs, layerwise))
+            coupled += 1
     return steps
 
 
 def steps_of(
     stack: Any,
-    first: int,
+    number: int,
     name: str,
     module: nn.Module,
     dtype: torch.dtype,
@@ -44,22 +46,18 @@ def steps_of(
 ) -> list[Step]:
     """Return the step of a block, or one for each of its branches.
 
-    `first` is the number of steps before it, by which couplings and chunks are cycled. `forward` is called instead of
-    the block, `split` parts what it returns.
+    `number` counts the stack's blocks that have a coupling. `forward` is called instead of the block, `split` parts
+    what it returns.
     """
-    options, couplings, chunks = stack.options, stack.couplings, stack.chunks
-    fields: dict[str, Any] = {"residual": options.residual, "training": stack.training, "split": split}
-    steps: list[Step] = []
-    for number, spec in enumerate(options.branches or (None,), first):
+    options, branches = stack.options, stack.options.branches or (None,)
+    steps = []
+    for index, spec in enumerate(branches, number * len(branches)):
         branch = None if spec is None else Branch(module, spec)
         key = name if branch is None else f"{name}.{branch.name}"
-        common = (stack.path, key, module, couplings[number % len(couplings)])
+        coupling, chunks = (cycled[index % len(cycled)] for cycled in (stack.couplings, stack.chunks))
         call = branch or forward or module
-        count = chunks[number % len(chunks)]
-        if count == 1:
-            steps.append(Step(*common, call, dtype, *arguments, **fields))
-        else:
-            steps.append(ChunkedStep(*common, call, dtype, *arguments, count=count, dim=options.chunk_dim, **fields))
+        fields = (stack.path, key, module, coupling, call, dtype, *arguments, options.residual, stack.training, split)
+        steps.append(Step(*fields) if chunks == 1 else ChunkedStep(*fields, count=chunks, dim=options.chunk_dim))
     return steps
 
 
@@ -70,12 +68,6 @@ def arguments_of(
     if layerwise is None:
         return args, kwargs
     return (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
-
-
-def check_layerwise(layerwise: Sequence[Arguments] | None, count: int) -> None:
-    """Raise ValueError for too few or too many arguments by layer."""
-    if layerwise is not None and len(layerwise) != count:
-        raise ValueError(f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {count} blocks")
 
 
 def is_invertible(module: nn.Module | None) -> bool:

@@ -119,9 +119,8 @@ class Layerwise(Reversible):
 
     def _steps(self, index: int, proxy: LayerProxy, dtype: torch.dtype, args: Any, kwargs: Any) -> list[Step]:
         """Return the steps of the layer of that number."""
-        key, branches = list(self._modules)[index], self.options.branches
-        first = (index - self.options.ordinary) * len(branches or (None,))
-        return steps_of(self, first, key, proxy.module, dtype, (args, kwargs), proxy.original(), _split_layer_output)
+        key, number = list(self._modules)[index], index - self.options.ordinary
+        return steps_of(self, number, key, proxy.module, dtype, (args, kwargs), proxy.original(), _split_layer_output)
 
     def _advance(self, forward: ListForward, steps: list[Step], compiler: Any) -> Any:
         last = steps[-1]

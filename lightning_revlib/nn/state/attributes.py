@@ -26,11 +26,10 @@ class Snapshot:
 
     def changes(self) -> Values:
         """Return the plain values that are others now, and ABSENT for those that were not there."""
+        # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
+        touched = [(o, b) for o, b in self.before if len(o) != len(b) or any(map(is_not, o.values(), b.values()))]
         found = []
-        for own, before in self.before:
-            # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
-            if len(own) == len(before) and not any(map(is_not, own.values(), before.values())):
-                continue
+        for own, before in touched:
             former = {name: before.get(name, ABSENT) for name in own.keys() | before.keys()}
             former = {name: value for name, value in former.items() if _is_other(value, own.get(name, ABSENT))}
             if former:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,10 +53,10 @@ class Buffers(State):
         return any([m._buffers for m in modules])
 
     def close(self) -> bool:
-        self.read = [met for met in self.read if _now(*met[:2]) is None]
+        self.read = [met for met in self.read if _now(met[0]._buffers, met[1]) is None]
         for m, name, before, buffer, count, training in self.met:
             if (
-                _now(m, name) is not buffer
+                _now(m._buffers, name) is not buffer
                 or version(buffer) != count
                 or _silently(before, buffer, (training, name), type(m))
             ):
@@ -82,13 +82,15 @@ class Buffers(State):
         for m, name, buffer, count in self.read:
             if buffer is not None and version(buffer) != count:
                 raise modified(f"buffer {name!r} of {m}")
-        copies = [(m, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
-        lent = [(m, name, b) for m, name, b, _ in self.read if _now(m, name) is not b]
-        with ExitStack() as undo:
-            for m, name, buffer in [*lent, *[(m, name, b.clone()) for m, name, b in self.former], *copies]:
-                undo.callback(_set, m, name, _now(m, name))
-                m._buffers[name] = buffer
+        lent = [(m._buffers, name, b) for m, name, b, _ in self.read if _now(m._buffers, name) is not b]
+        lent += [(m._buffers, name, b.clone()) for m, name, b in self.former]
+        lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
+        now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
+        _set(lent)
+        try:
             yield
+        finally:
+            _set(reversed(now))
 
 
 _SILENT: MutableMapping[type, dict[tuple[bool, str], bool]] = WeakKeyDictionary()
@@ -109,13 +111,13 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
     return known[key]
 
 
-def _now(m: nn.Module, name: str) -> Any:
-    buffers = m._buffers
+def _now(buffers: Any, name: str) -> Any:
     return buffers[name] if name in buffers else ABSENT  # a scripted module has no dict of them
 
 
-def _set(m: nn.Module, name: str, buffer: Any) -> None:
-    if buffer is ABSENT:
-        del m._buffers[name]
-    else:
-        m._buffers[name] = buffer
+def _set(values: Iterable[tuple[Any, str, Any]]) -> None:
+    for buffers, name, buffer in values:
+        if buffer is ABSENT:
+            del buffers[name]
+        else:
+            buffers[name] = buffer

@@ -74,7 +74,10 @@ class Parameters(State):
         return self.index
 
     def _versions(self) -> list[int]:
-        return [version(p) for _, _, p in self.named] + [version(t) for t in self.arguments]
+        try:
+            return [p._version for _, _, p in self.named] + [t._version for t in self.arguments]
+        except RuntimeError:  # inference tensors do not count their changes
+            return [version(p) for _, _, p in self.named] + [version(t) for t in self.arguments]
 
     def _complain(self) -> None:
         """Raise RuntimeError about a tensor that has been modified in place."""
