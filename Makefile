@@ -14,6 +14,9 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/house && mkdir -p build/house && cp -r lightning_revlib build/house
+	cp -r recipes conf build/house/lightning_revlib  # as they are installed, for the layers to be seen
+	cd build/house && ../../$(BIN)/lint-imports --no-logo ../../pyproject.toml
 
 typecheck: .venv/installed-test
 	$(BIN)/mypy

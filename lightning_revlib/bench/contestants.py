@@ -114,7 +114,7 @@ class OnCPU(nn.Module):
 COUNTED = [
     op
     for packet in (*flop_registry, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-    if isinstance(packet, torch._ops.OpOverloadPacket)
+    if hasattr(packet, "overloads")
     for op in (getattr(packet, overload) for overload in packet.overloads())
 ]
 

@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_revlib.nn import MemoryMeter
 from lightning_revlib.nn.convert.swap import stacks
+from lightning_revlib.nn.internals import pytree
 
 
 class DriftMonitor(Callback):
@@ -135,7 +135,7 @@ class SpeedMonitor(Callback):
         if self._since is None:
             self._since = _now(pl_module.device)
             return
-        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+        tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
         tokens = [t.numel() for t in tensors if t.ndim > 1 and not t.is_floating_point() and t.dtype is not torch.bool]
         self._steps += 1
         self._samples += len(tensors[0]) if tensors else 1
