@@ -199,12 +199,12 @@ def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
     Raises:
         ValueError: for a stack with overlap=True.
     """
-    overlapping = [path for path, stack in stacks.items() if stack.overlap]
-    if budget is not None and overlapping:
-        raise ValueError(
-            f"{overlapping[0]}: overlap=True holds what two blocks save, memory_budget={budget.value!r} counts one:"
-            " pass one of them"
-        )
+    for path, stack in stacks.items():
+        if budget is not None and stack.overlap:
+            raise ValueError(
+                f"{path}: overlap=True holds what two blocks save, memory_budget={budget.value!r} counts one:"
+                " pass one of them"
+            )
     sharing = {
         path: stack
         for path, stack in stacks.items()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import StepCost
+
+RunStep: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class StepCosts(NamedTuple):
@@ -33,13 +35,4 @@ class CostModel(Protocol):
     step, the stack's output. `profile.measure` runs it and counts; a table or a timer could be another model.
     """
 
-    def __call__(
-        self,
-        step: Step,
-        treatment: str,
-        a: Tensor,
-        b: Tensor,
-        *,
-        last: bool,
-        run: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-    ) -> StepCost: ...
+    def __call__(self, step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run: RunStep) -> StepCost: ...

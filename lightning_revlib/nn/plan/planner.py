@@ -15,7 +15,7 @@ from lightning_revlib.nn.engine.drift import Sentinel
 from lightning_revlib.nn.internals import pytree, surrounding_hooks
 from lightning_revlib.nn.plan.budget import Signature
 from lightning_revlib.nn.plan.cost import StackCosts, StepCosts
-from lightning_revlib.nn.plan.fingerprint import description
+from lightning_revlib.nn.plan.fingerprint import describe_step
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
 from lightning_revlib.nn.treatments.forward import Forward
@@ -65,7 +65,7 @@ class PlannedRun(Run):
     def _measure(self, step: Step, a: Tensor, b: Tensor) -> StepCosts:
         """Return the step's costs; those of a step that agrees in all they depend on are not measured again."""
         last = self.index == len(self.treatments) - 1
-        kind = (last, *[(t.shape, t.stride(), t.requires_grad) for t in (a, b)], *description(step))
+        kind = (last, *[(t.shape, t.stride(), t.requires_grad) for t in (a, b)], *describe_step(step))
         if kind not in self._known:
             self._known[kind] = self._costs(step, a, b, last)
         return StepCosts(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind])
