@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.coupling.base import has_gaps
-from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.meter import CostMeter
 from lightning_revlib.nn.plan.cost import RunStep
 from lightning_revlib.nn.plan.unshard import unsharded
 from lightning_revlib.nn.state.snapshot import preserve_state
@@ -59,24 +58,18 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
             hook.remove()
 
 
-class _Meter(MemoryMeter):
-    """Counts FLOPs, bytes written and operations, as `FlopCounterMode` does but without its hooks on modules.
+class _Meter(CostMeter):
+    """Counts bytes written and operations, too. Bytes count on devices of one kind only."""
 
-    Bytes count on devices of one kind only.
-    """
-
-    flops = written = operations = 0
+    written = operations = 0
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
         self.operations += 1
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def work(self, in_python: bool) -> int:
         """Return the work in FLOPs."""
