@@ -50,12 +50,10 @@ class Stack(NamedTuple):
         expected = ", ".join(f"{dtype} {once:.0e}, {twice:.0e}" for dtype, once, twice in self.expected)
         change = "equal" if self.change == 0 else f"{self.change:.1e} from the original's"
         drift = "stored in this mode" if self.drift is None else f"{self.drift:.1e}"
-        return "\n".join(
-            [
-                f"  {self.path or '(the model)'}: {self.steps} steps, {self.coupling}",
-                f"    drift {drift}; expected at {self.steps} and {2 * self.steps} steps: {expected}",
-                f"    the model's outputs in evaluation: {change}",
-            ]
+        return (
+            f"  {self.path or '(the model)'}: {self.steps} steps, {self.coupling}\n"
+            f"    drift {drift}; expected at {self.steps} and {2 * self.steps} steps: {expected}\n"
+            f"    the model's outputs in evaluation: {change}"
         )
 
 

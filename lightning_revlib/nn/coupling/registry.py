@@ -45,8 +45,9 @@ class Pair(Alternating):
         return self.coupling_inverse(out, f)
 
 
-NAMED: list[type[Coupling]] = [Additive, Affine, Momentum, Midpoint, Leapfrog, Scaled, BDIA]
-COUPLINGS = {cls.__name__.lower(): cls for cls in NAMED}
+COUPLINGS: dict[str, type[Coupling]] = {
+    cls.__name__.lower(): cls for cls in (Additive, Affine, Momentum, Midpoint, Leapfrog, Scaled, BDIA)
+}
 
 
 def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
