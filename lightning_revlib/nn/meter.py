@@ -1,4 +1,4 @@
-"""Count the bytes of tensors at dispatch. Counts are exact and the same on every machine."""
+"""Count bytes and FLOPs at dispatch. Counts are exact and the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 
@@ -58,6 +59,18 @@ class MemoryMeter(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         del self._known[key]
         self.live -= size
+
+
+class CostMeter(MemoryMeter):
+    """Counts FLOPs, too, as `FlopCounterMode` does but without its hooks on modules, which keep tensors alive."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def _key(tensor: Tensor) -> int:

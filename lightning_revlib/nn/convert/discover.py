@@ -1,4 +1,4 @@
-"""Which containers of a model could be swapped, and why others could not: learnt by watching one forward."""
+"""Containers of a model that could be swapped, and why others could not, found by watching one forward."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.convert.swap import PLAIN
+from lightning_revlib.nn.convert.swap import CONTAINERS
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
 from lightning_revlib.nn.stacks.list_forward import same_memory
@@ -21,104 +22,119 @@ TOLERANCE = 1e-3
 GAMMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
-@dataclass(frozen=True)
-class Survey:
-    targets: dict[str, dict[str, Any]]  # path -> options, for `swap`
-    others: dict[str, str]  # path -> why not
+def discover(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Watch `run()`, a forward of the model, and return options for `swap` by path, and why other paths cannot be.
 
-
-@dataclass
-class _Seen:
-    """What was seen of a container's children: one entry a call."""
-
-    calls: list[int] = field(default_factory=list)
-    shapes: list[tuple[Any, Any]] = field(default_factory=list)
-    chained: list[bool] = field(default_factory=list)
-    whole: int = 0  # calls of the container itself
-    last: Any = None
-
-
-def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
-    """Watch `run()`, a forward of the model, and propose options for the containers that a swap fits.
-
-    A residual network's function is least changed by momentum with a small gamma: the smallest is
-    taken whose expected drift in float32 stays below `TOLERANCE`.
+    A residual network's function is least changed by momentum with a small gamma. The smallest is taken whose expected
+    drift in float32 stays below `TOLERANCE`.
     """
-    containers = {path: m for path, m in model.named_modules() if isinstance(m, PLAIN) and len(m) > 1}
-    seen = {path: _Seen() for path in containers}
-    with ExitStack() as stack, torch.no_grad():
-        for path, container in containers.items():
-            stack.callback(container.register_forward_hook(partial(_count, seen[path])).remove)
-            for index, child in enumerate(container):
-                hook = child.register_forward_hook(partial(_watch, seen[path], index), with_kwargs=True)
-                stack.callback(hook.remove)
+    watched = {path: _Watched(path, m) for path, m in model.named_modules() if isinstance(m, CONTAINERS) and len(m) > 1}
+    with ExitStack() as hooks, torch.no_grad():
+        for each in watched.values():
+            each.watch(hooks)
         run()
     targets: dict[str, dict[str, Any]] = {}
     others: dict[str, str] = {}
-    for path, container in containers.items():
+    for path, each in watched.items():
         if any(path.startswith(f"{above}.") or not above for above in targets):
             continue  # a part of a block
-        ordinary, reason = _judge(path, container, seen[path])
-        if reason:
+        if reason := each.reason_against():
             others[path] = reason
-        elif any(p.requires_grad for p in container.parameters()):
-            steps = len(container) - ordinary
-            gamma = next((g for g in GAMMAS if expected_drift(Momentum(g), steps, torch.float32) < TOLERANCE), 0.99)
-            options: dict[str, Any] = {"coupling": {"name": "momentum", "gamma": gamma}, "residual": True}
-            if isinstance(container, nn.Sequential):
-                options |= {"split_dim": None} if seen[path].whole else {"iterated": True}
-            if ordinary:
-                options["ordinary"] = ordinary
-            targets[path] = options
-    return Survey(targets, others)
+        elif any(p.requires_grad for p in each.container.parameters()):
+            targets[path] = each.options()
+    return targets, others
 
 
-def steadier(options: Any) -> dict[str, Any] | None:
-    """The options with the next larger gamma, for blocks that amplify errors; None if there is none."""
+def with_larger_gamma(options: Any) -> dict[str, Any] | None:
+    """Return the options with the next larger gamma, for blocks that amplify errors; None if there is none."""
     larger = [gamma for gamma in GAMMAS if gamma > options["coupling"]["gamma"]]
     return {**options, "coupling": {"name": "momentum", "gamma": larger[0]}} if larger else None
 
 
-def _watch(seen: _Seen, index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-    x = args[0] if args else next(iter(kwargs.values()), None)
-    y = out if isinstance(out, Tensor) else split_output(out)[0]
-    seen.chained.append(not seen.calls or (isinstance(x, Tensor) and same_memory(x, seen.last)))
-    seen.calls.append(index)
-    seen.shapes.append((_shape(x), _shape(y)))
-    seen.last = y
+class _Call(NamedTuple):
+    """A call of a container's block."""
+
+    block: int  # its index
+    before: Any  # the shape of its first input
+    after: Any  # the shape of its first output
+    is_chained: bool  # its first input is the first output of the call before
 
 
-def _count(seen: _Seen, *args: Any) -> None:
-    seen.whole += 1
+@dataclass
+class _Watched:
+    """A container and what one forward does with it."""
 
+    path: str
+    container: Any
+    calls: list[_Call] = field(default_factory=list)
+    is_called: bool = False  # by the model, as a whole
+    last: Any = None  # first output of the last call
 
-def _judge(path: str, container: nn.Module, seen: _Seen) -> tuple[int, str]:
-    """How many first blocks must stay ordinary, and why the container cannot be swapped, or "" if it can."""
-    blocks = list(container.children())
-    names = [f"{path}.{i}" if path else str(i) for i in range(len(container))]  # type: ignore[arg-type]
-    if type(container) not in PLAIN:
-        return 0, f"it is a {type(container).__name__}, whose own forward may do anything"
-    if not seen.calls:
-        return 0, "its blocks are not called with these inputs"
-    if repeated := [i for i in sorted(set(seen.calls)) if seen.calls.count(i) > 1]:
-        return 0, f"{names[repeated[0]]} is called {seen.calls.count(repeated[0])} times in a forward"
-    if seen.calls != list(range(len(names))):
-        return 0, f"its blocks are called in the order {', '.join(map(str, seen.calls))}"
-    if False in seen.chained:
-        i = seen.chained.index(False)
-        return 0, f"{names[i]} is not called with what {names[i - 1]} returns: the model does something in between"
-    ordinary = len(blocks) - 1
-    for i in reversed(range(len(blocks))):
-        if type(blocks[i]) is not type(blocks[-1]) or seen.shapes[i][0] != seen.shapes[i][1]:
-            break
-        ordinary = i
-    if len(blocks) - ordinary >= 2:
-        return ordinary, ""
-    kinds = list(dict.fromkeys(type(block).__name__ for block in blocks))
-    if len(kinds) > 1:
-        return 0, f"its blocks are of different kinds: {', '.join(kinds)}"
-    i = max(i for i, (x, y) in enumerate(seen.shapes) if x != y)
-    return 0, f"{names[i]} ({kinds[0]}) changes the shape from {seen.shapes[i][0]} to {seen.shapes[i][1]}"
+    def watch(self, hooks: ExitStack) -> None:
+        """Add hooks to the container and its blocks."""
+        hooks.callback(self.container.register_forward_hook(self._on_container).remove)
+        for index, block in enumerate(self.container):
+            hook = block.register_forward_hook(partial(self._on_block, index), with_kwargs=True)
+            hooks.callback(hook.remove)
+
+    def reason_against(self) -> str | None:
+        """Return why the container cannot be swapped; None if it can."""
+        if type(self.container) not in CONTAINERS:
+            return f"it is a {type(self.container).__name__}, whose own forward may do anything"
+        return self._wrong_calls() or self._wrong_blocks()
+
+    def options(self) -> dict[str, Any]:
+        """Return the options to swap the container with."""
+        ordinary = self._count_ordinary()
+        steps = len(self.container) - ordinary
+        gamma = next((g for g in GAMMAS if expected_drift(Momentum(g), steps, torch.float32) < TOLERANCE), GAMMAS[-1])
+        options: dict[str, Any] = {"coupling": {"name": "momentum", "gamma": gamma}, "residual": True}
+        if isinstance(self.container, nn.Sequential):
+            options |= {"split_dim": None} if self.is_called else {"iterated": True}
+        return options | ({"ordinary": ordinary} if ordinary else {})
+
+    def _wrong_calls(self) -> str | None:
+        """Return what is wrong with the order of the calls, or with their inputs."""
+        order = [call.block for call in self.calls]
+        if not order:
+            return "its blocks are not called with these inputs"
+        if repeated := [i for i in sorted(order) if order.count(i) > 1]:
+            return f"{self._name(repeated[0])} is called {order.count(repeated[0])} times in a forward"
+        if order != list(range(len(self.container))):
+            return f"its blocks are called in the order {', '.join(map(str, order))}"
+        if broken := [i for i in order if not self.calls[i].is_chained]:
+            name, before = self._name(broken[0]), self._name(broken[0] - 1)
+            return f"{name} is not called with what {before} returns: the model does something in between"
+        return None
+
+    def _wrong_blocks(self) -> str | None:
+        """Return what is wrong with the blocks' types, or with their outputs' shapes."""
+        if len(self.container) - self._count_ordinary() >= 2:
+            return None
+        kinds = list(dict.fromkeys(type(block).__name__ for block in self.container))
+        if len(kinds) > 1:
+            return f"its blocks are of different kinds: {', '.join(kinds)}"
+        i, before, after, _ = [call for call in self.calls if call.before != call.after][-1]
+        return f"{self._name(i)} ({kinds[0]}) changes the shape from {before} to {after}"
+
+    def _count_ordinary(self) -> int:
+        """Return the number of blocks before the last ones that are of one type and keep the shape."""
+        kind = type(self.container[-1])
+        fits = [type(self.container[c.block]) is kind and c.before == c.after for c in reversed(self.calls)]
+        return len(fits) - len(list(takewhile(bool, fits)))
+
+    def _name(self, index: int) -> str:
+        return f"{self.path}.{index}" if self.path else str(index)
+
+    def _on_block(self, block: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        y = out if isinstance(out, Tensor) else split_output(out)[0]
+        is_chained = not self.calls or (isinstance(x, Tensor) and same_memory(x, self.last))
+        self.calls.append(_Call(block, _shape(x), _shape(y), is_chained))
+        self.last = y
+
+    def _on_container(self, *args: Any) -> None:
+        self.is_called = True
 
 
 def _shape(x: Any) -> Any:

@@ -1,32 +1,39 @@
-"""`report`: what a swap would do to a model, measured on a batch, with the model left as it was."""
+"""`report`: the effect of a swap on a model, measured on a batch. The model is left as it was."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_revlib.nn.convert.discover import TOLERANCE, steadier, survey
-from lightning_revlib.nn.convert.swap import Match, Targets, find, forget_drift, put_back, record, swap
+from lightning_revlib.nn.convert.discover import TOLERANCE, discover, with_larger_gamma
+from lightning_revlib.nn.convert.swap import Match, Targets, find, put_back, record, swap
 from lightning_revlib.nn.engine.drift import expected_drift
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.meter import MemoryMeter, format_bytes
+from lightning_revlib.nn.meter import CostMeter, format_bytes
 from lightning_revlib.nn.stacks.module_list import Layerwise
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.state.snapshot import preserve_state
 
-Figures: TypeAlias = tuple[int, int, int]
+
+class Costs(NamedTuple):
+    """Bytes held after forward, peak bytes in backward, and FLOPs."""
+
+    held: int
+    peak: int
+    flops: int
 
 
 class Stack(NamedTuple):
-    """One stack alone, as it would be swapped.
+    """One stack, and the model's costs with this stack alone swapped.
 
-    `drift` was measured on the inputs, `expected` is by dtype, twice: at its depth and at twice that.
-    `change` is how far the model's outputs in evaluation are from what they were, relative.
+    `drift` is measured on the inputs. `expected` has for each dtype the drift expected at the stack's depth and at
+    twice that. `change` is the relative difference of the model's outputs in evaluation from those before.
     """
 
     path: str
@@ -43,23 +50,20 @@ class Stack(NamedTuple):
         expected = ", ".join(f"{dtype} {once:.0e}, {twice:.0e}" for dtype, once, twice in self.expected)
         change = "equal" if self.change == 0 else f"{self.change:.1e} from the original's"
         drift = "stored in this mode" if self.drift is None else f"{self.drift:.1e}"
-        return "\n".join(
-            [
-                f"  {self.path or '(the model)'}: {self.steps} steps, {self.coupling}",
-                f"    drift {drift}; expected at {self.steps} and {2 * self.steps} steps: {expected}",
-                f"    the model's outputs in evaluation: {change}",
-            ]
+        return (
+            f"  {self.path or '(the model)'}: {self.steps} steps, {self.coupling}\n"
+            f"    drift {drift}; expected at {self.steps} and {2 * self.steps} steps: {expected}\n"
+            f"    the model's outputs in evaluation: {change}"
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found; print it. Bytes and FLOPs are of one forward and backward of the whole model.
+    """The result of `report`; print it. Bytes and FLOPs are of one forward and backward of the whole model.
 
-    `held` is what lives after forward and did not before, outputs included; `peak` is the most that
-    lives during backward, parameter gradients left out. `before` is the model by ordinary autograd,
-    `after` with all `stacks` swapped; a stack's own figures are with it alone. `others` are the paths
-    of containers that cannot be swapped, and why.
+    `held` are the bytes that forward leaves, outputs included; `peak` is their maximum during backward, without the
+    parameters' gradients. `before` is the model by ordinary autograd, `after` with all `stacks` swapped. `others` are
+    the paths of containers that cannot be swapped, and why.
     """
 
     stacks: tuple[Stack, ...]
@@ -77,22 +81,24 @@ class Report:
         for stack in self.stacks:
             lines.append(str(stack))
             if len(self.stacks) > 1:
-                lines.append("    alone: " + "; ".join(self._compare(stack.held, stack.peak, stack.flops)))
+                lines.append("    alone: " + "; ".join(self._compare(stack)))
         if self.others:
             lines += ["not to be swapped:", *[f"  {path or '(the model)'}: {reason}" for path, reason in self.others]]
         if self.stacks:
-            lines = ["reversible stacks:", *lines, *self._compare(self.held_after, self.peak_after, self.flops_after)]
+            after = Costs(self.held_after, self.peak_after, self.flops_after)
+            lines = ["reversible stacks:", *lines, *self._compare(after)]
         if self.targets:
             lines.append(f"lightning_revlib.swap(model, {dict(self.targets)!r})")
         return "\n".join(lines or ["no stack of blocks was found"])
 
-    def _compare(self, held: int, peak: int, flops: int) -> list[str]:
+    def _compare(self, after: Costs | Stack) -> list[str]:
+        def compare(before: int, after: int) -> str:
+            return f"{format_bytes(before)} -> {format_bytes(after)} (x {after / max(before, 1):.3f})"
+
         return [
-            f"held after forward {format_bytes(self.held_before)} -> {format_bytes(held)}"
-            f" (x {held / max(self.held_before, 1):.3f})",
-            f"peak in backward {format_bytes(self.peak_before)} -> {format_bytes(peak)}"
-            f" (x {peak / max(self.peak_before, 1):.3f})",
-            f"FLOPs x {flops / max(self.flops_before, 1):.3f}",
+            f"held after forward {compare(self.held_before, after.held)}",
+            f"peak in backward {compare(self.peak_before, after.peak)}",
+            f"FLOPs x {after.flops / max(self.flops_before, 1):.3f}",
         ]
 
 
@@ -112,50 +118,42 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None, **kwa
     """
     call = _Call(model, inputs, kwargs)
     others: dict[str, str] = {}
-    given = targets is not None or bool(find(model, None, strict=False))
-    if not given:
-        found = survey(model, call.watched)
-        targets, others = found.targets, found.others
-    before, outputs = call.measure(find(model, targets), stored=True), call.evaluate()
+    is_given = targets is not None or bool(find(model))
+    if not is_given:
+        with preserve_state(model):
+            targets, others = discover(model, call.run)
+    found = find(model, targets)
+    before, outputs = call.costs_with(found, {}), call.evaluate()
     stacks: list[Stack] = []
-    for path, _, options in find(model, targets):
+    swapped: dict[str, Any] = {}
+    tolerance, tolerated = (math.inf, ()) if is_given else (TOLERANCE, (ValueError, TypeError, RuntimeError))
+    for path, _, options in found:
         try:
-            stack = call.alone(path, {path: options}, outputs)
-            while not given and (stack.drift or 0) > TOLERANCE and (options := steadier(options)):
-                stack, targets = call.alone(path, {path: options}, outputs), {**(targets or {}), path: options}
+            stack, swapped[path] = call.measure_alone(path, options, outputs, tolerance)
             stacks.append(stack)
-        except (ValueError, TypeError, RuntimeError) as error:
-            if given:
-                raise
+        except tolerated as error:
             others[path] = str(error)
-            assert targets is not None
-            targets = {each: options for each, options in targets.items() if each != path}
-    after = before
-    if len(stacks) == 1:
-        after = stacks[0][3:6]
-    elif stacks:
-        after = call.measure(find(model, targets), targets)
-    return Report(
-        tuple(stacks), before[0], after[0], before[1], after[1], before[2], after[2], targets, tuple(others.items())
-    )
+    after: Costs | Stack = stacks[0] if len(stacks) == 1 else before
+    if len(stacks) > 1:
+        after = call.costs_with([match for match in found if match[0] in swapped], swapped)
+    costs = before.held, after.held, before.peak, after.peak, before.flops, after.flops
+    return Report(tuple(stacks), *costs, targets if is_given else swapped, tuple(others.items()))
 
 
 class _Call:
-    """A call of a model that leaves no trace in it."""
+    """A call of a model, which each method but `run` leaves as it was."""
 
     def __init__(self, model: nn.Module, inputs: Any, kwargs: Any) -> None:
         self.model = model
         self.inputs, self.kwargs = pytree.tree_map_only(Tensor, torch.detach, (inputs, kwargs))
 
     def run(self) -> list[Tensor]:
+        """Run the model, and return its floating-point outputs."""
         leaves = pytree.tree_leaves(self.model(*self.inputs, **self.kwargs))
         return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
 
-    def watched(self) -> None:
-        with preserve_state(self.model):
-            self.run()
-
     def evaluate(self) -> list[Tensor]:
+        """Return the model's outputs in evaluation."""
         training = [(m, m.training) for m in self.model.modules()]
         try:
             with preserve_state(self.model), torch.no_grad():
@@ -165,78 +163,75 @@ class _Call:
             for m, mode in training:
                 m.training = mode
 
-    def alone(self, path: str, targets: Targets, outputs: list[Tensor]) -> Stack:
-        """The figures of one stack, swapped alone."""
-        found = find(self.model, None, strict=False)
-        found += [match for match in find(self.model, targets) if match[1] not in [m for _, m, _ in found]]
-        records = record(found)
-        forget_drift(records)
-        try:
-            _store([match for match in found if match[0] != path])
-            swap(self.model, targets)
-            stack: Any = self.model.get_submodule(path)
-            stack.on_drift = "warn_once" if stack.on_drift == "ignore" else stack.on_drift
-            figures = _measure(self)
-            drift = stack.drift
-            change = _distance(self.evaluate(), outputs)
-            steps = stack.step_count
-            expected = tuple(
-                (
-                    str(dtype).removeprefix("torch."),
-                    *[max(expected_drift(c, n * steps, dtype) for c in stack.couplings) for n in (1, 2)],
-                )
-                for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    def costs_with(self, found: list[Match], targets: Targets) -> Costs:
+        """Return the costs with the targets swapped, and the other stacks that were found run by ordinary autograd."""
+        with self._swapped(found, targets):
+            return self._costs()
+
+    def measure_alone(
+        self, path: str, options: Any, outputs: list[Tensor], tolerance: float
+    ) -> tuple[Stack, Mapping[str, Any] | None]:
+        """Return the stack swapped alone, and its options: with a larger gamma while its drift is above the tolerance.
+
+        `outputs` are the model's in evaluation without the swap.
+        """
+        found = {match[0]: match for match in (*find(self.model), *find(self.model, {path: options}))}
+        with self._swapped(found.values(), {path: options}):
+            stack = self._measure_stack(path, outputs)
+        larger = with_larger_gamma(options) if (stack.drift or 0) > tolerance else None
+        return (stack, options) if larger is None else self.measure_alone(path, larger, outputs, tolerance)
+
+    def _measure_stack(self, path: str, outputs: list[Tensor]) -> Stack:
+        stack: Any = self.model.get_submodule(path)
+        stack.on_drift = "warn_once" if stack.on_drift == "ignore" else stack.on_drift
+        costs, drift, steps = self._costs(), stack.drift, stack.step_count
+        expected = tuple(
+            (
+                str(dtype).removeprefix("torch."),
+                *[max(expected_drift(c, n * steps, dtype) for c in stack.couplings) for n in (1, 2)],
             )
-            return Stack(path, steps, ", ".join(map(str, stack.couplings)), *figures, drift, expected, change)  # type: ignore[arg-type]
-        finally:
-            put_back(records)
+            for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        )
+        change = _distance(self.evaluate(), outputs)
+        return Stack(path, steps, ", ".join(map(str, stack.couplings)), *costs, drift, expected, change)  # type: ignore[arg-type]
 
-    def measure(self, found: list[Match], targets: Targets | None = None, *, stored: bool = False) -> Figures:
-        """The figures with the stacks swapped, or by ordinary autograd."""
-        records = record(found)
-        forget_drift(records)
+    @contextmanager
+    def _swapped(self, found: Iterable[Match], targets: Targets) -> Iterator[None]:
+        """Have the targets swapped inside, and the other stacks that were found run by ordinary autograd."""
+        records = record(list(found))
+        for module, _, _ in records:
+            vars(module).pop("_history", None)  # drift is measured anew
         try:
-            if stored:
-                _store(found)
-            else:
+            for path, module, _ in found:
+                if path not in targets and isinstance(module, ReversibleSequential):
+                    module.__class__ = CoupledSequential  # type: ignore[assignment]
+                elif path not in targets and isinstance(module, Layerwise):
+                    module.treatments = ("store",) * len(module)
+            if targets:
                 swap(self.model, targets)
-            return _measure(self)
+            yield
         finally:
             put_back(records)
 
-
-def _store(found: list[Match]) -> None:
-    """Make stacks that are reversible already run by ordinary autograd."""
-    for _, module, _ in found:
-        if isinstance(module, ReversibleSequential):
-            module.__class__ = CoupledSequential  # type: ignore[assignment]
-        elif isinstance(module, Layerwise):
-            module.treatments = tuple("store" for _ in module)
+    def _costs(self) -> Costs:
+        """Return the costs of one forward and backward."""
+        with preserve_state(self.model), torch.enable_grad(), CostMeter() as meter:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            before = meter.live
+            outputs = [y for y in self.run() if y.requires_grad]
+            if not outputs:
+                raise ValueError(
+                    f"report: no output of {type(self.model).__name__} requires grad; unfreeze a parameter"
+                )
+            held = meter.live - before
+            grads = [torch.ones_like(y) for y in outputs]
+            meter.reset_peak()
+            torch.autograd.backward(outputs, grads)
+            return Costs(held, meter.peak - before, meter.flops)
 
 
 def _distance(xs: list[Tensor], ys: list[Tensor]) -> float:
-    """|x - y| / |y| in the 2-norm, of all together."""
+    """Return |x - y| / |y| in the 2-norm, of all together."""
     difference = sum((x - y).double().square().sum().item() for x, y in zip(xs, ys, strict=True))
     return math.sqrt(difference / max(sum(y.double().square().sum().item() for y in ys), 1e-300))
-
-
-def _measure(call: _Call) -> Figures:
-    """Bytes held after forward, peak bytes in backward, FLOPs."""
-    model = call.model
-    with preserve_state(model), torch.enable_grad(), MemoryMeter() as meter:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        before = meter.live
-        outputs = [y for y in call.run() if y.requires_grad]
-        if not outputs:
-            raise ValueError(f"report: no output of {type(model).__name__} requires grad; unfreeze a parameter")
-        held = meter.live - before
-        grads = [torch.ones_like(y) for y in outputs]
-        meter.reset_peak()
-        torch.autograd.backward(outputs, grads)
-        peak = meter.peak - before
-    # A run of its own: the counter's hooks keep tensors alive.
-    with preserve_state(model), torch.enable_grad(), FlopCounterMode(display=False) as flops:
-        outputs = [y for y in call.run() if y.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-    return held, peak, flops.get_total_flops()

@@ -23,15 +23,12 @@ from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.state.snapshot import preserve_state
 
-COUPLED: tuple[Any, ...] = (CoupledSequential, Layerwise)
-PLAIN = (nn.Sequential, nn.ModuleList)
-SWAPPABLE: dict[type[nn.Module], type[nn.Module]] = {
+STACKS: tuple[Any, ...] = (CoupledSequential, Layerwise)
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+REVERSIBLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: ReversibleSequential,
     nn.ModuleList: ReversibleModuleList,
     CoupledSequential: ReversibleSequential,
-    ReversibleSequential: ReversibleSequential,
-    ReversibleModuleList: ReversibleModuleList,
-    IteratedSequential: IteratedSequential,
 }
 Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
 Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
@@ -84,11 +81,10 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
 
 
 def _try(model: nn.Module, inputs: Any) -> None:
+    """Run the model forward and backward, and leave it as it was."""
+    positional = inputs if isinstance(inputs, tuple) else (inputs,)
     with preserve_state(model), torch.enable_grad():
-        if isinstance(inputs, Mapping):
-            out = model(**inputs)
-        else:
-            out = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        out = model(**inputs) if isinstance(inputs, Mapping) else model(*positional)
         outputs = [y for y in pytree.tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
@@ -97,16 +93,11 @@ def record(found: list[Match]) -> list[Record]:
     """Return all that swapping changes of modules, for `put_back`."""
     modules = [module for _, module, _ in found]
     layers = [layer for module in modules for layer in module.children()]
-    return [(module, module.__class__, dict(module.__dict__)) for module in (*modules, *layers)]
-
-
-def forget_drift(records: list[Record]) -> None:
-    """Let recorded stacks begin anew to measure their drift, until they are put back."""
-    for module, _, _ in records:
-        module.__dict__.pop("_history", None)
+    return [(module, module.__class__, dict(vars(module))) for module in (*modules, *layers)]
 
 
 def put_back(records: list[Record]) -> None:
+    """Restore modules to what `record` returned of them."""
     for module, cls, attributes in records:
         module.__class__ = cls
         module.__dict__.clear()
@@ -122,98 +113,92 @@ def restore(model: nn.Module) -> list[str]:
     restored = stacks(model)
     for module in restored.values():
         if isinstance(module, Layerwise):
-            if "_swapped_from" not in module.__dict__:
-                module.treatments = tuple("store" for _ in module)
+            if "_swapped_from" not in vars(module):
+                module.treatments = ("store",) * len(module)
                 continue
             module.release()
-        original, attributes = module.__dict__.pop("_swapped_from", (CoupledSequential, kept_by(module)))
+        own = vars(module)
+        module.__class__, attributes = own.pop("_swapped_from", (CoupledSequential, _options_of(module)))
         for name in ("options", "resolved", "path", "_history", "_forwards"):
-            module.__dict__.pop(name, None)
-        module.__class__ = original
-        module.__dict__.update(attributes)
+            own.pop(name, None)
+        own.update(attributes)
     return list(restored)
 
 
 def stacks(model: nn.Module) -> dict[str, Any]:
-    """The reversible stacks of a model by path."""
+    """Return the reversible stacks of a model by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, Reversible)}
 
 
 def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[Match]:
-    """What `swap` would swap: (path, module, options) of each stack."""
+    """Return what `swap` would swap: the path, the module and the options of each stack."""
     modules = dict(model.named_modules())
     if targets is None:
-        return [(path, m, None) for path, m in modules.items() if isinstance(m, COUPLED)]
+        return [(path, m, None) for path, m in modules.items() if isinstance(m, STACKS)]
     found: dict[str, Mapping[str, Any] | None] = {}
-    for pattern, options in targets.items():
-        paths = [pattern] if pattern in modules else _named_otherwise(model, pattern) or _glob(pattern, modules)
+    for target, options in targets.items():
+        paths = _paths_of(model, target)
         if strict and not paths:
-            containers = [path for path, m in modules.items() if _is_container(m)]
-            near = difflib.get_close_matches(pattern, containers, cutoff=0.4) or containers[:5]
+            containers = [path for path, m in modules.items() if _is_swappable(m)]
+            near = difflib.get_close_matches(target, containers, cutoff=0.4) or containers[:5]
             hint = f"near it: {', '.join(map(repr, near))}" if near else "and has none at all"
             raise ValueError(
-                f"target {pattern!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}"
+                f"target {target!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}"
             )
         found.update(dict.fromkeys(paths, options))
     return [(path, modules[path], options) for path, options in found.items()]
 
 
-def kept_by(module: nn.Module) -> dict[str, Any]:
+def _paths_of(model: nn.Module, target: str) -> list[str]:
+    """Return the paths in `named_modules()` of the module that a target names, or of those that a glob matches."""
+    try:
+        named = model.get_submodule(target)  # which may have another path there, if it is shared
+    except AttributeError:
+        return [path for path, m in model.named_modules() if fnmatch.fnmatchcase(path, target) and _is_swappable(m)]
+    return [path for path, m in model.named_modules() if m is named]
+
+
+def _is_swappable(module: nn.Module) -> bool:
+    return type(module) in REVERSIBLE or isinstance(module, Reversible)
+
+
+def _options_of(module: nn.Module) -> dict[str, Any]:
     """Return the attributes by which a stack keeps its options; none for other containers."""
     return {name: value for name, value in vars(module).items() if name in ("options", "resolved")}
 
 
-def _is_container(module: nn.Module) -> bool:
-    return type(module) in SWAPPABLE
-
-
-def _named_otherwise(model: nn.Module, path: str) -> list[str]:
-    """The path under which `named_modules` has what lies at this one, too."""
-    try:
-        shared = model.get_submodule(path)
-    except AttributeError:
-        return []
-    return [first for first, m in model.named_modules() if m is shared]
-
-
-def _glob(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    return [path for path, m in modules.items() if fnmatch.fnmatchcase(path, pattern) and _is_container(m)]
-
-
-def _swap_one(path: str, module: nn.Module, options: Mapping[str, Any] | None) -> None:
+def _swap_one(path: str, module: Any, options: Mapping[str, Any] | None) -> None:
     original = type(module)
-    if original not in SWAPPABLE and not isinstance(module, Reversible):
+    if not _is_swappable(module):
         raise TypeError(
             f"target {path!r} is a {original.__name__}, which cannot be swapped, since its forward may do anything; a"
             " target is an nn.Sequential, an nn.ModuleList or a CoupledSequential itself"
         )
-    reversible = SWAPPABLE.get(original, original)  # a subclass is such by `fully_shard`
-    if original in (nn.Sequential, IteratedSequential) and options and options.get("iterated"):
-        reversible, options = IteratedSequential, {key: value for key, value in options.items() if key != "iterated"}
+    changes = dict(options or {})
+    reversible = REVERSIBLE.get(original, original)
+    if original in (nn.Sequential, IteratedSequential) and changes.pop("iterated", False):
+        reversible = IteratedSequential
     if original is not reversible:
-        swapped_from = original, kept_by(module)
+        swapped_from = original, _options_of(module)
         module.__class__ = reversible
-        module._swapped_from = swapped_from  # type: ignore[assignment]
-    stack: Any = module
-    stack.path = path or stack.path
-    if options is not None or original in PLAIN:
-        _set_options(path, stack, options or {})
+        module._swapped_from = swapped_from
+    module.path = path or module.path
+    if options is not None or original in CONTAINERS:
+        _set_options(path, module, changes)
 
 
-def _set_options(path: str, stack: Reversible, options: Mapping[str, Any]) -> None:
-    """Give a stack options, above those that it has. Raises TypeError or ValueError."""
+def _set_options(path: str, stack: Reversible, changes: Mapping[str, Any]) -> None:
+    """Replace options of a stack. Raises TypeError or ValueError, with the stack as it was."""
     known = inspect.signature(StackOptions).parameters
-    if unknown := [name for name in options if name not in known]:
+    if unknown := [name for name in changes if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(known)}"
         raise TypeError(f"target {path!r}: there is no option {unknown[0]!r}; {hint}")
     before = vars(stack).get("options")
     try:
-        if before is not None:
-            merged = before.merged(options)
-        else:
-            merged = StackOptions(**({"split_dim": None} if isinstance(stack, Layerwise) else {}) | dict(options))
-        budget = stack.budget if merged == before else None  # what it knows still holds
+        default = StackOptions(split_dim=None) if isinstance(stack, Layerwise) else StackOptions()
+        merged = (before or default).merged(changes)
+        budget = stack.budget if merged == before else None  # the costs that it knows are still right
         stack.set_options(merged)
         if budget is not None:
             stack.budget = budget

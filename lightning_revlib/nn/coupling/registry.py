@@ -1,4 +1,4 @@
-"""Couplings by name, and a user's own: as a name, a mapping, a `Coupling` or a pair of callables."""
+"""Couplings as a user gives them: by a name, a mapping, a `Coupling` or a pair of callables."""
 
 from __future__ import annotations
 
@@ -46,13 +46,7 @@ class Pair(Alternating):
 
 
 COUPLINGS: dict[str, type[Coupling]] = {
-    "additive": Additive,
-    "affine": Affine,
-    "momentum": Momentum,
-    "midpoint": Midpoint,
-    "leapfrog": Leapfrog,
-    "scaled": Scaled,
-    "bdia": BDIA,
+    cls.__name__.lower(): cls for cls in (Additive, Affine, Momentum, Midpoint, Leapfrog, Scaled, BDIA)
 }
 
 
@@ -91,18 +85,20 @@ def read_couplings(
 ) -> tuple[Coupling, ...]:
     """Return one coupling or more, from names, mappings, couplings or pairs of callables. Raises ValueError."""
     if forward is None and inverse is None:
-        many = coupling if isinstance(coupling, Sequence) and not isinstance(coupling, str) else [coupling]
-        if not many:
+        if not (couplings := _as_list(coupling)):
             raise ValueError(f"coupling={coupling!r} is empty; name at least one, such as 'additive'")
-        return tuple(get_coupling(one) for one in many)
+        return tuple(map(get_coupling, couplings))
     if forward is None or inverse is None:
         given, missing = ("coupling_forward", "coupling_inverse")[:: 1 if inverse is None else -1]
         raise ValueError(f"{given} was given without {missing}: the engine needs both directions of your coupling")
-    forwards = list(forward) if isinstance(forward, Sequence) else [forward]
-    inverses = list(inverse) if isinstance(inverse, Sequence) else [inverse]
+    forwards, inverses = _as_list(forward), _as_list(inverse)
     if len(forwards) != len(inverses) or not forwards:
         raise ValueError(
             f"coupling_forward has {len(forwards)} entries and coupling_inverse {len(inverses)}; pass as many of each,"
             " and at least one"
         )
-    return tuple(Pair(f, g) for f, g in zip(forwards, inverses, strict=True))
+    return tuple(map(Pair, forwards, inverses))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]

@@ -1,15 +1,14 @@
-"""A budget of bytes for some stacks together: what is known of their steps, and the plans that follow from it."""
+"""A budget of bytes for some stacks together: the costs of their steps, and the plans that follow from them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import ge
 from typing import Any, NamedTuple
 
-import torch
-
-from lightning_revlib.nn.plan.cost import CostModel, StepCosts
+from lightning_revlib.nn.plan.cost import CostModel, StackCosts, StepCosts
 from lightning_revlib.nn.plan.fingerprint import fingerprint
 from lightning_revlib.nn.plan.limit import MemoryBudget, read_budget
 from lightning_revlib.nn.plan.profile import measure
@@ -20,18 +19,23 @@ log = logging.getLogger("lightning_revlib")
 
 
 class Signature(NamedTuple):
-    """What a stack's figures depend on besides its modules."""
+    """What a stack's costs depend on besides its modules."""
 
-    shapes: tuple[torch.Size, ...]
-    rest: tuple[Any, ...]  # dtypes, modes
+    sizes: tuple[int, ...]  # of all dimensions of all tensors, in turn
+    rest: tuple[Any, ...]  # numbers of dimensions, dtypes, modes
 
     def covers(self, other: Signature) -> bool:
-        """Whether the other takes no more bytes."""
-        return (
-            self.rest == other.rest
-            and [len(x) for x in self.shapes] == [len(y) for y in other.shapes]
-            and all(m >= n for x, y in zip(self.shapes, other.shapes, strict=True) for m, n in zip(x, y, strict=True))
-        )
+        """Return whether a stack takes no more bytes with the other signature than with this one."""
+        return self.rest == other.rest and all(map(ge, self.sizes, other.sizes))
+
+
+@dataclass
+class Record:
+    """What a budget knows of a stack."""
+
+    fingerprint: str
+    costs: dict[Signature, StackCosts] = field(default_factory=dict)
+    is_checked: bool = False  # the stack that runs under this path now has this fingerprint
 
 
 @dataclass
@@ -48,160 +52,159 @@ class Budget:
     announce: Callable[[str], Any] = log.info
     cost_model: CostModel = measure
     plan: Plan | None = None  # the last that was followed or made
-    _known: dict[str, dict[Signature, tuple[list[StepCosts], int]]] = field(default_factory=dict)
-    _last: dict[str, Signature] = field(default_factory=dict)  # by which each stack has run, or is expected to
-    _ran: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what stacks have done in this step
-    _together: dict[tuple[str, Signature], dict[str, Signature]] = field(default_factory=dict)  # in a step with this
+    _records: dict[str, Record] = field(default_factory=dict)
+    _last: dict[str, Signature] = field(default_factory=dict)  # of each stack's last or expected run
+    _ran: dict[str, tuple[str, ...]] = field(default_factory=dict)  # treatments of the stacks that ran in this step
+    _steps: dict[tuple[str, Signature], dict[str, Signature]] = field(default_factory=dict)  # the last with each run
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
-    _fingerprints: dict[str, str] = field(default_factory=dict)  # of the stacks whose figures are known
-    _checked: set[str] = field(default_factory=set)  # whose fingerprint is that of the stack that runs
-    _loaded: dict[str, tuple[str, dict[Signature, tuple[list[StepCosts], int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         read_budget(self.value)
 
     def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[str, ...] | None:
-        """The plan's for this stack; None if it has to be measured first."""
-        if path not in self._checked:
-            self._check(path, fingerprint(stack))
-        known = self._known.get(path, {})
-        covering = signature if signature in known else next((s for s in known if s.covers(signature)), None)
+        """Return the plan's treatments for the steps of a stack that runs; None if it has to be measured first."""
+        costs = self._checked(path, stack).costs
+        covering = next((s for s in (signature, *costs) if s in costs and s.covers(signature)), None)
         if covering is None:
             return None
-        self._arrive(path, covering)
+        self._begin_run(path, covering)
         taken = {each: treatments for each, treatments in self._ran.items() if each != path}
-        plan = self._follow()
+        plan = self._plan_expected()
         if plan is not None and not taken.items() <= plan.treatments.items():
             plan = self._plan(taken)
-        self._ran[path] = _undone(known[covering][0]) if plan is None else plan.treatments[path]
+        self._ran[path] = _all_reversible(costs[covering]) if plan is None else plan.treatments[path]
         return self._ran[path]
 
-    def _check(self, path: str, now: str) -> None:
-        of, figures = self._loaded.pop(path, (self._fingerprints.get(path), self._known.get(path, {})))
-        if of == now:
-            self._known[path] = figures
-        else:
+    def add(self, path: str, signature: Signature, costs: StackCosts) -> None:
+        """Note a stack's costs; with the last stack's, make a plan.
+
+        Raises:
+            ValueError: if the budget is too small.
+        """
+        self._records[path].costs[signature] = costs
+        self._begin_run(path, signature)
+        self._ran[path] = _all_reversible(costs)
+        if self._ran.keys() >= {*self.paths}:
+            self._plan_expected()
+
+    def share(self, paths: Iterable[str]) -> None:
+        """Attach this budget to stacks. The costs of one are trusted again when its fingerprint is found to match."""
+        self.paths = tuple(paths)
+        for path in self._records.keys() - {*self.paths}:
             self.forget(path)
-        self._fingerprints[path] = now
-        self._checked.add(path)
+        for record in self._records.values():
+            record.is_checked = False
+        self._ran.clear()
 
     def forget(self, path: str) -> None:
-        """All that is known of a stack, and the plans that follow from it."""
-        for known in (self._known, self._last, self._fingerprints, self._loaded, self._ran, *self._together.values()):
+        """Forget a stack's costs, and the plans that follow from them."""
+        for known in (self._records, self._last, self._ran, *self._steps.values()):
             known.pop(path, None)  # type: ignore[attr-defined]
-        self._together = {key: step for key, step in self._together.items() if key[0] != path}
-        self._checked.discard(path)
+        self._steps = {run: step for run, step in self._steps.items() if run[0] != path}
         self._plans = {key: plan for key, plan in self._plans.items() if path not in plan.treatments}
         if self.plan is not None and path in self.plan.treatments:
             self.plan = None
 
-    def share(self, paths: Iterable[str]) -> None:
-        """Be that of these stacks from now on, which may be others than before under the same paths."""
-        self.paths = tuple(paths)
-        for path in {*self._last, *self._fingerprints} - {*self.paths}:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the costs of all stacks as plain data, from which the same plans follow."""
+        return {
+            path: {
+                "fingerprint": record.fingerprint,
+                "last": list(record.costs).index(self._last[path]),
+                "costs": [
+                    (tuple(s), [(*step[:2], {t: tuple(c) for t, c in step.costs.items()}) for step in steps], output)
+                    for s, (steps, output) in record.costs.items()
+                ],
+            }
+            for path, record in self._records.items()
+            if self._last.get(path) in record.costs  # and was not too large for the budget
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take costs from `state_dict`, each for a stack that is still the same when it runs first."""
+        for path, saved in state.items():
+            costs = {
+                Signature(*s): StackCosts(
+                    [StepCosts(a, b, {t: StepCost(*c) for t, c in by.items()}) for a, b, by in steps], output
+                )
+                for s, steps, output in saved["costs"]
+            }
             self.forget(path)
-        self._checked.clear()
-        self._ran.clear()
+            self._records[path], self._last[path] = Record(saved["fingerprint"], costs), list(costs)[saved["last"]]
 
-    def add(self, path: str, signature: Signature, steps: list[StepCosts], output: int) -> None:
-        """Note a stack's figures; with the last stack's, make a plan. ValueError if the budget is too small."""
-        self._known.setdefault(path, {})[signature] = steps, output
-        self._arrive(path, signature)
-        self._ran[path] = _undone(steps)
-        if all(each in self._ran for each in self.paths):
-            self._follow()
+    def _checked(self, path: str, stack: Any) -> Record:
+        """Return what is known of the stack; nothing if another one had this path before."""
+        record = self._records.get(path)
+        if record is None or not record.is_checked:
+            now = fingerprint(stack)
+            if record is None or record.fingerprint != now:
+                self.forget(path)
+                record = self._records[path] = Record(now)
+            record.is_checked = True
+        return record
 
-    def _arrive(self, path: str, signature: Signature) -> None:
-        """Note that a stack runs; those behind it are expected by what they have run by with it."""
+    def _begin_run(self, path: str, signature: Signature) -> None:
+        """Note that a stack runs, and expect the others to run as in the last step that had this run."""
         if path in self._ran:  # a new step
             step = {each: self._last[each] for each in self._ran}
             for run in step.items():
-                self._together.setdefault(run, {}).update(step)
+                self._steps.setdefault(run, {}).update(step)
             self._ran.clear()
-        for each, expected in self._together.get((path, signature), {}).items():
-            if each not in self._ran and expected in self._figures(each):
+        for each, expected in self._steps.get((path, signature), {}).items():
+            if each not in self._ran and expected in self._records[each].costs:
                 self._last[each] = expected
         self._last[path] = signature
         self._ran[path] = ()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The figures of all stacks that have run, as plain data, from which the same plans follow."""
-        return {
-            path: {
-                "fingerprint": self._fingerprints[path],
-                "last": list(known).index(self._last[path]),
-                "figures": [
-                    (
-                        tuple(s),
-                        [(m.streams, m.sentinel, {t: tuple(f) for t, f in m.costs.items()}) for m in steps],
-                        output,
-                    )
-                    for s, (steps, output) in known.items()
-                ],
-            }
-            for path, known in self._known.items()
-            if self._last.get(path) in known  # and was not too large for the budget
-        }
+    def _plan_expected(self) -> Plan | None:
+        """Return the plan for the stacks that ran in this step and those expected; None if these do not fit together.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take figures from `state_dict`, each for a stack that is still the same when it runs first."""
-        for path, saved in state.items():
-            figures = {
-                Signature(*s): (
-                    [StepCosts(a, b, {t: StepCost(*c) for t, c in by.items()}) for a, b, by in steps],
-                    output,
-                )
-                for s, steps, output in saved["figures"]
-            }
-            self.forget(path)
-            self._loaded[path] = saved["fingerprint"], figures
-            self._last[path] = list(figures)[saved["last"]]
-
-    def _figures(self, path: str) -> dict[Signature, tuple[list[StepCosts], int]]:
-        return self._known.get(path) or self._loaded.get(path, ("", {}))[1]
-
-    def _follow(self) -> Plan | None:
-        """The plan for the stacks that have run in this step and those that are expected; None if these do not fit."""
+        Raises:
+            ValueError: if those that ran do not fit.
+        """
         try:
             return self._plan({})
         except ValueError:
             expected = self._last.keys() - self._ran.keys()
             for path in expected or self._ran:
                 signature = self._last.pop(path)
-                if not expected:  # figures that cover smaller ones; and the next forward is to fail as well
-                    del self._known[path][signature]
+                if not expected:  # costs that cover smaller ones; and the next forward is to fail as well
+                    del self._records[path].costs[signature]
             if expected:
                 return None
             self._ran.clear()
             raise
 
     def _plan(self, taken: Mapping[str, tuple[str, ...]]) -> Plan:
-        combination = tuple(self._last.items())
-        key = combination, tuple(taken.items())
+        """Return the plan for the last signatures, with some treatments taken."""
+        key = *self._last.items(), *taken.items()
         if key not in self._plans:
-            figures = {path: self._figures(path)[signature] for path, signature in combination}
-            self._plans[key] = make_plan(figures, self.value, taken)
+            costs = {path: self._records[path].costs[signature] for path, signature in self._last.items()}
+            self._plans[key] = make_plan(costs, self.value, taken)
             self.announce(str(self._plans[key]))
         self.plan = self._plans[key]
         return self.plan
 
 
-def _undone(steps: Sequence[StepCosts]) -> tuple[str, ...]:
-    """What steps do that are all to be undone."""
-    return tuple("reversible" if "reversible" in step.costs else "store" for step in steps)
+def _all_reversible(costs: StackCosts) -> tuple[str, ...]:
+    """Return the all-reversible plan; "store" where a step cannot be inverted."""
+    return tuple("reversible" if "reversible" in step.costs else "store" for step in costs.steps)
 
 
 def share_budget(stacks: Mapping[str, Any], budget: Budget | None) -> None:
     """Give stacks, by path, one budget for all of them together, in place of one that they shared before.
 
-    Stacks with a budget or treatments of their own keep them. Raises ValueError for one that overlaps.
+    Stacks with a budget or treatments of their own keep them.
+
+    Raises:
+        ValueError: for a stack with overlap=True.
     """
-    overlapping = [path for path, stack in stacks.items() if stack.overlap]
-    if budget is not None and overlapping:
-        raise ValueError(
-            f"{overlapping[0]}: overlap=True holds what two blocks save, memory_budget={budget.value!r} counts one:"
-            " pass one of them"
-        )
+    for path, stack in stacks.items():
+        if budget is not None and stack.overlap:
+            raise ValueError(
+                f"{path}: overlap=True holds what two blocks save, memory_budget={budget.value!r} counts one:"
+                " pass one of them"
+            )
     sharing = {
         path: stack
         for path, stack in stacks.items()

@@ -1,4 +1,4 @@
-"""Descriptions of blocks and stacks: those with the same one take the same bytes and work."""
+"""Descriptions of blocks and stacks: equal descriptions stand for equal costs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from lightning_revlib.nn.steps.step import Step
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
-def description(step: Step) -> tuple[Any, ...]:
-    """Return what two steps agree in that take the same bytes and work, as far as can be told."""
-    arguments = [_text(x) for x in pytree.tree_leaves((step.args, step.kwargs))]
-    branch = step.key.partition(".")[2]
-    chunks = getattr(step, "count", 1)
-    return branch, chunks, *_of_module(step.module), _text(step.coupling), repr(arguments)
+def describe_step(step: Step) -> tuple[Any, ...]:
+    """Return all that a step's costs depend on besides its streams, as far as can be told."""
+    branch, chunks = step.key.partition(".")[2], getattr(step, "count", 1)
+    arguments = map(_describe, pytree.tree_leaves((step.args, step.kwargs)))
+    return branch, chunks, *_describe_module(step.module), _describe(step.coupling), *arguments
 
 
-def _of_module(module: nn.Module, but: str = "") -> tuple[Any, ...]:
+def _describe_module(module: nn.Module, without: str = "") -> tuple[Any, ...]:
     settings = [
-        sorted((k, _text(v)) for k, v in vars(m).items() if _is_setting(k, v) and k != but) for m in module.modules()
+        sorted((name, _describe(x)) for name, x in vars(m).items() if _is_setting(name, x) and name != without)
+        for m in module.modules()
     ]
-    parameters = [(p.shape, p.dtype, p.requires_grad) for p in module.parameters()]
-    return repr(module), repr(settings), tuple(parameters)
+    return repr(module), repr(settings), *[(p.shape, p.dtype, p.requires_grad) for p in module.parameters()]
 
 
 def _is_setting(name: str, value: Any) -> bool:
@@ -39,8 +38,8 @@ def _is_setting(name: str, value: Any) -> bool:
     return not name.startswith("_") and name != "forward" and not isinstance(value, (Tensor, nn.Module))
 
 
-def _text(value: Any, depth: int = 4) -> str:
-    """Return a text about a value that is the same for alike blocks and in each process: it has no addresses."""
+def _describe(value: Any, depth: int = 4) -> str:
+    """Return a description of a value that is the same in each process, since it contains no addresses."""
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, Tensor):
@@ -49,20 +48,20 @@ def _text(value: Any, depth: int = 4) -> str:
     if isinstance(value, nn.Module) or not depth:
         return kind
     if isinstance(value, Mapping):
-        return f"{kind} {[(_text(k, inner), _text(v, inner)) for k, v in value.items()]}"
+        return f"{kind} {[(_describe(k, inner), _describe(v, inner)) for k, v in value.items()]}"
     if isinstance(value, (list, tuple, Set)):
-        leaves = [_text(v, inner) for v in value]
+        leaves = [_describe(v, inner) for v in value]
         return f"{kind} {sorted(leaves) if isinstance(value, Set) else leaves}"
     if type(value).__repr__ is object.__repr__:
-        return f"{kind} {_text(getattr(value, '__dict__', None), min(inner, 2))}"
+        return f"{kind} {_describe(getattr(value, '__dict__', None), min(inner, 2))}"
     return f"{ADDRESS.sub('', repr(value))} {getattr(getattr(value, '__code__', None), 'co_firstlineno', '')}"
 
 
 def fingerprint(stack: Any) -> str:
-    """Return a hash of all that a stack's costs depend on, besides the signature of its inputs."""
+    """Return a hash of all that a stack's costs depend on besides the signature of its inputs."""
     o = stack.options
     options = [stack.couplings, o.branches, stack.chunks, o.chunk_dim, o.stream_dtype, o.residual]
     options += [o.grid_bits, o.split_dim, o.ordinary, o.offload, o.context_fn]
-    modules = [_of_module(m, but="training") for m in stack]
-    text = repr([torch.__version__, *map(_text, options), *modules])
+    modules = [_describe_module(m, without="training") for m in stack]
+    text = repr([torch.__version__, *map(_describe, options), *modules])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,20 +10,21 @@ import torch
 
 MemoryBudget: TypeAlias = int | float | str
 MARGIN = 0.1  # of the free memory, which "auto" leaves
-UNITS = {"b": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("b", 1000), ("ib", 1024))
-    for power, prefix in enumerate("kmgt", start=1)
-}
+DECIMAL_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS = DECIMAL_UNITS | {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def read_budget(value: MemoryBudget) -> int | float | None:
-    """Return bytes as an int, a fraction as a float, None for "auto". Raises ValueError or TypeError."""
+    """Return bytes as an int, a fraction as a float, None for "auto".
+
+    Raises:
+        ValueError, TypeError: for any other value.
+    """
     if isinstance(value, str):
         if value == "auto":
             return None
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", value.lower())
-        if match and match[2] in {"", *UNITS} and 1 <= (count := float(match[1]) * UNITS[match[2] or "b"]) < math.inf:
+        if match and match[2] in UNITS and 1 <= (count := float(match[1]) * UNITS[match[2]]) < math.inf:
             return int(count)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"memory_budget={value!r}: pass bytes, a text such as '2GiB', a fraction, or 'auto'")
@@ -36,7 +37,11 @@ def read_budget(value: MemoryBudget) -> int | float | None:
 
 
 def limit_in_bytes(value: MemoryBudget, plain: int) -> int:
-    """Return the bytes that a budget allows, if ordinary autograd takes `plain`. Raises ValueError without CUDA."""
+    """Return the bytes that a budget allows, if ordinary autograd takes `plain`.
+
+    Raises:
+        ValueError: for "auto" without a CUDA device.
+    """
     read = read_budget(value)
     if isinstance(read, float):
         return int(read * plain)

@@ -14,8 +14,8 @@ from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.engine.drift import Sentinel
 from lightning_revlib.nn.internals import pytree, surrounding_hooks
 from lightning_revlib.nn.plan.budget import Signature
-from lightning_revlib.nn.plan.cost import StepCosts
-from lightning_revlib.nn.plan.fingerprint import description
+from lightning_revlib.nn.plan.cost import StackCosts, StepCosts
+from lightning_revlib.nn.plan.fingerprint import describe_step
 from lightning_revlib.nn.plan.unshard import unsharded
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
@@ -26,7 +26,7 @@ from lightning_revlib.nn.treatments.run import Run
 class PlannedRun(Run):
     """A forward that follows the plan of a budget, or measures for it, with all steps reversible meanwhile.
 
-    `stack` has a path, options, a budget, modules, and tells how its streams are joined and halved.
+    `stack` has a path, options, a budget and modules, and its methods join and halve its streams.
     """
 
     def __init__(self, stack: Any, treatments: Sequence[str], forward: Forward) -> None:
@@ -34,7 +34,7 @@ class PlannedRun(Run):
         self.stack, self.budget = stack, stack.budget
         self.signature: Signature | None = None
         self.measured: list[StepCosts] | None = None  # if the budget does not know the stack's costs yet
-        self._known: dict[Any, dict[str, StepCost]] = {}  # costs of steps that are alike
+        self._known: dict[Any, dict[str, StepCost]] = {}  # costs of the steps so far, by all that they depend on
 
     def choose(self, step: Step, a: Tensor, b: Tensor) -> str:
         if self.index == 0:
@@ -45,9 +45,10 @@ class PlannedRun(Run):
 
     def finish(self, y: Tensor) -> None:
         if self.measured is not None:
-            self.budget.add(self.stack.path, self.signature, self.measured, y.nbytes)
+            self.budget.add(self.stack.path, self.signature, StackCosts(self.measured, y.nbytes))
 
     def _begin(self, step: Step, a: Tensor, b: Tensor) -> None:
+        """Follow the plan from the first step on, or begin to measure."""
         if surrounding_hooks() is not None:
             warnings.warn(
                 f"{self.stack.path}: within a block that backward runs again, or other saved-tensor hooks, its"
@@ -63,34 +64,33 @@ class PlannedRun(Run):
             self.treatments = treatments
 
     def _measure(self, step: Step, a: Tensor, b: Tensor) -> StepCosts:
-        """Return the step's costs by treatment; a step that is like one before it is not measured again."""
+        """Return the step's costs; those of a step that agrees in all they depend on are not measured again."""
         last = self.index == len(self.treatments) - 1
-        kind = (last, *[(t.shape, t.stride(), t.requires_grad) for t in (a, b)], *description(step))
+        kind = (last, *[(t.shape, t.stride(), t.requires_grad) for t in (a, b)], *describe_step(step))
         if kind not in self._known:
             self._known[kind] = self._costs(step, a, b, last)
         return StepCosts(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind])
 
     def _costs(self, step: Step, a: Tensor, b: Tensor, last: bool) -> dict[str, StepCost]:
-        excluded = set() if self.stack.options.offload else {"offload"}
-        if self.forward.context_fn is not None:
-            excluded.add("selective")
-        possible = [
-            name
-            for name, treatment in TREATMENTS.items()
-            if name not in excluded and treatment.is_possible(step, a.device)
-        ]
+        """Return the step's cost among others, under each treatment that is possible."""
+        options = self.stack.options
+        allowed = {"offload": options.offload, "selective": self.forward.context_fn is None}
         with unsharded(step.module):
-            alone = {name: self._cost(step, name, a, b, last) for name in possible}
+            alone = {
+                name: self._cost(step, name, a, b, last)
+                for name, treatment in TREATMENTS.items()
+                if allowed.get(name, True) and treatment.is_possible(step, a.device)
+            }
         costs = {name: TREATMENTS[name].cost(cost, alone["store"]) for name, cost in alone.items()}
-        undone = costs.get("reversible")
-        if undone is not None and (not last or self.stack.options.split_dim is not None):
-            # What comes out, and is held, are the next step's streams, or the output.
-            costs["reversible"] = undone._replace(held=undone.held - a.nbytes - b.nbytes)
+        if "reversible" in costs and (not last or options.split_dim is not None):
+            # The streams after the step are held, too: they are the next step's, or the output.
+            costs["reversible"] = costs["reversible"]._replace(held=costs["reversible"].held - a.nbytes - b.nbytes)
         return costs
 
     def _cost(self, step: Step, treatment: str, a: Tensor, b: Tensor, last: bool) -> StepCost:
+        """Return the step's cost alone, by the budget's model of costs."""
         try:
-            run = partial(self._alone, step, treatment, last)
+            run = partial(self._run_alone, step, treatment, last)
             cost = self.budget.cost_model(step, treatment, a, b, last=last, run=run)
             return cost if step.extra is not None else cost._replace(kept=0)
         except RuntimeError as error:
@@ -101,10 +101,10 @@ class PlannedRun(Run):
                 f"{self.budget.value!r} cannot measure that; pass use_reentrant=False there"
             ) from None
         finally:
-            step.take_extra()  # until then it is held, as it will be by the caller
+            step.take_extra()  # held until now, as the caller will hold it
 
-    def _alone(self, step: Step, treatment: str, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        """Run the step as in a stack that has it alone, or with steps after it."""
+    def _run_alone(self, step: Step, treatment: str, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """Run the step as the only one of a stack if it is the last, else as one with steps after it."""
         run, stack = Run([treatment], Forward([step.module], context_fn=self.forward.context_fn)), self.stack
         clear_autocast_cache()
         a, b = run.step(step, a, b)
@@ -117,22 +117,20 @@ class PlannedRun(Run):
 def signature_of(stack: Any, step: Step, a: Tensor, b: Tensor) -> Signature:
     """Return what the costs of the stack's steps depend on besides its modules, given its first step."""
     arguments = pytree.tree_leaves((step.args, step.kwargs))
-    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    tensors = [a, b, *(t for t in arguments if isinstance(t, Tensor))]
     device = a.device.type
     return Signature(
-        tuple(t.shape for t in (a, b, *tensors)),
+        tuple(size for t in tensors for size in t.shape),
         (
-            a.dtype,
+            *[(t.ndim, t.dtype) for t in tensors],
             step.dtype,
             a.requires_grad,
             b.requires_grad,
             has_gaps(a) or has_gaps(b),
             device,
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-            *[t.dtype for t in tensors],
             *[x for x in arguments if isinstance(x, (bool, str, type(None)))],  # a number may count steps
-            *[m.training for m in stack.modules()],
+            *[(type(m).__qualname__, m.training) for m in stack.modules()],
             *[(p.shape, p.requires_grad) for p in stack.parameters()],
-            *[type(m).__qualname__ for m in stack.modules()],
         ),
     )

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.coupling.base import has_gaps
-from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.meter import CostMeter
+from lightning_revlib.nn.plan.cost import RunStep
 from lightning_revlib.nn.state.snapshot import preserve_state
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
 
 
 class Prices(NamedTuple):
-    """FLOPs that a processor does meanwhile."""
+    """What other work costs, as the number of FLOPs that a processor does in the same time."""
 
-    byte: int  # while one is written
-    operation: int  # while one is started
-    python_dispatch: int  # while one is started that Python looks at first, as in selective checkpointing
+    byte: int  # to write one
+    operation: int  # to start one
+    python_dispatch: int  # to start one after a dispatch mode in Python, as in selective checkpointing
 
 
 CPU = Prices(10, 100_000, 500_000)
@@ -30,19 +28,11 @@ CPU = Prices(10, 100_000, 500_000)
 DEVICE = Prices(500, 4 * 10**9, 14 * 10**9)
 
 
-def measure(
-    step: Step,
-    treatment: str,
-    a: Tensor,
-    b: Tensor,
-    *,
-    last: bool,
-    run: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-) -> StepCost:
+def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run: RunStep) -> StepCost:
     """Return what a step costs, counted while `run` runs it forward and backward, with its hooks. See `CostModel`.
 
-    The streams and the step's module are as before when this returns. Somebody else holds the gradient of the output
-    of the `last` step.
+    The streams and the step's module are left as they were. The gradient of the `last` step's output is held by others
+    during backward.
     """
     module = step.module
     parameters = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
@@ -57,8 +47,7 @@ def measure(
             held, forward = meter.live - end.nbytes, meter.peak
             meter.reset_peak()
             if end.requires_grad:
-                within = torch.is_autocast_enabled(meter.kind)  # backward is called outside of it
-                with torch.autocast(meter.kind, enabled=False) if within else nullcontext():
+                with torch.autocast(meter.kind, enabled=False):  # backward is called outside of it
                     torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
             given.clear()
             work = meter.work(TREATMENTS[treatment].dispatches_in_python)
@@ -68,31 +57,25 @@ def measure(
             hook.remove()
 
 
-class _Meter(MemoryMeter):
-    """Counts FLOPs, bytes written and operations, as `FlopCounterMode` does but without its hooks on modules.
+class _Meter(CostMeter):
+    """Counts bytes written and operations, too. Bytes count on devices of one kind only."""
 
-    Bytes count on one kind of device: those of the host do not, if it is another.
-    """
-
-    flops = written = operations = 0
+    written = operations = 0
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
         self.operations += 1
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def work(self, in_python: bool) -> int:
-        """Return the work in FLOPs. A host starts operations while its device does others."""
+        """Return the work in FLOPs."""
         prices = CPU if self.kind == "cpu" else DEVICE
         done = self.flops + prices.byte * self.written
         started = self.operations * (prices.python_dispatch if in_python else prices.operation)
-        return done + started if self.kind == "cpu" else max(done, started)
+        return done + started if self.kind == "cpu" else max(done, started)  # a device works while the host starts
 
     def _count(self, storage: torch.UntypedStorage, key: int) -> None:
         if storage.device.type != self.kind:
@@ -102,11 +85,11 @@ class _Meter(MemoryMeter):
 
 
 class _Entry(torch.autograd.Function):
-    """Streams as a former step would put them out: no leaves, which a graph would keep alive."""
+    """Makes streams like those that another step returns: no leaves, which a graph would keep alive."""
 
     @staticmethod
     def forward(ctx: Any, seed: Tensor, a: Tensor, b: Tensor, needs_grad: tuple[bool, bool]) -> Any:
-        # Views with gaps are of the stack's input, which is there anyway.
+        # Views with gaps are parts of the stack's input, which its caller holds.
         streams = tuple(t.view_as(t) if has_gaps(t) else t.clone() for t in (a, b))
         ctx.mark_non_differentiable(*[t for t, needed in zip(streams, needs_grad, strict=True) if not needed])
         return streams
@@ -117,7 +100,7 @@ class _Entry(torch.autograd.Function):
 
 
 class _Exit(torch.autograd.Function):
-    """Gradients as a later step would hand them down: tensors that nobody else refers to, unless they are `given`."""
+    """Makes gradients like those that a later step returns: held by nothing else, unless put into the list `given`."""
 
     @staticmethod
     def forward(ctx: Any, given: list[Tensor] | None, *tensors: Tensor) -> Tensor:
@@ -134,5 +117,5 @@ class _Exit(torch.autograd.Function):
 
 
 def _shrunk(grad: Tensor) -> Tensor:
-    """Replace a parameter's gradient, which does not count, by one number."""
+    """Return one number in place of a parameter's gradient, which does not count."""
     return grad.new_zeros(()).expand_as(grad)

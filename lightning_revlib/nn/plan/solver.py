@@ -2,10 +2,10 @@
 
     peak = max over steps i of  outside_i + sum of held_j for j < i + peak of step i  <=  budget
 
-A step that is reversible holds nothing, one that is stored most; work goes the other way. What a step holds, takes at
-most and works is counted by `measure` in the first forward. Then it is a multiple-choice knapsack, in which the load on
-the way matters as well as at the end; it is solved from the first step to the last, keeping all pairs of bytes held and
-work that no other pair beats. Plans follow from counts alone: the same on every machine, process and day.
+A reversible step holds nothing and works most; a stored step holds most and works least. Each step's costs are counted
+by `measure` in the first forward. The choice is a multiple-choice knapsack whose load is limited at each step, not only
+at the end. Dynamic programming from the first step to the last keeps the pareto front of bytes held and work. Plans
+follow from counts alone, so they are the same on every machine, process and day.
 
 Tensor rematerialisation as a knapsack: Checkmate, https://arxiv.org/abs/1910.02653.
 """
@@ -15,20 +15,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, TypeAlias
 
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.nn.plan.cost import StepCosts
+from lightning_revlib.nn.plan.cost import StackCosts, StepCosts
 from lightning_revlib.nn.plan.limit import MemoryBudget, limit_in_bytes
 
-FRONT = 1024  # pairs that are kept at a step; with more, near ones are merged to the safe side
+FRONT = 1024  # points that are kept of a front; of more, of those close to each other the one with the fewest bytes
+REVERSIBLE = "reversible"
+Steps: TypeAlias = Sequence[tuple[StepCosts, int]]  # of all stacks, each with the bytes that live outside of it
+Point: TypeAlias = tuple[int, int, Any]  # bytes held, work, and the treatments that lead there as (last, (..., None))
 
 
 @dataclass(frozen=True)
 class Plan:
     """Treatments by stack, and what was counted on: `peak` bytes of `limit`; print it.
 
-    `minimum` is the least peak and `plain` that of ordinary autograd; `work` is over ordinary autograd's.
+    `minimum` is the lowest possible peak, `plain` is the peak of ordinary autograd, and `work` is relative to ordinary
+    autograd's.
     """
 
     treatments: Mapping[str, tuple[str, ...]]
@@ -50,137 +55,135 @@ class Plan:
 
 
 def make_plan(
-    stacks: Mapping[str, tuple[Sequence[StepCosts], int]],
-    value: MemoryBudget,
-    taken: Mapping[str, Sequence[str]] | None = None,
+    stacks: Mapping[str, StackCosts], value: MemoryBudget, taken: Mapping[str, Sequence[str]] | None = None
 ) -> Plan:
-    """The plan with the least work for stacks of so many output bytes. Raises ValueError if none fits.
+    """Return the plan with the least work for stacks, by path in the order in which they run.
 
-    With some treatments `taken` already, it is the plan for the rest; if none fits then, the one with the fewest bytes.
+    If some treatments are `taken` already, it is the plan for the rest, or the one with the lowest peak if none fits.
+
+    Raises:
+        ValueError: if no plan fits, with none taken.
     """
-    steps = lay_out(stacks)
-    alike = _alike(steps)
-    minimum, plain = min(walk(steps, treatments)[0] for treatments in alike.values()), walk(steps, alike["store"])
-    limit = limit_in_bytes(value, plain[0])
+    steps = steps_with_outside(stacks)
+    uniform = uniform_choices(steps)
+    minimum = min(peak_and_work(steps, choice)[0] for choice in uniform.values())
+    plain, plain_work = peak_and_work(steps, uniform["store"])
+    limit = limit_in_bytes(value, plain)
     if limit < minimum:
         raise ValueError(
             f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
             f" {format_bytes(minimum)} for this input; take a smaller batch, or a larger budget"
         )
     if taken:
-        steps = lay_out({path: (_only(each, taken.get(path)), output) for path, (each, output) in stacks.items()})
-        alike = _alike(steps)
-    best = [min(reversed(list(step.costs)), key=lambda t: step.costs[t].work) for step, _ in steps]
-    if walk(steps, best)[0] > limit:
-        fitting = [treatments for treatments in alike.values() if walk(steps, treatments)[0] <= limit]
-        if (found := _search(steps, limit)) is not None:
-            fitting.append(found)
-        best = (
-            min(fitting, key=lambda treatments: walk(steps, treatments)[1])
-            if fitting
-            else min(alike.values(), key=lambda treatments: walk(steps, treatments)[0])
-        )
-    peak, work = walk(steps, best)
+        restricted = {path: _restrict(stacks[path], names) for path, names in taken.items()}
+        steps = steps_with_outside({**stacks, **restricted})
+    best = choose_treatments(steps, limit)
+    peak, work = peak_and_work(steps, best)
     chosen = iter(best)
-    treatments = {path: tuple(next(chosen) for _ in measured) for path, (measured, _) in stacks.items()}
-    return Plan(treatments, limit, peak, minimum, plain[0], work / max(plain[1], 1))
+    treatments = {path: tuple(next(chosen) for _ in stack.steps) for path, stack in stacks.items()}
+    return Plan(treatments, limit, peak, minimum, plain, work / max(plain_work, 1))
 
 
-def _alike(steps: Sequence[tuple[StepCosts, int]]) -> dict[str, list[str]]:
-    """All steps under one treatment, by it, as far as they can."""
-    choices = list({treatment: None for step, _ in steps for treatment in step.costs})
-    return {t: [t if t in step.costs else next(iter(step.costs)) for step, _ in steps] for t in choices}
+def _restrict(stack: StackCosts, treatments: Sequence[str]) -> StackCosts:
+    """Return a stack's costs with one treatment left for each step."""
+    return stack._replace(
+        steps=[step._replace(costs={t: step.costs[t]}) for step, t in zip(stack.steps, treatments, strict=True)]
+    )
 
 
-def _only(measured: Sequence[StepCosts], taken: Sequence[str] | None) -> Sequence[StepCosts]:
-    if taken is None:
-        return measured
-    return [m._replace(costs={t: m.costs[t]}) for m, t in zip(measured, taken, strict=True)]
+def steps_with_outside(stacks: Mapping[str, StackCosts]) -> Steps:
+    """Return the steps of all stacks, each with the bytes that live outside of it while it is undone.
 
-
-def lay_out(stacks: Mapping[str, tuple[Sequence[StepCosts], int]]) -> list[tuple[StepCosts, int]]:
-    """The steps of all stacks, each with the bytes that live outside of it.
-
-    They are all outputs, the gradient of its stack's output, unless the last step's figures contain it, and what later
-    steps hold when they are undone, since their frames refer to each other, or keep for their further outputs.
+    Outside are all outputs; the gradient of its stack's output, which the costs of the last step contain already; and
+    what later steps keep: for their further outputs, or when they are undone, since their frames refer to each other.
     """
-    outside = sum(output for _, output in stacks.values())
+    outside = sum(stack.output for stack in stacks.values())
     steps: list[tuple[StepCosts, int]] = []
-    for measured, output in reversed(list(stacks.values())):
-        for step in reversed(measured):
-            last = step is measured[-1]
-            steps.insert(0, (step, outside + (0 if last else output)))
-            kept = [cost.kept for cost in step.costs.values() if cost.kept]
-            if "reversible" in step.costs:
-                held = step.costs["reversible"].held
-                kept.append(held - step.streams if last and held >= step.streams else held)  # without what comes out
-            outside += max(kept, default=0)
-    return steps
+    for stack in reversed(list(stacks.values())):
+        for step in reversed(stack.steps):
+            is_last = step is stack.steps[-1]
+            steps.append((step, outside + (0 if is_last else stack.output)))
+            kept = [cost.kept for cost in step.costs.values()]
+            if (cost := step.costs.get(REVERSIBLE)) is not None:
+                has_output = is_last and cost.held >= step.streams
+                kept.append(cost.held - step.streams if has_output else cost.held)
+            outside += max(kept)
+    return steps[::-1]
 
 
-def walk(steps: Sequence[tuple[StepCosts, int]], treatments: Sequence[str]) -> tuple[int, int]:
-    """Peak bytes and work of one choice of treatments."""
+def uniform_choices(steps: Steps) -> dict[str, list[str]]:
+    """Return for each treatment the choice of it in all steps; a step that cannot have it gets its first treatment."""
+    names = {treatment: None for step, _ in steps for treatment in step.costs}
+    return {name: [name if name in step.costs else next(iter(step.costs)) for step, _ in steps] for name in names}
+
+
+def peak_and_work(steps: Steps, treatments: Sequence[str]) -> tuple[int, int]:
+    """Return the peak bytes and the work of one choice of treatments."""
     peak = held = work = 0
-    befores = [None, *treatments[:-1]]
-    samples = sum(map(_sample, (step for step, _ in steps), befores, treatments))
-    for (step, outside), before, treatment in zip(steps, befores, treatments, strict=True):
+    boundaries = list(map(_boundary, [step for step, _ in steps], [None, *treatments], treatments))
+    later = sum(sentinel for _, sentinel in boundaries)  # sentinels of later parts, which backward has then compared
+    for (step, outside), treatment, (streams, sentinel) in zip(steps, treatments, boundaries, strict=True):
         cost = step.costs[treatment]
-        held += _boundary(step, before, treatment)
-        samples -= _sample(step, before, treatment)
-        peak = max(peak, held + cost.forward, outside + held + samples + cost.backward)
+        held += streams + sentinel
+        later -= sentinel
+        peak = max(peak, held + cost.forward, outside + held + later + cost.backward)
         held, work = held + cost.held, work + cost.work
     return peak, work
 
 
-def _sample(step: StepCosts, before: str | None, treatment: str) -> int:
-    """What stays, when it is undone, of a reversible part that begins here."""
-    return step.sentinel if treatment == "reversible" and before != "reversible" else 0
+def _boundary(step: StepCosts, before: str | None, treatment: str) -> tuple[int, int]:
+    """Return the bytes kept before a step: the streams where reversible steps end, a sentinel where they begin."""
+    ends, begins = before == REVERSIBLE != treatment, before != REVERSIBLE == treatment
+    return step.streams * ends, step.sentinel * begins
 
 
-def _boundary(step: StepCosts, before: str | None, treatment: str) -> int:
-    """What is kept where reversible steps begin, a sample, and where they end, the streams."""
-    return step.streams if before == "reversible" != treatment else _sample(step, before, treatment)
+def choose_treatments(steps: Steps, limit: int) -> Sequence[str]:
+    """Return the treatments with the least work within the limit; if none fits, those with the lowest peak."""
+    fastest = [min(reversed(step.costs), key=lambda name: step.costs[name].work) for step, _ in steps]
+    if peak_and_work(steps, fastest)[0] <= limit:
+        return fastest
+    choices = [*uniform_choices(steps).values(), *_search(steps, limit)]
+    ranked = [(*peak_and_work(steps, choice), choice) for choice in choices]
+    return min(ranked, key=lambda each: (max(each[0], limit), each[1]))[2]
 
 
-def _search(steps: Sequence[tuple[StepCosts, int]], limit: int) -> list[str] | None:
-    """The treatments with the least work whose peak is within the limit, or None.
+def _search(steps: Steps, limit: int) -> list[list[str]]:
+    """Return the choice with the least work whose peak is within the limit, if there is one.
 
-    As if what stays of later parts were there in all steps, of as many parts as there can be.
+    Sentinels are counted on the safe side: in each step those of the largest possible number of reversible parts.
     """
     limit -= max(step.sentinel for step, _ in steps) * ((len(steps) + 1) // 2)
-    fronts: dict[str | None, list[tuple[int, int, Any]]] = {None: [(0, 0, None)]}
+    fronts: dict[str | None, list[Point]] = {None: [(0, 0, None)]}  # by the treatment before, if it is reversible
     for step, outside in steps:
-        grown: dict[str | None, list[tuple[int, int, Any]]] = {}
-        for treatment, cost in step.costs.items():
-            room = limit - max(cost.forward, outside + cost.backward)
-            kind = treatment if treatment == "reversible" else None
-            for before, front in fronts.items():
-                extra = _boundary(step, before, treatment)
-                grown.setdefault(kind, []).extend(
-                    (held + extra + cost.held, work + cost.work, (treatment, way))
-                    for held, work, way in front
-                    if held + extra <= room
-                )
-        fronts = {kind: _unbeaten(pairs) for kind, pairs in grown.items()}
-    ends = [pair for front in fronts.values() for pair in front]
+        grown: dict[str | None, list[Point]] = {}
+        for (treatment, cost), (before, front) in product(step.costs.items(), fronts.items()):
+            extra = sum(_boundary(step, before, treatment))
+            room = limit - max(cost.forward, outside + cost.backward) - extra
+            grown.setdefault(treatment if treatment == REVERSIBLE else None, []).extend(
+                (held + extra + cost.held, work + cost.work, (treatment, way))
+                for held, work, way in front
+                if held <= room
+            )
+        fronts = {kind: _pareto_front(points) for kind, points in grown.items()}
+    ends = [point for front in fronts.values() for point in front]
     if not ends:
-        return None
-    way = min(ends, key=lambda pair: (pair[1], pair[0]))[2]
+        return []
+    way = min(ends, key=lambda point: (point[1], point[0]))[2]
     treatments: list[str] = []
     while way is not None:
         treatment, way = way
         treatments.append(treatment)
-    return treatments[::-1]
+    return [treatments[::-1]]
 
 
-def _unbeaten(pairs: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]]:
-    """Those with less work than all that hold as little."""
-    front: list[tuple[int, int, Any]] = []
-    for pair in sorted(pairs, key=lambda pair: pair[:2]):
-        if not front or pair[1] < front[-1][1]:
-            front.append(pair)
+def _pareto_front(points: list[Point]) -> list[Point]:
+    """Return the points with less work than all that hold as little or less, at most `FRONT` of them."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: point[:2]):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
     if len(front) > FRONT:
-        step = (front[-1][0] - front[0][0]) / FRONT
-        buckets = {int((pair[0] - front[0][0]) / max(step, 1)): pair for pair in reversed(front)}  # the least bytes
-        front = sorted(buckets.values(), key=lambda pair: pair[:2])
+        width = max((front[-1][0] - front[0][0]) / FRONT, 1)
+        buckets = {int((point[0] - front[0][0]) / width): point for point in reversed(front)}
+        front = sorted(buckets.values(), key=lambda point: point[:2])
     return front

@@ -1,4 +1,4 @@
-"""Blocks that FSDP2 has sharded, run by themselves in the middle of the model's forward."""
+"""Running blocks that FSDP2 has sharded by themselves, in the middle of the model's forward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_revlib.nn.internals import fsdp_as_in_backward
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Have whole parameters inside. FSDP's hooks do no more there than in the second run of a checkpointed block.
+    """Gather the parameters of a module's FSDP units inside, and shard at the end those that were sharded before.
 
-    They would take a backward inside for the model's, and at its end shard the modules that are in their forward.
-    Afterwards FSDP is as it was: what was sharded is sharded again. Without FSDP, nothing is done.
+    FSDP's hooks act inside as they do in the second run of a checkpointed block. Otherwise they would take a backward
+    inside for the model's, and at its end shard modules that are still in their forward.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # if nobody has imported it, nothing is sharded
     modules: list[Any] = [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []

@@ -1,15 +1,15 @@
 """Steps by chunks: backward holds what a block saves for one chunk of its input, not for all of it.
 
 A step by n chunks is n steps in turn, each of which leaves the other chunks as they are. Backward runs the block again
-for one chunk at a time. FLOPs stay 4/3 of plain. It is what Reformer (https://arxiv.org/abs/2001.04451, section 3)
-does to its feed-forward layers, for any block and dimension.
+for one chunk at a time. FLOPs stay 4/3 of plain. Reformer (https://arxiv.org/abs/2001.04451, section 3) does this to
+its feed-forward layers; here it works for any block and dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.state.norm_statistics import COUNTS_BATCHES
-from lightning_revlib.nn.steps.branches import Branch, BranchSpec
+from lightning_revlib.nn.steps.branches import Branch, BranchSpec, is_list
 from lightning_revlib.nn.steps.step import Step
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A chunk of a step's streams: its number, of how many, along which dimension, and whether it is the last."""
+    """The place of a chunk in a step's streams: its number among `count`, and the dimension that is cut."""
 
     number: int
     count: int
@@ -32,12 +32,13 @@ class Chunk:
     is_last: bool
 
     def of(self, stream: Tensor) -> Tensor:
+        """Return this chunk of a stream."""
         return stream.chunk(self.count, self.dim)[self.number]
 
 
 @dataclass(slots=True)
 class ChunkedStep(Step):
-    """A step that is done on `count` chunks of its streams along dimension `dim`, or fewer if there are no more."""
+    """A step that runs on one chunk of its streams after another: at most `count` of them, along dimension `dim`."""
 
     count: int = 1
     dim: int = 0
@@ -84,9 +85,9 @@ def join(parts: Sequence[Streams], which: int, dim: int) -> Tensor:
 
 
 def read_chunks(chunks: int | Sequence[int], dim: int) -> tuple[int, ...]:
-    """How many chunks to make of each step's streams, in turn. Raises ValueError or TypeError."""
-    counts = tuple(chunks) if isinstance(chunks, Sequence) and not isinstance(chunks, str) else (chunks,)
-    if not counts or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in counts):
+    """Return the number of chunks of each step's streams, in turn. Raise ValueError or TypeError for wrong options."""
+    counts: tuple[Any, ...] = tuple(chunks) if is_list(chunks) else (chunks,)  # type: ignore[arg-type]
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in counts):
         raise ValueError(f"chunks={chunks!r}: pass how many chunks a block's input is cut into, at least 1, or a list")
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"chunk_dim={dim!r}: pass the dimension that is cut as an int")
@@ -94,19 +95,23 @@ def read_chunks(chunks: int | Sequence[int], dim: int) -> tuple[int, ...]:
 
 
 def check_chunks(counts: Sequence[int], blocks: Mapping[str, nn.Module], branches: Sequence[BranchSpec]) -> None:
-    """Raise where a step's result for the whole is not that for its chunks, as far as can be told."""
+    """Raise ValueError if a step's result for the whole is not that for its chunks, as far as can be told."""
     specs: Sequence[BranchSpec | None] = branches or [None]
-    steps = [(key, block, spec) for key, block in blocks.items() for spec in specs]
-    for (key, block, spec), count in zip(steps, cycle(counts)):
-        named = {name: getattr(block, name) for name in ([] if spec is None or callable(spec) else spec)}
-        parts = [part for part in named.values() if isinstance(part, nn.Module)] if named else [block]
-        norms = [m for part in parts for m in part.modules() if _reads_whole_batch(m)]
-        if count > 1 and norms:
-            path = next(".".join(filter(None, [key, name])) for name, m in block.named_modules() if m is norms[0])
-            raise ValueError(
-                f"chunks={count}: {path} ({type(norms[0]).__name__}) takes its statistics over the whole batch, not of"
-                " chunks; give this block chunks=1 in a list of them, or another norm"
-            )
+    for ((key, block), spec), count in zip(product(blocks.items(), specs), cycle(counts)):
+        inside = {m for part in _modules_of(block, spec) for m in part.modules()}
+        for path, m in block.named_modules() if count > 1 else ():
+            if m in inside and _reads_whole_batch(m):
+                raise ValueError(
+                    f"chunks={count}: {f'{key}.{path}'.rstrip('.')} ({type(m).__name__}) takes its statistics over the"
+                    " whole batch, not of chunks; give this block chunks=1 in a list of them, or another norm"
+                )
+
+
+def _modules_of(block: nn.Module, spec: BranchSpec | None) -> list[nn.Module]:
+    """Return the parts of a block that a branch names, methods left out; the block if they are not named."""
+    if spec is None or callable(spec):
+        return [block]
+    return [part for name in spec if isinstance(part := getattr(block, name), nn.Module)]
 
 
 def _reads_whole_batch(m: nn.Module) -> bool:

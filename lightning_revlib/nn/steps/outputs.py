@@ -1,4 +1,4 @@
-"""What a block returns: its branch first, and perhaps more, in a tuple, a dict or a dataclass."""
+"""Outputs of blocks: the branch first, and perhaps more, in a tuple, a dict or a dataclass."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.nn.conditions.base import Case, condition, drawn
 
 
 def _layout(case: Case, x: Tensor, **options: Any) -> list[Tensor | None]:
-    """What kernels save depends on how memory is laid out; the blocks are bare, to see their input's layout."""
+    """Lay out memory in several ways, on which it depends what kernels save; bare blocks see their input's layout."""
     stack = case.stack(*[nn.Linear(case.width, case.out_width) for _ in range(3)], **options)
     leaf = x.detach().requires_grad_()
     y = case.call(stack, leaf)

@@ -76,7 +76,7 @@ def gradients(model: nn.Module, *args: Any) -> list[Tensor]:
 
 
 def stored(model: Any, path: str = "layers") -> Any:
-    """The same function by ordinary autograd."""
+    """Return the gradients of the same function by ordinary autograd."""
     twin = copy.deepcopy(model)
     revlib.swap(twin, {path: {"treatments": ["store"] * len(twin.get_submodule(path))}})
     return twin

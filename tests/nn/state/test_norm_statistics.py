@@ -40,7 +40,7 @@ def test_lazy_modules_materialise_in_the_stack() -> None:
 
 
 def renorm(m: nn.BatchNorm1d, x: Tensor) -> Tensor:
-    """Reads its statistics in training, as batch renormalisation does."""
+    """Read the statistics in training, as batch renormalisation does."""
     assert m.running_mean is not None
     out = (x - m.running_mean) * x.std()
     nn.BatchNorm1d.forward(m, x)
