@@ -88,17 +88,21 @@ class SavedTensors(ABC):
         return len(self.saved) - 1
 
     def _unpack(self, number: int) -> Tensor:
+        tensor = None if self.recomputed is None else self.recomputed[number]
+        if tensor is None:
+            return self._find(number)
+        if not self.retain:
+            self.recomputed[number] = None  # type: ignore[index]  # memory falls as the block's backward proceeds
+        return tensor
+
+    def _find(self, number: int) -> Tensor:
+        """Return a tensor that is not at hand. Raises RuntimeError if it cannot be recomputed."""
         if self.saved is not None:  # the block calls autograd itself
             return self.saved[number][0]
         if number in self.changed:
             raise saved_modified(self.step.name, self.changed[number])
-        if self.recomputed is None or self.recomputed[number] is None:
-            self.recompute()
-        tensors: Any = self.recomputed
-        tensor = tensors[number]
-        if not self.retain:
-            tensors[number] = None  # memory falls as the block's backward proceeds
-        return tensor
+        self.recompute()
+        return self._unpack(number)
 
 
 def catch(tensors: list[Tensor], enough: int = -1) -> saved_tensors_hooks:
