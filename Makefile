@@ -17,6 +17,7 @@ lint: .venv/installed-test
 	rm -rf build/house && mkdir -p build/house && cp -r lightning_revlib build/house
 	cp -r recipes conf build/house/lightning_revlib  # as they are installed, for the layers to be seen
 	cd build/house && ../../$(BIN)/lint-imports --no-logo ../../pyproject.toml
+	$(BIN)/python -m pytest --quiet tests/test_house.py  # private names of torch stand in one file
 
 typecheck: .venv/installed-test
 	$(BIN)/mypy
