@@ -31,9 +31,6 @@ def blocks(kind: Any = nn.Tanh) -> list[nn.Module]:
 class OnTheHost(Store):
     """Keep what the block saves in the host's memory, copied while nothing else runs."""
 
-    keeps = "all that the block saves, in the host's memory"
-    costs = "copies"
-
     def step(self, step: Any, a: Tensor, b: Tensor) -> Any:
         with save_on_cpu():
             return super().step(step, a, b)

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_revlib.nn.coupling.base import Coupling
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise, ReversibleModuleList
 from lightning_revlib.nn.stacks.options import StackOptions
@@ -30,7 +31,7 @@ REVERSIBLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.ModuleList: ReversibleModuleList,
     CoupledSequential: ReversibleSequential,
 }
-Targets: TypeAlias = Mapping[str, Mapping[str, Any] | None]
+Targets: TypeAlias = Mapping[str, Mapping[str, Any] | str | Coupling | None]
 Match: TypeAlias = tuple[str, nn.Module, Mapping[str, Any] | None]
 Record: TypeAlias = tuple[nn.Module, type[nn.Module], dict[str, Any]]
 
@@ -48,8 +49,8 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     Args:
         model: any module; the path "" is the model itself.
         targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
-            `CoupledSequential`, or None for none. Without, every CoupledSequential. ``iterated=True`` is
-            for an nn.Sequential whose blocks the model calls one by one.
+            `CoupledSequential`, to a coupling alone, or None for none. Without, every CoupledSequential.
+            ``iterated=True`` is for an nn.Sequential whose blocks the model calls one by one.
         strict: a target that matches nothing is an error; else it is passed over.
         inputs: of the model, to try the swap with: a mapping for arguments by name, a tuple for more
             than one. What cannot run forward and backward reversibly is then an error at once. Without,
@@ -145,8 +146,20 @@ def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
             raise ValueError(
                 f"target {target!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}"
             )
-        found.update(dict.fromkeys(paths, options))
+        found.update(dict.fromkeys(paths, _read_options(target, options)))
     return [(path, modules[path], options) for path, options in found.items()]
+
+
+def _read_options(target: str, options: Any) -> Mapping[str, Any] | None:
+    """Return a target's options, of which a coupling may stand for all. Raises TypeError."""
+    if isinstance(options, (str, Coupling)):
+        return {"coupling": options}
+    if options is None or isinstance(options, Mapping):
+        return options
+    raise TypeError(
+        f"target {target!r}: {options!r} are no options; pass a mapping such as {{'coupling': 'additive'}}, a coupling,"
+        " or None"
+    )
 
 
 def _paths_of(model: nn.Module, target: str) -> list[str]:

@@ -30,7 +30,11 @@ def free_whole_gradient(y: Tensor) -> None:
 
 
 def _copy(halves: Sequence[Tensor | None], whole: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
-    if holders(whole[0]) != _holders_in_a_hook():
+    try:
+        found = holders(whole[0])
+    except NotImplementedError:  # a batched gradient has no storage of its own
+        return None
+    if found != _holders_in_a_hook():
         return None
     return tuple(None if half is None else half.clone() for half in halves)
 

@@ -52,7 +52,7 @@ class SavedTensors(ABC):
     def end(self) -> None:
         """Release the tensors when the step has run, or failed: they refer to the graph, which refers to this."""
         saved, self.saved = self.saved or [], None
-        self.sizes = [t.nbytes for t, _ in saved]
+        self.sizes = [size_of(t) for t, _ in saved]
         self.changed = {n: t.shape for n, (t, count) in enumerate(saved) if t._version != count}
 
     def run_again(self, x: Tensor, saved: list[Tensor], compiler: Any, enough: int = -1) -> Any:
@@ -68,7 +68,7 @@ class SavedTensors(ABC):
 
     def keep(self, saved: list[Tensor], retain: bool) -> None:
         """Have at hand what the second run has saved. Raises RuntimeError if the first has saved something else."""
-        if [t.nbytes for t in saved] != self.sizes:
+        if [size_of(t) for t in saved] != self.sizes:
             raise computes_otherwise(self.step, self.sizes, saved)
         self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)]
         self.retain = retain
@@ -103,6 +103,11 @@ class SavedTensors(ABC):
             raise saved_modified(self.step.name, self.changed[number])
         self.recompute()
         return self._unpack(number)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Return a tensor's bytes; of a sparse one, those of its values."""
+    return tensor.nbytes if tensor.layout is torch.strided else tensor._nnz() * tensor.element_size()
 
 
 def catch(tensors: list[Tensor], enough: int = -1) -> saved_tensors_hooks:

@@ -72,7 +72,8 @@ def make_plan(
     if limit < minimum:
         raise ValueError(
             f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
-            f" {format_bytes(minimum)} for this input; take a smaller batch, or a larger budget"
+            f" {format_bytes(minimum)} for this input; take "
+            + ("a larger fraction" if isinstance(value, float) else "a smaller batch, or a larger budget")
         )
     if taken:
         restricted = {path: _restrict(stacks[path], names) for path, names in taken.items()}

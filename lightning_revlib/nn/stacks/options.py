@@ -70,6 +70,8 @@ class StackOptions:
         for name, value in (("offload", self.offload), ("overlap", self.overlap)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name}={value!r}: pass True or False")
+        if isinstance(self.treatments, str):
+            raise TypeError(f"treatments={self.treatments!r}: pass a list, one treatment for each block")
         if self.memory_budget is not None:
             self._check_budget()
         read_chunks(self.chunks, self.chunk_dim)

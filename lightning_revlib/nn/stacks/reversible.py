@@ -15,25 +15,22 @@ from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine.drift import Sentinel, take
 from lightning_revlib.nn.plan.planner import PlannedRun
 from lightning_revlib.nn.plan.solver import Plan
+from lightning_revlib.nn.stacks.options import StackOptions
 from lightning_revlib.nn.stacks.stack import Stack
 from lightning_revlib.nn.treatments.forward import Forward, OnEntrance
 from lightning_revlib.nn.treatments.run import Run
 
 
 class DriftHistory:
-    """What the last backward of a stack has rebuilt, and whether a user was warned of its drift."""
+    """What the last backward of a stack has rebuilt, and whether a user was warned of its drift.
+
+    It knows no stack: one that is restored between forward and backward has another class by then.
+    """
 
     def __init__(self) -> None:
         self.backwards = 0  # how many have rebuilt an entrance
         self.warned = False
         self.rebuilt: dict[Sentinel, Streams] = {}  # samples of the last one's streams, by what they should be
-
-    def add(self, sentinel: Sentinel, parts: dict[Sentinel, Streams], sample: Streams) -> None:
-        """Note what backward has rebuilt of one reversible part; `parts` are those of the same forward."""
-        if not parts:
-            self.backwards += 1
-        parts[sentinel] = sample
-        self.rebuilt = parts
 
     def forget(self) -> None:
         self.rebuilt = {}
@@ -44,15 +41,41 @@ class DriftHistory:
             return None
         return torch.stack([sentinel.error(sample) for sentinel, sample in self.rebuilt.items()]).max()
 
-    def is_due(self, a: Tensor) -> bool:
+    def compare(
+        self, sentinel: Sentinel, parts: dict[Sentinel, Streams], options: StackOptions, path: str, a: Tensor, b: Tensor
+    ) -> None:
+        """Compare the streams that backward has rebuilt of one reversible part with those of forward.
+
+        `parts` are those of the same forward. Warns or raises as the options say.
+        """
+        if not parts:
+            self.backwards += 1
+        parts[sentinel] = take(a, b)
+        self.rebuilt = parts
+        once = options.on_drift == "warn_once"
+        if once and not self._is_due(a):
+            return
+        drift = self.measure()
+        if drift is None or (size := drift.item()) <= options.drift_tolerance:
+            return
+        if once and math.isnan(size) and not torch.stack(sentinel.sample).isfinite().all():
+            return  # the input itself was not finite
+        message = (
+            f"{path or 'the model'}: backward rebuilt the input with a relative error of {size:.1e}, more than"
+            f" drift_tolerance={options.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
+            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`; or a block computes something else"
+            " when it runs again, from random numbers of Python's or attributes that it changes: store that one"
+        )
+        if options.on_drift == "raise":
+            raise RuntimeError(message)
+        self.warned |= once
+        warnings.warn(message, stacklevel=2)
+
+    def _is_due(self, a: Tensor) -> bool:
         """Return whether to look at this backward's drift: that of the first, the second, the fourth and so on."""
         if self.warned or self.backwards & (self.backwards - 1) or type(a) is not Tensor or a.is_meta:
             return False
         return not (a.is_cuda and torch.cuda.is_current_stream_capturing())
-
-    def warn(self, message: str) -> None:
-        self.warned = True
-        warnings.warn(message, stacklevel=2)
 
 
 class Reversible(Stack):
@@ -103,28 +126,4 @@ class Reversible(Stack):
     def _watch(self, parts: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> OnEntrance | None:
         if self.on_drift == "ignore":
             return None
-        return partial(self._on_entrance, Sentinel(a.detach(), b.detach()), parts)
-
-    def _on_entrance(self, sentinel: Sentinel, parts: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> None:
-        """Compare the streams that backward has rebuilt with those of forward."""
-        history = self.history
-        history.add(sentinel, parts, take(a, b))
-        if self.on_drift == "warn_once" and not history.is_due(a):
-            return
-        drift = self.drift
-        if drift is None or drift <= self.drift_tolerance:
-            return
-        if self.on_drift == "warn_once" and math.isnan(drift) and not torch.stack(sentinel.sample).isfinite().all():
-            return  # the input itself was not finite
-        message = (
-            f"{self.path or 'the model'}: backward rebuilt the input with a relative error of {drift:.1e}, more than"
-            f" drift_tolerance={self.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
-            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`; or a block computes something else"
-            " when it runs again, from random numbers of Python's or attributes that it changes: store that one"
-        )
-        if self.on_drift == "raise":
-            raise RuntimeError(message)
-        if self.on_drift == "warn_once":
-            history.warn(message)
-        else:
-            warnings.warn(message, stacklevel=2)
+        return partial(self.history.compare, Sentinel(a.detach(), b.detach()), parts, self.options, self.path)

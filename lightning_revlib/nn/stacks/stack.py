@@ -90,6 +90,7 @@ class Stack:
         With `views`, they may be views of an input that its caller holds anyway.
         """
         views = views and x.is_leaf
+        x = x.resolve_neg()
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
         options = self.options

@@ -101,7 +101,7 @@ def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type)
 
     Comparing values makes the host wait for the device, so that it is done once for each class.
     """
-    if buffer.is_meta:
+    if buffer.is_meta or buffer.layout is not torch.strided:
         return False
     if getattr(kind, "forward", None) in WRITES_STATISTICS and key[0]:  # though it may not have been called
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,6 @@ class Treatment(ABC):
     >>> ReversibleSequential(*blocks, treatments=["traced", *["reversible"] * 3])
     """
 
-    keeps: ClassVar[str]  # what is kept between forward and backward, and the cost, for documentation
-    costs: ClassVar[str]
     rebuilds = False  # backward rebuilds the streams between the steps, so that nothing else may need them
     dispatches_in_python = False  # each operation is looked at in Python, which takes time
 

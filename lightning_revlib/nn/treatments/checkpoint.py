@@ -85,9 +85,6 @@ class CheckpointFrame(SavedTensors):
 class Checkpoint(Treatment):
     """Keep the block's input, and run the block again."""
 
-    keeps = "the block's input"
-    costs = "the block once more, up to the last tensor that its gradient needs"
-
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         return step.run(a, b, self.forward.compiler, partial(self._branch, step))
 

@@ -33,9 +33,6 @@ FLOPS_PER_CARRIED_BYTE = 8_000  # FLOPs that a GPU does while a byte is copied t
 class Offload(Treatment):
     """Keep everything that the block saves in the host's memory, on devices with streams."""
 
-    keeps = "all that the block saves, in the host's memory"
-    costs = "copies beside the device's work"
-
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
         super().__init__(forward, a, b)
         self.transfer = Transfer(a.device)
@@ -129,6 +126,8 @@ class OffloadedStep:
     def pack(self, t: Tensor) -> Any:
         storage = t.untyped_storage()
         if type(t) is not Tensor or t.device != self.transfer.device or storage.nbytes() < SMALLEST:
+            return t
+        if t.is_conj() or t.is_neg():  # lazy views, of which a storage alone does not tell
             return t
         if self.owned is None:
             tensors = chain(self.module.parameters(), self.module.buffers())

@@ -24,8 +24,6 @@ from lightning_revlib.nn.treatments.streams import has_streams
 class Reversible(Treatment):
     """Keep nothing but the streams after the last step; rebuild the others in backward."""
 
-    keeps = "the streams after the last step in a row"
-    costs = "the block once more"
     rebuilds = True
 
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:

@@ -22,8 +22,6 @@ from lightning_revlib.nn.treatments.checkpoint import Checkpoint, CheckpointFram
 class Selective(Checkpoint):
     """Keep the block's input, its matrix products and convolutions, and run the rest of the block again."""
 
-    keeps = "the block's input, and the outputs of its matrix products, convolutions and attention"
-    costs = "the rest of the block once more; each operation is looked at in Python"
     dispatches_in_python = True
 
     def contexts(self) -> Contexts | None:

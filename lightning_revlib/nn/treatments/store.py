@@ -13,9 +13,6 @@ from lightning_revlib.nn.treatments.base import Treatment
 class Store(Treatment):
     """Keep everything that the block saves."""
 
-    keeps = "all that the block saves"
-    costs = "nothing"
-
     @classmethod
     def is_possible(cls, step: Step, device: torch.device) -> bool:
         return True

@@ -1,0 +1,125 @@
+"""What users of other libraries, and of other parts of torch, have tried, and what failed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_revlib as revlib
+from lightning_revlib.nn.treatments import TREATMENTS
+from tests.nn.fake_device import Device
+
+
+def gradients(stack: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    return list(torch.autograd.grad(stack(*inputs).square().sum(), list(stack.parameters())))
+
+
+class Graph(nn.Module):
+    """A layer of a graph network; its adjacency matrix is an argument or a buffer."""
+
+    adjacency: Tensor
+
+    def __init__(self, adjacency: Tensor | None = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+        self.register_buffer("adjacency", adjacency)
+
+    def forward(self, x: Tensor, adjacency: Tensor | None = None) -> Tensor:
+        return self.layer(torch.sparse.mm(self.adjacency if adjacency is None else adjacency, x))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("where", ["argument", "buffer"])
+def test_sparse_matrices(layout: torch.layout, where: str) -> None:
+    adjacency = torch.rand(5, 5, dtype=torch.float64).gt(0.5).double().to_sparse(layout=layout)
+    stack = revlib.ReversibleSequential(*[Graph(adjacency if where == "buffer" else None) for _ in range(3)])
+    inputs = (torch.randn(5, 8, dtype=torch.float64), *([adjacency] if where == "argument" else []))
+    expected = gradients(revlib.CoupledSequential(*stack), *inputs)
+    assert all(map(torch.allclose, gradients(stack, *inputs), expected))
+
+
+def test_an_input_with_the_negative_bit() -> None:
+    stack = revlib.ReversibleSequential(*[nn.Linear(4, 4).double() for _ in range(3)])
+    x = torch.randn(3, 8, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    expected = gradients(revlib.CoupledSequential(*stack), x)
+    assert all(map(torch.allclose, gradients(stack, x), expected))
+
+
+class Spectral(nn.Module):
+    """Saves a conjugate, which is a lazy view."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.fft.fft(self.layer(x))
+        return (z.roll(1, -1) * z.conj()).imag
+
+
+def test_offload_keeps_conjugates(device: Device) -> None:
+    stack = revlib.ReversibleSequential(Spectral(64), Spectral(64), treatments=["offload"] * 2)
+    x = torch.randn(128, 128, dtype=torch.float64)
+    expected = gradients(revlib.CoupledSequential(*stack), x)
+    with device:
+        found = gradients(stack, x)
+    assert device.pinned
+    assert all(map(torch.allclose, found, expected))
+
+
+def test_batched_gradients_of_a_large_output() -> None:
+    stack = revlib.ReversibleSequential(*[nn.Linear(64, 64).double() for _ in range(2)])
+    x = torch.randn(2048, 128, dtype=torch.float64, requires_grad=True)
+    vectors = torch.randn(2, 2048, 128, dtype=torch.float64)
+
+    def batched(stack: nn.Module) -> Tensor:
+        return torch.autograd.grad(stack(x), x, vectors, is_grads_batched=True)[0]
+
+    assert torch.allclose(batched(stack), batched(revlib.CoupledSequential(*stack)))
+
+
+def test_a_model_restored_between_forward_and_backward() -> None:
+    model = nn.Sequential(revlib.CoupledSequential(*[nn.Linear(4, 4).double() for _ in range(3)]))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = gradients(model, x)
+    revlib.swap(model)
+    loss = model(x).square().sum()
+    revlib.restore(model)
+    assert all(map(torch.allclose, torch.autograd.grad(loss, list(model.parameters())), expected))
+
+
+def test_a_coupling_alone_as_a_target() -> None:
+    body = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    models = [nn.ModuleDict({"body": copy.deepcopy(body)}) for _ in range(2)]
+    revlib.swap(models[0], {"body": "midpoint"})
+    revlib.swap(models[1], {"body": {"coupling": "midpoint"}})
+    assert models[0].body.couplings == models[1].body.couplings == (revlib.get_coupling("midpoint"),)
+    with pytest.raises(TypeError, match=r"target 'body': 3 are no options; pass a mapping"):
+        revlib.swap(models[0], {"body": 3})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"treatments": "checkpoint"}, r"treatments='checkpoint': pass a list, one treatment for each block"),
+        ({"memory_budget": 0.001}, r"need at least .* for this input; take a larger fraction"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, object], message: str) -> None:
+    blocks: Callable[[], list[nn.Module]] = lambda: [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]  # noqa: E731
+    with pytest.raises((TypeError, ValueError), match=message):
+        revlib.ReversibleSequential(*blocks(), **options)(torch.randn(3, 8)).sum().backward()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_every_treatment(treatment: str) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh()).double() for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert all(map(torch.allclose, gradients(stack, x), gradients(revlib.CoupledSequential(*blocks), x)))
