@@ -123,3 +123,62 @@ def test_every_treatment(treatment: str) -> None:
     stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
     x = torch.randn(3, 8, dtype=torch.float64)
     assert all(map(torch.allclose, gradients(stack, x), gradients(revlib.CoupledSequential(*blocks), x)))
+
+
+class Norm(nn.Module):
+    """A norm that changes its buffers without their versions telling, unless it is frozen."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.register_buffer("mean", torch.zeros(4).double())
+        self.register_buffer("var", torch.ones(4).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var, training=not self.frozen)
+
+
+def test_a_frozen_instance_hides_no_other() -> None:
+    x, stack = (
+        torch.randn(8, 8).double(),
+        revlib.ReversibleSequential(Norm(True), nn.Linear(4, 4).double(), Norm(False)),
+    )
+    plain = revlib.CoupledSequential(*copy.deepcopy(list(stack)))
+    for each in (plain, stack):
+        gradients(each, x)
+    assert torch.allclose(stack[2].mean, plain[2].mean)
+    assert torch.equal(stack[0].mean, torch.zeros(4).double())
+
+
+class Masked(nn.Module):
+    """Takes a mask from a dict, in which it also leaves something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor, context: dict[str, list[Tensor]]) -> Tensor:
+        context["seen"].append(x.mean())
+        return self.layer(x).tanh() * context["masks"][0]
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
+def test_a_dict_that_is_filled_anew_before_backward(treatment: str) -> None:
+    stack = revlib.ReversibleSequential(*[Masked() for _ in range(3)], treatments=[treatment] * 3)
+    xs, masks = torch.randn(2, 5, 8).double(), torch.rand(2, 5, 1).gt(0.5).double()
+
+    def both(stack: nn.Module) -> tuple[list[Tensor], int]:
+        context: dict[str, list[Tensor]] = {"seen": [], "masks": []}
+        losses = []
+        for x, mask in zip(xs, masks, strict=True):
+            context["masks"][:] = [mask]
+            losses.append(stack(x, context).square().sum())
+        found = list(torch.autograd.grad(sum(losses), list(stack.parameters())))
+        return found, len(context["seen"])
+
+    (found, seen), (expected, count) = both(stack), both(revlib.CoupledSequential(*stack))
+    assert all(map(torch.allclose, found, expected))
+    assert seen == count == 6

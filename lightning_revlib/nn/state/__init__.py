@@ -3,6 +3,7 @@
 from lightning_revlib.nn.state.attributes import Attributes
 from lightning_revlib.nn.state.base import KINDS, Call, CallState, Scope, State
 from lightning_revlib.nn.state.buffers import Buffers
+from lightning_revlib.nn.state.containers import Containers
 from lightning_revlib.nn.state.context import Context, FunctionModes
 from lightning_revlib.nn.state.kernels import Kernels
 from lightning_revlib.nn.state.parameters import Parameters
@@ -11,4 +12,4 @@ from lightning_revlib.nn.state.rng import Generators, Random
 __all__ = ["KINDS", "Call", "CallState", "Scope", "State"]
 
 # Buffers and parameters come first, as they may raise; function modes last, as they see what torch does from then on.
-KINDS += [Buffers, Attributes, Generators, Random, Parameters, Context, Kernels, FunctionModes]
+KINDS += [Buffers, Containers, Attributes, Generators, Random, Parameters, Context, Kernels, FunctionModes]

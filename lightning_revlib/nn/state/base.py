@@ -20,14 +20,16 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 class Call(NamedTuple):
-    """A block's call, or all calls of a forward: the blocks' modules, a stream, and the tensors among the arguments.
+    """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
-    The arguments of a whole forward are complete when its scope is closed.
+    `inputs` are the arguments of a call, `arguments` the tensors among them. Those of a whole forward are complete when
+    its scope is closed.
     """
 
     modules: Sequence[nn.Module]
     stream: Tensor
     arguments: Sequence[Tensor]
+    inputs: Sequence[Any] = ()
 
 
 class State(ABC):
@@ -98,10 +100,12 @@ class Scope:
         self._shared = [kind(call) for kind in KINDS if kind.shared]
         self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(modules)]
 
-    def capture(self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor]) -> CallState:
+    def capture(
+        self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], inputs: Sequence[Any] = ()
+    ) -> CallState:
         """Return the state before a call of `block`."""
         self._arguments += arguments
-        call = Call(self._modules[block], stream, arguments)
+        call = Call(self._modules[block], stream, arguments, inputs)
         return CallState(self, call, [kind(call) for kind in self._kinds])
 
     def close(self) -> None:

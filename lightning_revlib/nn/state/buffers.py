@@ -58,7 +58,7 @@ class Buffers(State):
             if (
                 _now(m._buffers, name) is not buffer
                 or version(buffer) != count
-                or _silently(before, buffer, (training, name), type(m))
+                or _silently(m, name, training, before, buffer)
             ):
                 self.former.append((m, name, before))
             else:
@@ -93,19 +93,20 @@ class Buffers(State):
             _set(reversed(now))
 
 
-_SILENT: MutableMapping[type, dict[tuple[bool, str], bool]] = WeakKeyDictionary()
+_SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
-def _silently(before: Tensor, buffer: Tensor, key: tuple[bool, str], kind: type) -> bool:
-    """Return whether modules of this class change the buffer without its version telling, as `F.batch_norm` does.
+def _silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor) -> bool:
+    """Return whether the module changes the buffer without its version telling, as `F.batch_norm` does.
 
-    Comparing values makes the host wait for the device, so that it is done once for each class.
+    Comparing values makes the host wait for the device, so that it is done once for each module and its flags.
     """
     if buffer.is_meta or buffer.layout is not torch.strided:
         return False
-    if getattr(kind, "forward", None) in WRITES_STATISTICS and key[0]:  # though it may not have been called
+    if getattr(type(m), "forward", None) in WRITES_STATISTICS and training:  # though it may not have been called
         return True
-    known = _SILENT.setdefault(kind, {})
+    known = _SILENT.setdefault(m, {})
+    key = name, training, *[value for value in vars(m).values() if type(value) is bool]
     if key not in known:
         known[key] = not torch.equal(before, buffer)
     return known[key]

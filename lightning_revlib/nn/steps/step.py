@@ -111,6 +111,10 @@ class Step:
         extra, self.extra = self.extra, None
         return extra
 
+    def inputs(self) -> Sequence[Any]:
+        """Return the call's arguments besides the stream."""
+        return (*self.args, *self.kwargs.values()) if self.args or self.kwargs else ()
+
     def arguments(self) -> list[Tensor]:
         """Return the tensors among the call's arguments."""
         if not self.args and not self.kwargs:

@@ -94,5 +94,5 @@ class Checkpoint(Treatment):
         return None if context_fn is None else lambda frame: context_fn()
 
     def _branch(self, step: Step, b: Tensor, compiler: Any) -> tuple[Any, Any]:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments())
+        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs())
         return CheckpointFrame(step, state, b, compiler).record(b, self.contexts())

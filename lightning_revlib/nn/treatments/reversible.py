@@ -44,7 +44,7 @@ class Reversible(Treatment):
         return step.each(a, b, partial(self._record, step, ChunkedUndo()))
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments())
+        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs())
         if chunk is None:
             frame = Frame(self.tape, step, state, a, b)
         else:
