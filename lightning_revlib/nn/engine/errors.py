@@ -43,13 +43,15 @@ def inverse_modifies(step: Step, coupling: Any) -> RuntimeError:
     )
 
 
-def computes_otherwise(step: Step, sizes: Sequence[int], recomputed: Sequence[Tensor]) -> RuntimeError:
+def computes_otherwise(
+    step: Step, sizes: Sequence[int], recomputed: Sequence[Tensor], now: Sequence[int]
+) -> RuntimeError:
     """Return an error that compares the bytes of what a block has saved with what it saves when it runs again."""
-    pairs = [(n, size, t) for n, (size, t) in enumerate(zip(sizes, recomputed, strict=False)) if size != t.nbytes]
+    pairs = [(n, *pair) for n, pair in enumerate(zip(sizes, recomputed, now, strict=False)) if pair[0] != pair[2]]
     lines = [
         f"{step.name} computes something else in backward than it did in forward: it saved"
         f" {len(sizes)} tensors for its gradient, and {len(recomputed)} when recomputed.",
-        *[f"  {n}: saved {size:,} bytes, recomputed {_show(t)}" for n, size, t in pairs[:3]],
+        *[f"  {n}: saved {size:,} bytes, recomputed {_show(t)}, {count:,}" for n, size, t, count in pairs[:3]],
         "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
     ]
     if any(isinstance(m, torch.jit.ScriptModule) for m in step.module.modules()):
@@ -58,4 +60,4 @@ def computes_otherwise(step: Step, sizes: Sequence[int], recomputed: Sequence[Te
 
 
 def _show(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}, {tensor.nbytes:,}"
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

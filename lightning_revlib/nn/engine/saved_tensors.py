@@ -52,7 +52,7 @@ class SavedTensors(ABC):
     def end(self) -> None:
         """Release the tensors when the step has run, or failed: they refer to the graph, which refers to this."""
         saved, self.saved = self.saved or [], None
-        self.sizes = [size_of(t) for t, _ in saved]
+        self.sizes = sizes_of([t for t, _ in saved])
         self.changed = {n: t.shape for n, (t, count) in enumerate(saved) if t._version != count}
 
     def run_again(self, x: Tensor, saved: list[Tensor], compiler: Any, enough: int = -1) -> Any:
@@ -68,9 +68,9 @@ class SavedTensors(ABC):
 
     def keep(self, saved: list[Tensor], retain: bool) -> None:
         """Have at hand what the second run has saved. Raises RuntimeError if the first has saved something else."""
-        if [size_of(t) for t in saved] != self.sizes:
-            raise computes_otherwise(self.step, self.sizes, saved)
-        self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)]
+        if (sizes := sizes_of(saved)) != self.sizes:
+            raise computes_otherwise(self.step, self.sizes, saved, sizes)
+        self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)] if self.changed else [*saved]
         self.retain = retain
 
     def take_recomputed(self) -> list[Tensor | None] | None:
@@ -105,9 +105,12 @@ class SavedTensors(ABC):
         return self._unpack(number)
 
 
-def size_of(tensor: Tensor) -> int:
-    """Return a tensor's bytes; of a sparse one, those of its values."""
-    return tensor.nbytes if tensor.layout is torch.strided else tensor._nnz() * tensor.element_size()
+def sizes_of(tensors: list[Tensor]) -> list[int]:
+    """Return the bytes of tensors; of a sparse one, those of its values."""
+    try:
+        return [t.nbytes for t in tensors]
+    except RuntimeError:
+        return [t.nbytes if t.layout is torch.strided else t._nnz() * t.element_size() for t in tensors]
 
 
 def catch(tensors: list[Tensor], enough: int = -1) -> saved_tensors_hooks:
