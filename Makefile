@@ -9,7 +9,7 @@ train: .venv/installed
 	$(BIN)/revlib train
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

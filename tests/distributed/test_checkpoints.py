@@ -17,8 +17,6 @@ CELLS = [
     if (first, then) != ("fsdp, shards", "plain")
 ]
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -13,8 +13,6 @@ import pytest
 from tests.distributed import failing_rank, killed_training
 from tests.distributed.two_processes import ENVIRONMENT, run
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
-
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 6))])
 def test_ten_kills_change_no_bit(tmp_path: Path, seed: int) -> None:

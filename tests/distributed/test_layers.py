@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.distributed.layers import main
 from tests.distributed.two_processes import run
-
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
 
 
 def test_gradients_are_those_of_stored_layers(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from tests.distributed.cells import GROUPS, cells, main
 from tests.distributed.two_processes import run
 from tests.strategies.helpers import TOLERANCES
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
-
 CELLS = [
     pytest.param(group, cell, id="-".join(cell), marks=[pytest.mark.slow] if group == "start methods" else [])
     for group in GROUPS

@@ -37,9 +37,6 @@ NEAR = {
 }
 
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker runs all programs, each once
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(main, tmp_path_factory.mktemp("sharded"))
