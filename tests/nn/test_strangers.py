@@ -182,3 +182,9 @@ def test_a_dict_that_is_filled_anew_before_backward(treatment: str) -> None:
     (found, seen), (expected, count) = both(stack), both(revlib.CoupledSequential(*stack))
     assert all(map(torch.allclose, found, expected))
     assert seen == count == 6
+
+
+@pytest.mark.parametrize("x", [None, "text", torch.ones(3, 8, dtype=torch.int64)])
+def test_an_input_that_is_no_tensor_of_floats(x: object) -> None:
+    with pytest.raises(TypeError, match="the input must be a floating-point tensor, not"):
+        revlib.ReversibleSequential(nn.Linear(4, 4))(x)

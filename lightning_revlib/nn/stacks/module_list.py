@@ -101,7 +101,7 @@ class Layerwise(Reversible):
         try:
             x, args, kwargs = proxy.first(args, kwargs)
             if forward is None or not self._continues(forward, proxy.module, x):
-                forward = self._begin(forward, proxy.module, x, (args, kwargs), compiler)
+                forward = self._begin(proxy.module, x, (args, kwargs), compiler)
             if forward.run is not None:
                 args, kwargs = without_cache((args, kwargs), self.path)
             out = self._advance(forward, self._steps(forward.index, proxy, x.dtype, args, kwargs), compiler)
@@ -145,7 +145,7 @@ class Layerwise(Reversible):
         self.end_run(forward.run, out)
         return out
 
-    def _begin(self, abandoned: ListForward | None, layer: nn.Module, x: Any, call: Any, compiler: Any) -> ListForward:
+    def _begin(self, layer: nn.Module, x: Any, call: Any, compiler: Any) -> ListForward:
         """Begin a forward with its first layer; another one may have been given up before."""
         first = self[self.options.ordinary]
         if layer is not first:
@@ -153,20 +153,24 @@ class Layerwise(Reversible):
         layers = list(self)[self.options.ordinary :]
         if len(self.treatments) != len(self) or any(not isinstance(vars(m).get("forward"), LayerProxy) for m in layers):
             raise RuntimeError(f"{self.path}: its layers are others than when it was swapped; call swap again")
-        is_recorded = torch.is_grad_enabled()
-        if is_recorded and in_transform():
+        if torch.is_grad_enabled():
+            self._check_recording(layer)
+        a, b = self.split(x)
+        ordinary = not torch.is_grad_enabled() or torch.compiler.is_exporting() or has_cache(call, self.path)
+        return ListForward(self.options.ordinary, a, b, None if ordinary else self.new_run(None, compiler))
+
+    def _check_recording(self, layer: nn.Module) -> None:
+        """Raise RuntimeError or ValueError if something else would run layers by its own rules."""
+        if in_transform():
             raise RuntimeError(
                 "torch.func transforms cannot run reversible layers, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes them ordinary ones, with the same parameters"
             )
-        if is_recorded and layer.training and _checkpointed(layer):
+        if layer.training and _checkpointed(layer):
             raise ValueError(
                 f"{self.name_of(layer)}: gradient checkpointing is on, and would call the layers of a reversible list a"
                 " second time; they hold nothing already: model.gradient_checkpointing_disable()"
             )
-        a, b = self.split(x)
-        is_recorded = is_recorded and not torch.compiler.is_exporting() and not has_cache(call, self.path)
-        return ListForward(self.options.ordinary, a, b, self.new_run(None, compiler) if is_recorded else None)
 
     def _continues(self, forward: ListForward, layer: nn.Module, x: Any) -> bool:
         """Return whether the call continues the forward; False if it begins another. Raises ValueError else."""

@@ -206,16 +206,18 @@ class ReversibleSequential(Reversible, CoupledSequential):
             )
         x = self._run_ordinary(x, args, kwargs, layerwise)
         compiler = set_compiler(None)  # the engine is not compiled; its blocks are
-        steps = build_steps(self, x.dtype, args, kwargs, layerwise)
+        steps: list[Step] = []
         try:
-            return _with_extras(self._run(x, steps, compiler), steps)
+            a, b = self.split(x, views=True)
+            steps = build_steps(self, x.dtype, args, kwargs, layerwise)
+            y = self._run(a, b, steps, compiler)
+            return _with_extras(y if y.dtype is x.dtype else y.to(x.dtype), steps)
         finally:
             set_compiler(compiler)
             for step in steps:
                 step.take_extra()
 
-    def _run(self, x: Tensor, steps: Sequence[Step], compiler: Any) -> Tensor:
-        a, b = self.split(x, views=True)
+    def _run(self, a: Tensor, b: Tensor, steps: Sequence[Step], compiler: Any) -> Tensor:
         run = self.new_run(list(dict.fromkeys(step.module for step in steps)), compiler)
         for step in steps:
             a, b = run.step(step, a, b)
@@ -224,7 +226,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
         else:
             y = run.join(a, b, self.join, self.halve)
         self.end_run(run, y)
-        return y if y.dtype is x.dtype else y.to(x.dtype)
+        return y
 
 
 def _with_extras(y: Tensor, steps: Sequence[Step]) -> Any:

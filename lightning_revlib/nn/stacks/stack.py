@@ -89,26 +89,18 @@ class Stack:
 
         With `views`, they may be views of an input that its caller holds anyway.
         """
-        views = views and x.is_leaf
-        x = x.resolve_neg()
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
-        options = self.options
+        options, views = self.options, views and x.is_leaf
+        x = x.resolve_neg()
         if options.stream_dtype is not None or x.dtype in (torch.bfloat16, torch.float16):
             x = x.to(options.stream_dtype or torch.float32)
         if options.grid_bits is not None:
             x = self._on_grid(x, options.grid_bits)
-        dim = options.split_dim
-        if dim is None:
+        if options.split_dim is None:
             return self.couplings[0].start(dense(x))
-        if not -x.ndim <= dim < x.ndim:
-            raise ValueError(f"split_dim={dim} is out of range for an {what} of shape {list(x.shape)}")
-        if x.shape[dim] % 2:
-            raise ValueError(
-                f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
-                " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
-            )
-        return x.chunk(2, dim) if views and x.is_leaf else self.halve(x)  # type: ignore[return-value]
+        _check_size(x, options.split_dim, what)
+        return x.chunk(2, options.split_dim) if views and x.is_leaf else self.halve(x)  # type: ignore[return-value]
 
     def halve(self, x: Tensor, copy: bool = True) -> Streams:
         """Return the halves of x along `split_dim`, without gaps. Without `copy`, the second may be a view."""
@@ -131,6 +123,17 @@ class Stack:
             )
         grid_limit(x.dtype, bits)
         return round_to_grid(x, bits)
+
+
+def _check_size(x: Tensor, dim: int, what: str) -> None:
+    """Raise ValueError if x cannot be halved along a dimension."""
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"split_dim={dim} is out of range for an {what} of shape {list(x.shape)}")
+    if x.shape[dim] % 2:
+        raise ValueError(
+            f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
+            " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
+        )
 
 
 def fresh_budget(budget: Budget | None) -> Budget | None:
