@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,21 @@ class _RestrictedUnpickler(pickle.Unpickler):
     """Load an index, and refuse every name that is not in `ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.0 to 3.11.3 pickles a member of an enumeration so
+            return _member
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(
                 f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint: nothing of it was"
                 " executed; pass weights_only=False if you trust its source"
             )
         return super().find_class(module, name)
+
+
+def _member(enumeration: Any, name: Any) -> Any:
+    """Return a member of an enumeration, as `getattr` would; raise UnpicklingError for anything else."""
+    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum) and name in enumeration.__members__):
+        raise pickle.UnpicklingError(
+            f"the checkpoint's index reads the attribute {name!r} of {enumeration!r}, which is no part of a checkpoint:"
+            " nothing of it was executed; pass weights_only=False if you trust its source"
+        )
+    return enumeration[name]

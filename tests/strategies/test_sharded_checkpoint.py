@@ -92,3 +92,27 @@ def test_the_users_setting_of_torch_is_overridden_and_restored(tmp_path: Path, m
     monkeypatch.setenv(opposite, "1")
     assert list(revlib.merge_checkpoint(hostile_remainder(tmp_path, None))["state_dict"]) == list(Net().state_dict())
     assert os.environ[opposite] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+class Reads:
+    """Read an attribute when it is unpickled, as some releases of Python do for a member of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_an_index_may_read_members_of_enumerations_only(tmp_path: Path) -> None:
+    shards = hostile_remainder(tmp_path, None)
+    with (shards / ".metadata").open("rb") as index:
+        metadata = pickle.load(index)
+    encoding = type(dcp.metadata.TensorProperties().__getstate__()[2])
+    metadata.planner_data = {**(metadata.planner_data or {}), "more": Reads(encoding, "TORCH_CONTIGUOUS_FORMAT")}
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert list(revlib.merge_checkpoint(shards)["state_dict"]) == list(Net().state_dict())
+    metadata.planner_data["more"] = Reads(Path, "unlink")
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(pickle.UnpicklingError, match="index reads the attribute 'unlink' of"):
+        revlib.merge_checkpoint(shards)
