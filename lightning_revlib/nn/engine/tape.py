@@ -69,7 +69,7 @@ class Frame(SavedTensors):
         self.state.close()
         return streams
 
-    def follow_by(self, frame: Frame) -> None:
+    def keep_next(self, frame: Frame) -> None:
         """Keep the frame of the next step alive, as backward has to undo it before this one. See rule 6."""
         self.next = frame
 
@@ -98,7 +98,7 @@ class Frame(SavedTensors):
     def release_next(self) -> None:
         """Release what is left of the next step: it was saved for outputs that nobody uses."""
         if self.next is not None and not self.tape.retain:
-            self.next.recomputed = None
+            self.next.take_recomputed()
 
     def recompute(self) -> None:
         self.tape.rewind(self)

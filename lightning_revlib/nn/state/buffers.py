@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
+from lightning_revlib.nn.state.attributes import ABSENT
 from lightning_revlib.nn.state.base import Call, State, version
 from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
 from lightning_revlib.nn.state.parameters import modified
-
-ABSENT: Any = object()
 
 
 class Buffers(State):

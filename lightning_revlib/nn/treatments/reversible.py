@@ -50,7 +50,7 @@ class Reversible(Treatment):
         else:
             frame = ChunkFrame(self.tape, step, state, a, b, chunk, undoing)
         if self.last is not None:
-            self.last.follow_by(frame)
+            self.last.keep_next(frame)
         self.last = frame
         return frame.record(a, b)
 
