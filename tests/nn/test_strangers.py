@@ -188,3 +188,27 @@ def test_a_dict_that_is_filled_anew_before_backward(treatment: str) -> None:
 def test_an_input_that_is_no_tensor_of_floats(x: object) -> None:
     with pytest.raises(TypeError, match="the input must be a floating-point tensor, not"):
         revlib.ReversibleSequential(nn.Linear(4, 4))(x)
+
+
+class Counts(nn.Module):
+    """Makes a counter in its first call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return (x * self.calls).sin()
+
+
+def test_a_counter_that_the_first_call_makes() -> None:
+    stack = revlib.ReversibleSequential(*[nn.Sequential(nn.Linear(4, 4), Counts()).double() for _ in range(3)])
+    plain, x = revlib.CoupledSequential(*copy.deepcopy(list(stack))), torch.randn(3, 8, dtype=torch.float64)
+    for _ in range(2):
+        assert all(map(torch.allclose, gradients(stack, x), gradients(plain, x)))
+    assert [block[1].calls for block in stack] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
+def test_the_meta_device(treatment: str) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()).to("meta") for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
+    stack(torch.randn(3, 8, device="meta")).sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in stack.parameters())
