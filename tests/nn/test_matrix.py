@@ -34,6 +34,8 @@ COUPLINGS: dict[str, dict[str, Any]] = {
     "pair": {"coupling_forward": _forward, "coupling_inverse": _inverse},
     "mixed": {"coupling": ["additive", {"name": "momentum", "gamma": 0.8}, "midpoint"]},
     **{f"{name}, exact": {"coupling": name, "grid_bits": 12} for name in revlib.COUPLINGS if _exact(name)},
+    "momentum, exact": {"coupling": {"name": "momentum", "gamma": 0.125}, "grid_bits": 12},
+    "scaled, exact": {"coupling": {"name": "scaled", "scale": -0.5}, "grid_bits": 12},
 }
 DTYPES = {"float64": 1e-12, "float32": 1e-4, "bf16-autocast": 5e-2}
 

@@ -51,6 +51,7 @@ class Coupling(ABC):
     needs_grid = False  # True: the coupling needs `grid_bits`
     growth = 1.0  # factor by which a step's inverse multiplies the streams' error; 0 if the inverse is exact
     bits: int | None = None  # of the grid 2^-bits, if the coupling is exact
+    kept_bits: int = 0  # those that each step keeps for each element of a stream
 
     @abstractmethod
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
@@ -77,8 +78,8 @@ class Coupling(ABC):
     def on_grid(self, bits: int) -> Coupling:
         """Return this coupling on the grid of multiples of 2^-bits. Raises ValueError if it cannot be exact."""
         raise ValueError(
-            f"grid_bits={bits}: {type(self).__name__.lower()} cannot be exact, since its inverse divides or multiplies;"
-            " exact are additive, midpoint, leapfrog and bdia"
+            f"grid_bits={bits}: {type(self).__name__.lower()} cannot be exact, since it multiplies by any number; exact"
+            " are additive, midpoint, leapfrog, bdia, and momentum and scaled with a power of two"
         )
 
     def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:

@@ -1,18 +1,23 @@
-"""Exact couplings: streams on a grid of multiples of 2^-bits, on which additions do not round.
+"""Exact couplings: streams on a grid of multiples of u = 2^-bits, on which additions do not round.
 
-(a, b) -> (b, carry(a, b) + Q(contribution(f)))       Exact, made from additive, midpoint, leapfrog
-x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x))       BDIA
+(a, b) -> (b, carry(a, b) + Q(contribution(f)))               Exact, made from additive, midpoint, leapfrog
+(a, b) -> (b, s (a - r) + Q(f))                               ExactScaled
+v' = g (v - r) + Q((1 - g) f(x)), x' = x + v'                 ExactMomentum
+x+ = g (x- + r) + Q((1 - g) x + (1 + g) f(x))                 BDIA
+
+Q rounds to the grid. A factor of 2^-k forgets the last k bits of a number: they are the remainder r, of the division of
+a by 2^k u, and a step keeps them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Alternating, Coupling, Streams
+from lightning_revlib.nn.coupling.grid import Remainder, grid_limit, round_to_grid
 
 
 class Summing(Alternating):
@@ -72,8 +77,83 @@ class Exact(Alternating):
         return round_to_grid(self.inner.contribution(f.to(b.dtype)), self.bits)
 
 
+class Remembering(Coupling):
+    """A coupling on the grid that multiplies stream a by a factor of +-2^-k, and keeps the k bits that this forgets.
+
+    `bind` returns the coupling of one step, with the bits of that step. `limit` leaves room for the sum of two streams.
+    """
+
+    growth = 0.0
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        return self.bind(a, b, True).forward(a, b, f)
+
+    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
+        raise ValueError(
+            f"coupling {self} has no inverse from its output alone: that takes the bits which its forward has kept"
+        )
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.recover(a_out, b_out)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        assert self.bits is not None
+        return grid_limit(dtype, self.bits) / 2
+
+
 @dataclass(frozen=True)
-class BDIA(Coupling):
+class ExactScaling(Remembering):
+    """A coupling `inner` that multiplies stream a by `factor`, on the grid; each step is of the class `step`."""
+
+    inner: Coupling
+    factor: float
+    step: type[ExactScaledStep] = field(repr=False)
+    kept_bits: int = 0
+    bits: int = 0
+
+    def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
+        return self.step(self.factor, Remainder.of(a, self.bits, self.kept_bits), self.bits)
+
+    def start(self, x: Tensor) -> Streams:
+        a, b = self.inner.start(x)
+        return (a if a is x else round_to_grid(a, self.bits)), b
+
+    def finish(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.inner.finish(a, b)
+
+
+@dataclass(frozen=True)
+class ExactScaledStep(Alternating):
+    """(a, b) -> (b, s (a - r) + Q(f)); inverse a = (b' - Q(f)) / s + r."""
+
+    factor: float
+    remainder: Remainder
+    bits: int
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.factor * (a - self.remainder.unpack(a)) + round_to_grid(f.to(a.dtype), self.bits)
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return (out - round_to_grid(f.to(out.dtype), self.bits)) / self.factor + self.remainder.unpack(out)
+
+
+@dataclass(frozen=True)
+class ExactMomentumStep(ExactScaledStep):
+    """v' = g (v - r) + Q((1 - g) f(x)), x' = x + v'; inverse x = x' - v', v = (v' - Q((1 - g) f)) / g + r."""
+
+    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
+        v = self.combine(a, b, (1 - self.factor) * f.to(a.dtype))
+        return v, b + v
+
+    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
+        return b_out - a_out
+
+    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.solve(a_out, b, (1 - self.factor) * f.to(b.dtype))
+
+
+@dataclass(frozen=True)
+class BDIA(Remembering):
     """x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x)), with g = gamma or -gamma, drawn for each sample and step.
 
     The streams are (x-, x), u = 2^-bits, and Q rounds to multiples of u. The parity s = (x- / u) mod 2
@@ -89,7 +169,7 @@ class BDIA(Coupling):
     gamma: float = 0.5
     bits: int | None = None
     needs_grid = True
-    growth = 0.0
+    kept_bits = 1
 
     def __post_init__(self) -> None:
         if self.gamma != 0.5:
@@ -98,30 +178,16 @@ class BDIA(Coupling):
     def on_grid(self, bits: int) -> Coupling:
         return BDIA(self.gamma, bits)
 
-    def limit(self, dtype: torch.dtype) -> float:
-        assert self.bits is not None
-        return grid_limit(dtype, self.bits) / 2
-
     def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
         assert self.bits is not None
         if not training:
             return _BDIAStep(a.new_zeros(()), None, self.bits)
         with torch.no_grad():
             sign = torch.randint(0, 2, (len(a), *[1] * (a.ndim - 1)), device=a.device).to(a.dtype) * 2 - 1
-            odd = (a * 2.0**self.bits).remainder(2) != 0
-            return _BDIAStep(sign * self.gamma, _pack_bits(odd), self.bits)
+            return _BDIAStep(sign * self.gamma, Remainder.of(a, self.bits, 1), self.bits)
 
     def invertible(self, training: bool) -> bool:
         return training
-
-    def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
-        return self.bind(a, b, True).forward(a, b, f)
-
-    def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
-        raise ValueError("bdia has no inverse from its output alone: that takes the bits which its forward has kept")
-
-    def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return self.recover(a_out, b_out)
 
     def finish(self, a: Tensor, b: Tensor) -> Tensor:
         return b
@@ -132,60 +198,17 @@ class _BDIAStep(Alternating):
     """One step of BDIA, with its draw and its parities."""
 
     gamma: Tensor  # (batch, 1, ...), or a zero in evaluation
-    odd: Tensor | None  # parities of x-, eight a byte; None in evaluation
+    parity: Remainder | None  # of x-; None in evaluation
     bits: int
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        if self.odd is None:
+        if self.parity is None:
             return round_to_grid(b + f.to(b.dtype), self.bits)
-        return self.gamma * (a + self._parity(a)) + self._rest(b, f)
+        return self.gamma * (a + self.parity.unpack(a)) + self._rest(b, f)
 
     def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        return (out - self._rest(b, f)) / self.gamma - self._parity(out)
+        assert self.parity is not None
+        return (out - self._rest(b, f)) / self.gamma - self.parity.unpack(out)
 
     def _rest(self, b: Tensor, f: Tensor) -> Tensor:
         return round_to_grid((1 - self.gamma) * b + (1 + self.gamma) * f.to(b.dtype), self.bits)
-
-    def _parity(self, like: Tensor) -> Tensor:
-        assert self.odd is not None
-        return _unpack_bits(self.odd, like.shape).to(like.dtype) * 2.0**-self.bits
-
-
-class _Round(torch.autograd.Function):
-    """Round to multiples of 1 / scale, with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        return (x * scale).round_().div_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None
-
-
-def round_to_grid(x: Tensor, bits: int) -> Tensor:
-    """Round x to multiples of 2^-bits, with the gradient of the identity."""
-    return _Round.apply(x, 2.0**bits)
-
-
-def grid_limit(dtype: torch.dtype, bits: int) -> float:
-    """Return the bound below which `dtype` represents every multiple of 2^-bits."""
-    mantissa = {torch.float32: 24, torch.float64: 53}.get(dtype)
-    if mantissa is None:
-        raise ValueError(f"grid_bits={bits} needs streams of float32 or float64, not {dtype}; set stream_dtype")
-    return 2.0 ** (mantissa - bits)
-
-
-def _pack_bits(bits: Tensor) -> Tensor:
-    """Return the booleans packed, eight a byte."""
-    flat = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 8)).view(-1, 8)
-    return (flat * _weights(bits.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
-    flat = packed.unsqueeze(1).bitwise_and(_weights(packed.device)).ne(0).flatten()
-    return flat[: shape.numel()].view(shape)
-
-
-def _weights(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)

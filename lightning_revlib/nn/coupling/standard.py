@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Alternating, Coupling, Streams
-from lightning_revlib.nn.coupling.exact import Summing
+from lightning_revlib.nn.coupling.exact import ExactMomentumStep, ExactScaledStep, ExactScaling, Summing
+from lightning_revlib.nn.coupling.grid import forgotten_bits
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ class Momentum(Coupling):
 
     The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at
     `init(x)`, and the output is x. Each step of the inverse multiplies the error of v by 1 / gamma:
-    do not use a small gamma in a deep stack (the drift by depth is in docs/figures.md). With gamma 0
-    it is the plain residual network, whose activations are stored. Momentum ResNet,
-    https://arxiv.org/abs/2102.07870.
+    do not use a small gamma in a deep stack (the drift by depth is in docs/figures.md), or use it with
+    `grid_bits` and gamma = 2^-k: a step keeps the k bits of each element that it would forget, and its
+    inverse is exact. With gamma 0 it is the plain residual network, whose activations are stored.
+    Momentum ResNet, https://arxiv.org/abs/2102.07870.
     """
 
     gamma: float = 0.9
@@ -79,6 +81,9 @@ class Momentum(Coupling):
     @property
     def growth(self) -> float:  # type: ignore[override]
         return 1 / self.gamma if self.gamma else math.inf
+
+    def on_grid(self, bits: int) -> Coupling:
+        return ExactScaling(self, self.gamma, ExactMomentumStep, forgotten_bits("gamma", self.gamma), bits)
 
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
         v = self.gamma * a + (1 - self.gamma) * f
@@ -150,8 +155,8 @@ class Scaled(Alternating):
     For fine-tuning: with a small scale the function of a pretrained network changes little. f is the
     whole block with its skip connection, so leave out `residual=True`. With `split_dim=None` the
     output is b. Each step of the inverse multiplies the error by 1 / scale: do not use a small scale
-    in a deep stack. With scale 0 it is the original network, whose activations are stored. MEFT,
-    https://arxiv.org/abs/2306.00477.
+    in a deep stack, or use it with `grid_bits` and scale = 2^-k, as momentum. With scale 0 it is the
+    original network, whose activations are stored. MEFT, https://arxiv.org/abs/2306.00477.
     """
 
     scale: float = 0.9
@@ -162,6 +167,9 @@ class Scaled(Alternating):
     @property
     def growth(self) -> float:  # type: ignore[override]
         return max(1.0, 1 / abs(self.scale)) if self.scale else math.inf
+
+    def on_grid(self, bits: int) -> Coupling:
+        return ExactScaling(self, self.scale, ExactScaledStep, forgotten_bits("scale", self.scale), bits)
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return self.scale * a + f

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
-from lightning_revlib.nn.coupling.exact import grid_limit, round_to_grid
+from lightning_revlib.nn.coupling.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
 

@@ -102,10 +102,54 @@ def test_bdia_holds_one_bit_an_element_and_evaluates_as_a_residual_network() -> 
     assert torch.equal(stack(x), plain)
     stack(x).sum().backward()
     assert all(p.grad is not None for p in stack.parameters())
-    with pytest.raises(ValueError, match="bdia has no inverse from its output alone"):
+    with pytest.raises(ValueError, match=r"BDIA.* has no inverse from its output alone"):
         revlib.CoupledSequential(nn.Linear(4, 4), coupling="bdia", grid_bits=12).inverse(torch.randn(2, 8))
 
 
+@pytest.mark.parametrize(
+    ("coupling", "depth"),
+    [
+        ({"name": "momentum", "gamma": 2.0**-1}, 60),
+        ({"name": "momentum", "gamma": 2.0**-2}, 60),
+        ({"name": "momentum", "gamma": 2.0**-3}, 60),
+        ({"name": "momentum", "gamma": 2.0**-4}, 600),
+        ({"name": "momentum", "gamma": 2.0**-5}, 60),
+        ({"name": "momentum", "gamma": 2.0**-6}, 60),
+        ({"name": "scaled", "scale": -(2.0**-3)}, 60),
+    ],
+)
+def test_powers_of_two_bit_for_bit(coupling: dict[str, Any], depth: int) -> None:
+    blocks, results = norm_and_mlp(depth), []
+    for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
+        stack = cls(*blocks, coupling=coupling, grid_bits=10, split_dim=None)
+        results.append(train(stack, torch.linspace(-2, 2, 32).view(8, 4), autocast=True))
+    assert differing(*results) == 0
+    assert stack.drift == 0.0
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_a_step_holds_the_bits_that_it_would_forget(k: int) -> None:
+    depth, x = 16, torch.randn(64, 64)
+    options: dict[str, Any] = {"coupling": {"name": "momentum", "gamma": 2.0**-k}, "grid_bits": 12, "split_dim": None}
+    stack = revlib.ReversibleSequential(*[nn.Linear(64, 64) for _ in range(depth)], **options)
+    with revlib.MemoryMeter() as meter:
+        y = stack(x)
+        held = meter.live
+    streams, kept = 2 * y.nbytes, depth * k * y.numel() // 8
+    assert streams + kept <= held <= streams + kept + 4096  # and the drift's sample
+    assert stack.couplings[0].kept_bits == k
+
+
+def test_a_factor_that_is_no_power_of_two_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"gamma=0\.9: on the grid .* power of two; the nearest are 0\.5 and 1"):
+        revlib.CoupledSequential(nn.Linear(4, 4), coupling="momentum", grid_bits=12)
+    with pytest.raises(ValueError, match=r"scale=-0\.05: .* the nearest are -0\.03125 and -0\.0625"):
+        revlib.CoupledSequential(nn.Linear(4, 4), coupling={"name": "scaled", "scale": -0.05}, grid_bits=12)
+    with pytest.raises(ValueError, match=r"gamma=0\.0 has no inverse, and needs no grid: leave out grid_bits"):
+        revlib.CoupledSequential(nn.Linear(4, 4), coupling={"name": "momentum", "gamma": 0.0}, grid_bits=12)
+
+
 def test_an_empty_batch() -> None:
-    stack = revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), grid_bits=12)
-    assert stack(torch.zeros(0, 8, requires_grad=True)).shape == (0, 8)
+    for coupling in ("additive", {"name": "momentum", "gamma": 0.25}):
+        stack = revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), grid_bits=12, coupling=coupling)
+        assert stack(torch.zeros(0, 8, requires_grad=True)).shape == (0, 8)
