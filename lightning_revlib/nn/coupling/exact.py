@@ -179,8 +179,7 @@ class BDIA(Remembering):
         return BDIA(self.gamma, bits)
 
     def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
-        assert self.bits is not None
-        if not training:
+        if not training or self.bits is None:
             return _BDIAStep(a.new_zeros(()), None, self.bits)
         with torch.no_grad():
             sign = torch.randint(0, 2, (len(a), *[1] * (a.ndim - 1)), device=a.device).to(a.dtype) * 2 - 1
@@ -199,9 +198,11 @@ class _BDIAStep(Alternating):
 
     gamma: Tensor  # (batch, 1, ...), or a zero in evaluation
     parity: Remainder | None  # of x-; None in evaluation
-    bits: int
+    bits: int | None  # None while `grid_bits="auto"` looks for them
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        if self.bits is None:
+            return b + f.to(b.dtype)
         if self.parity is None:
             return round_to_grid(b + f.to(b.dtype), self.bits)
         return self.gamma * (a + self.parity.unpack(a)) + self._rest(b, f)
@@ -211,4 +212,5 @@ class _BDIAStep(Alternating):
         return (out - self._rest(b, f)) / self.gamma - self.parity.unpack(out)
 
     def _rest(self, b: Tensor, f: Tensor) -> Tensor:
+        assert self.bits is not None
         return round_to_grid((1 - self.gamma) * b + (1 + self.gamma) * f.to(b.dtype), self.bits)

@@ -56,8 +56,11 @@ def steps_of(
         key = name if branch is None else f"{name}.{branch.name}"
         coupling, chunks = (cycled[index % len(cycled)] for cycled in (stack.couplings, stack.chunks))
         call = branch or forward or module
+        watch = stack.note_largest if options.grid_bits == "auto" else None
         fields = (stack.path, key, module, coupling, call, dtype, *arguments, options.residual, stack.training, split)
-        steps.append(Step(*fields) if chunks == 1 else ChunkedStep(*fields, count=chunks, dim=options.chunk_dim))
+        steps.append(
+            Step(*fields, watch) if chunks == 1 else ChunkedStep(*fields, watch, count=chunks, dim=options.chunk_dim)
+        )
     return steps
 
 

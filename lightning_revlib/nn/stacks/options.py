@@ -48,7 +48,7 @@ class StackOptions:
     stream_dtype: torch.dtype | None = None
     residual: bool = False
     branches: Sequence[BranchSpec] | None = None
-    grid_bits: int | None = None
+    grid_bits: int | Literal["auto"] | None = None
     ordinary: int = 0
     chunks: int | Sequence[int] = 1
     chunk_dim: int = 0
@@ -87,13 +87,18 @@ class StackOptions:
         """Return the couplings, made exact by `grid_bits`."""
         couplings = read_couplings(self.coupling, self.coupling_forward, self.coupling_inverse)
         bits = self.grid_bits
+        if bits == "auto":
+            _ = [c.on_grid(0) for c in couplings]  # ValueError if one cannot be exact
+            return couplings
         if bits is None:
             if needy := [c for c in couplings if c.needs_grid]:
                 name = type(needy[0]).__name__.lower()
                 raise ValueError(f"coupling {name!r} works on the exact grid only; set grid_bits, such as grid_bits=12")
             return couplings
         if not isinstance(bits, int) or not 0 <= bits < 24:
-            raise ValueError(f"grid_bits={bits!r}: the grid is 2^-grid_bits; take an int from 0 to 23, such as 12")
+            raise ValueError(
+                f"grid_bits={bits!r}: the grid is 2^-grid_bits; take an int from 0 to 23, such as 12, or 'auto'"
+            )
         return tuple(c.on_grid(bits) for c in couplings)
 
     def resolve(self, blocks: Mapping[str, nn.Module]) -> Resolved:

@@ -105,6 +105,8 @@ class Reversible(Stack):
     def new_run(self, blocks: Iterable[nn.Module] | None, compiler: Any) -> Run:
         """Begin a forward: by the plan of a budget, or each step by its own treatment."""
         options, treatments, budget = self.options, self.step_treatments(), self.budget
+        if options.grid_bits == "auto":  # off the grid there may be no inverse
+            treatments, budget = tuple("checkpoint" if t == "reversible" else t for t in treatments), None
         forward = Forward(
             blocks,
             compiler=compiler,

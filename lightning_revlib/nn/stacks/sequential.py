@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,9 @@ class CoupledSequential(Stack, nn.Sequential):
             ``[["ln_1", "attn"], ["ln_2", "mlp"]]``; see `lightning_revlib.nn.steps.branches.Branch`.
         grid_bits: make the stack exact: streams are rounded to multiples of 2^-grid_bits and backward
             rebuilds them, and with them the gradients, to the last bit. Between 8 and 16 is usual;
-            streams must stay below 2^(24 - grid_bits). For additive, midpoint, leapfrog and bdia.
+            streams must stay below 2^(24 - grid_bits). "auto": the first forward runs off the grid, checkpointed, and
+            chooses the finest grid with room for four times the largest value that it meets. For additive, midpoint,
+            leapfrog, bdia, and momentum and scaled with a power of two.
         ordinary: so many of the first blocks are called as they are, before the streams begin, such as
             the block that changes the shape at the start of a residual network's stage.
         chunks: do each block on so many chunks of its input, one after the other, so that backward holds what one
@@ -99,7 +101,7 @@ class CoupledSequential(Stack, nn.Sequential):
         stream_dtype: torch.dtype | None = None,
         residual: bool = False,
         branches: Sequence[BranchSpec] | None = None,
-        grid_bits: int | None = None,
+        grid_bits: int | Literal["auto"] | None = None,
         ordinary: int = 0,
         chunks: int | Sequence[int] = 1,
         chunk_dim: int = 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
 from lightning_revlib.nn.coupling.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
+
+# Of the grid that `grid_bits="auto"` chooses: the factor by which streams may exceed what the first forward has met,
+# and the most bits; 16 keep five digits of numbers around one.
+ROOM, FINEST = 4, 16
 
 
 class Option:
@@ -48,6 +53,7 @@ class Stack:
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
     options: StackOptions
     resolved: Resolved
+    largest: Tensor | None = None  # of the streams' absolute values, until the grid of `grid_bits="auto"` is chosen
     if TYPE_CHECKING:  # of the container
         training: bool
         _modules: Any
@@ -95,7 +101,7 @@ class Stack:
         x = x.resolve_neg()
         if options.stream_dtype is not None or x.dtype in (torch.bfloat16, torch.float16):
             x = x.to(options.stream_dtype or torch.float32)
-        if options.grid_bits is not None:
+        if isinstance(options.grid_bits, int):
             x = self._on_grid(x, options.grid_bits)
         if options.split_dim is None:
             return self.couplings[0].start(dense(x))
@@ -110,10 +116,29 @@ class Stack:
 
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the output that the last streams make."""
+        if self.largest is not None:
+            self._choose_grid(self.largest)
         if self.options.split_dim is None:
             last: Coupling = self.couplings[(self.step_count - 1) % len(self.couplings)]
             return last.finish(a, b)
         return torch.cat((a, b), self.options.split_dim)
+
+    def note_largest(self, a: Tensor, b: Tensor) -> None:
+        """Note the largest value of streams, for the grid to be chosen."""
+        met = [t.detach().abs().amax() for t in (a, b) if t.numel()]
+        self.largest = torch.stack([*met, a.new_zeros(()) if self.largest is None else self.largest]).amax()
+
+    def _choose_grid(self, largest: Tensor) -> None:
+        """Choose the finest grid on which streams may become `ROOM` times as large as they are."""
+        limit = min(c.on_grid(0).limit(largest.dtype) for c in self.couplings) / ROOM
+        if not largest < limit:
+            raise ValueError(
+                f"{self.path}: the streams reach {largest.item():.3g}, and grid_bits='auto' finds no grid for them in"
+                f" {largest.dtype}; set stream_dtype=torch.float64, or leave out grid_bits"
+            )
+        bits = min(FINEST, math.floor(math.log2(limit / max(largest.item(), 1.0))))
+        self.grid_bits, self.largest = bits, None
+        self.couplings = tuple(c.on_grid(bits) for c in self.couplings)
 
     def _on_grid(self, x: Tensor, bits: int) -> Tensor:
         if x.is_nested:

@@ -5,6 +5,7 @@ f = block(b, *args, **kwargs);  a, b = coupling.forward(a, b, f)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -41,6 +42,7 @@ class Step:
     residual: bool = False
     training: bool = False
     split: Callable[[Any], tuple[Any, Any]] = split_output
+    watch: Callable[[Tensor, Tensor], None] | None = None  # gets the streams after the step
     extra: Any = None
 
     @property
@@ -96,6 +98,8 @@ class Step:
         """Return the coupling as it is in this call, and the streams after the step."""
         coupling = self.coupling.bind(a, b, self.training)
         streams = coupling.forward(a, b, f)
+        if self.watch is not None:
+            self.watch(*streams)
         self._check_grid(streams[1])
         return coupling, streams
 
@@ -156,7 +160,10 @@ class Step:
             return
         limit, largest = self.coupling.limit(stream.dtype), stream.detach().abs().amax().item()
         if not largest < limit:
+            bits = self.coupling.bits
+            fewer = bits - math.floor(math.log2(largest / limit)) - 1 if math.isfinite(largest) else -1
+            way_out = f"set grid_bits={fewer}" if fewer >= 0 else "set stream_dtype=torch.float64"
             raise ValueError(
-                f"{self.name}: the stream reaches {largest:.3g}, and on the grid of grid_bits={self.coupling.bits} it"
-                f" must stay below {limit:.3g} to be exact; take fewer grid_bits, or smaller outputs"
+                f"{self.name}: the stream reaches {largest:.3g}, and on the grid of grid_bits={bits} it must stay below"
+                f" {limit:.3g} to be exact; {way_out}, or take smaller outputs"
             )

@@ -75,8 +75,57 @@ def test_the_inverse_is_exact() -> None:
 @pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
 def test_leaving_the_grid_is_an_error_with_the_path(cls: type[Any]) -> None:
     stack = cls(nn.Linear(4, 4), nn.Linear(4, 4), grid_bits=20)
-    with pytest.raises(ValueError, match=r"stack\.0 \(Linear\): the stream reaches .* must stay below 16"):
+    with pytest.raises(
+        ValueError, match=r"stack\.0 \(Linear\): the stream reaches .* must stay below 16 .* grid_bits=19"
+    ):
         stack(torch.full((2, 8), 15.9))
+
+
+class Loop(nn.Module):
+    """Calls the layers of a list, each with its own skip connection."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+COUPLINGS_ON_GRIDS: list[Any] = ["additive", "bdia", "leapfrog", {"name": "momentum", "gamma": 0.25}]
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS_ON_GRIDS, ids=str)
+def test_the_first_forward_chooses_the_grid(coupling: Any) -> None:
+    x, blocks = torch.randn(7, 8) * 300, [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(6)]
+    stacks = [
+        cls(*copy.deepcopy(blocks), coupling=coupling, grid_bits="auto", split_dim=None)
+        for cls in (revlib.CoupledSequential, revlib.ReversibleSequential)
+    ]
+    model = Loop(copy.deepcopy(blocks))
+    revlib.swap(model, {"layers": {"coupling": coupling, "grid_bits": "auto"}})
+    for step in range(2):
+        results = []
+        for stack in (*stacks, model):
+            torch.manual_seed(step)
+            results.append(train(stack, x, autocast=False))
+        assert differing(results[0], results[1]) == differing(results[0], results[2]) == 0
+    bits = {stack.grid_bits for stack in (*stacks, model.layers)}
+    assert len(bits) == 1
+    largest = results[0][0].abs().max()
+    assert 2.0 ** (24 - bits.pop()) > 3 * largest
+    assert stacks[1].drift == 0.0
+
+
+def test_no_grid_is_an_error_and_float64_the_way_out() -> None:
+    x, blocks = torch.full((2, 4), 1e8), [nn.Linear(4, 4)]
+    with pytest.raises(ValueError, match=r"stack: the streams reach .*, and grid_bits='auto' .*set stream_dtype"):
+        revlib.ReversibleSequential(*blocks, grid_bits="auto", split_dim=None)(x)
+    stack = revlib.ReversibleSequential(*blocks, grid_bits="auto", split_dim=None, stream_dtype=torch.float64)
+    assert stack(x).shape == x.shape
+    assert stack.grid_bits == 16
 
 
 def test_what_cannot_be_exact_says_so() -> None:
