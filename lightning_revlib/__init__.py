@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# public names that need Lightning, and their modules
+# public names outside of nn, and their modules
 _MODULES = {
     "ReversibleStrategy": "strategies.ddp",
     "ReversibleDDPStrategy": "strategies.ddp",
@@ -36,6 +36,8 @@ _MODULES = {
     "ActivationMemoryMonitor": "callbacks.monitors",
     "DriftMonitor": "callbacks.monitors",
     "CouplingAnnealing": "callbacks.annealing",
+    "chunk_loss": "pretrained.loss",
+    "chunked_cross_entropy": "pretrained.loss",
 }
 
 

@@ -1,0 +1,216 @@
+"""Cross-entropy by chunks: the logits of a language model, which are larger than all else, are never whole.
+
+After a reversible body, what a training step holds is the logits: 8,192 tokens of a vocabulary of 49,152 take 1.6 GB in
+float32, and their gradient as much again. Here the head runs on one chunk of tokens after another, and again in
+backward. That costs the head's forward a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial, reduce
+from operator import attrgetter, methodcaller
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lightning_revlib.nn.internals import pytree
+
+TOKENS = 1024  # in a chunk
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    *,
+    tokens: int = TOKENS,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return ``F.cross_entropy(head(hidden), labels)``, with the logits of `tokens` rows in memory at a time.
+
+    >>> loss = chunked_cross_entropy(hidden[:-1], model.lm_head, ids[1:])
+
+    Args:
+        hidden: of shape (rows, width).
+        head: maps (n, width) to logits (n, classes), each row by itself.
+        labels: the classes, of shape (rows,).
+        tokens: the number of rows in a chunk.
+        ignore_index: the label of rows that do not count.
+        label_smoothing: the share of the target that is spread over all classes.
+        reduction: "mean" or "sum".
+
+    Raises ValueError for other shapes or another reduction.
+    """
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden of shape {list(hidden.shape)} and labels of shape {list(labels.shape)}: pass (rows, width) and"
+            " (rows,), such as hidden.flatten(0, 1) and labels.flatten()"
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r}: pass 'mean' or 'sum'")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r}: pass the number of rows in a chunk, such as {TOKENS}")
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
+
+    def one(rows: Tensor, classes: Tensor) -> Tensor:
+        return functional.cross_entropy(head(rows), classes, **options)
+
+    chunks = zip(hidden.split(tokens), labels.split(tokens), strict=True)
+    total = torch.stack([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+
+
+def chunk_loss(model: nn.Module, tokens: int | None = TOKENS) -> None:
+    """Have a causal model of transformers compute its loss by chunks of `tokens` rows in training.
+
+    >>> chunk_loss(model)
+    >>> model(input_ids=ids, labels=ids).loss.backward()
+
+    What the model returns as logits is computed when something reads it. In evaluation, and with gradients off, nothing
+    changes. Factors, casts and softcaps between head and loss are kept; `None` for `tokens` undoes it. It works for any
+    loss that is `F.cross_entropy` of the logits, with the tokens shifted and flattened in any of the usual ways.
+
+    Raises TypeError if the model does not say which module is its head.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    if get_head is None or get_head() is None:
+        raise TypeError(
+            f"{type(model).__name__} does not say which module is its head, by get_output_embeddings(); call"
+            " chunked_cross_entropy(hidden, head, labels) in its place"
+        )
+    stand_in = vars(model).get("forward")
+    if isinstance(stand_in, ChunkedForward):
+        del model.forward
+        if stand_in.inner is not None:
+            model.forward = stand_in.inner
+    if tokens is not None:
+        model.forward = ChunkedForward(model, tokens)
+
+
+class ChunkedForward:
+    """Stands in for the forward of a model with `chunk_loss`."""
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        self.model, self.tokens, self.inner = model, tokens, vars(model).get("forward")
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # for its signature, which trainers read
+        return self.inner or partial(type(self.model).forward, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.model.training and torch.is_grad_enabled()):
+            return self.__wrapped__(*args, **kwargs)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]  # it may be another by now, as of PEFT
+        former = vars(head).get("forward")
+        head.forward = partial(
+            LazyLogits, former or partial(type(head).forward, head), head.weight.shape[0], self.tokens
+        )
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            del head.forward
+            if former is not None:
+                head.forward = former
+
+
+class LazyLogits:
+    """Logits that nobody has computed yet, as the head of a model with `chunk_loss` returns them in training.
+
+    `F.cross_entropy` of them runs by chunks. What a model does to each logit before (a factor, a softcap, a cast) is
+    noted, and done to each chunk. Anything else computes them: they are the logits then, as a tensor.
+    """
+
+    def __init__(
+        self,
+        head: Callable[[Tensor], Tensor],
+        classes: int,
+        tokens: int,
+        hidden: Tensor,
+        then: tuple[Callable[[Tensor], Tensor], ...] = (),
+    ) -> None:
+        self.head, self.classes, self.tokens, self.hidden, self.then = head, classes, tokens, hidden, then
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """The logits."""
+        return self.compute(self.hidden)
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """Return the logits of some rows."""
+        return reduce(lambda logits, operation: operation(logits), self.then, self.head(hidden))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.classes))
+
+    def view(self, *shape: Any) -> Any:
+        if shape in ((-1, self.classes), (self.hidden.shape[:-1].numel(), self.classes)):
+            return self._of_rows(self.hidden.reshape(-1, self.hidden.shape[-1]))
+        return self.whole.reshape(*shape)
+
+    reshape = view
+
+    def contiguous(self) -> LazyLogits:
+        return self
+
+    def float(self) -> LazyLogits:
+        return self._and_then(Tensor.float)
+
+    def to(self, *args: Any, **kwargs: Any) -> LazyLogits:
+        return self._and_then(methodcaller("to", *args, **kwargs))
+
+    def __mul__(self, factor: Any) -> Any:
+        return (
+            self._and_then(lambda logits: logits * factor) if isinstance(factor, (int, float)) else self.whole * factor
+        )
+
+    def __truediv__(self, divisor: Any) -> Any:
+        return (
+            self._and_then(lambda logits: logits / divisor)
+            if isinstance(divisor, (int, float))
+            else self.whole / divisor
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        match index:
+            case (EllipsisType(), slice(), slice(start=None, stop=None, step=None)):  # all but the last token, say
+                return self._of_rows(self.hidden[index])
+        return self.whole[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tanh and isinstance(args[0], cls):
+            return args[0]._and_then(torch.tanh)
+        if (
+            func is functional.cross_entropy
+            and args
+            and isinstance(args[0], cls)
+            and args[0]._has_chunks(*args[1:], **kwargs)
+        ):
+            return chunked_cross_entropy(args[0].hidden, args[0].compute, *args[1:], tokens=args[0].tokens, **kwargs)
+        args, kwargs = pytree.tree_map_only(cls, attrgetter("whole"), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _has_chunks(self, target: Tensor, *args: Any, reduction: str = "mean", **options: Any) -> bool:
+        """Return whether a cross-entropy with these arguments runs by chunks."""
+        known = options.keys() <= {"ignore_index", "label_smoothing"}
+        return self.hidden.ndim == 2 and not target.is_floating_point() and not args and known and reduction != "none"
+
+    def _and_then(self, operation: Callable[[Tensor], Tensor]) -> LazyLogits:
+        return LazyLogits(self.head, self.classes, self.tokens, self.hidden, (*self.then, operation))
+
+    def _of_rows(self, hidden: Tensor) -> LazyLogits:
+        return LazyLogits(self.head, self.classes, self.tokens, hidden, self.then)

@@ -1,0 +1,148 @@
+"""Cross-entropy by chunks equals that of whole logits, for causal models as they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import lightning_revlib as revlib
+
+transformers = pytest.importorskip("transformers")
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": True},
+    "Gemma2": {"final_logit_softcapping": 3.0},
+    "Cohere": {"logit_scale": 0.25},
+    "GPT2": {
+        "vocab_size": 97,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": 0,
+        "embd_pdrop": 0,
+        "attn_pdrop": 0,
+    },
+}
+
+
+def make(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {} if family == "GPT2" else SIZES
+    config = getattr(transformers, f"{family}Config")(**sizes, **FAMILIES[family])
+    causal = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    return getattr(transformers, causal)(config).double().train()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *[p.grad for p in model.parameters() if p.grad is not None]]
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 97, (3, 13), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    return ids, labels
+
+
+def shifted(model: nn.Module, **options: Any) -> Tensor:
+    """As training scripts compute the loss of a model's logits by themselves."""
+    ids, labels = inputs()
+    logits = model(input_ids=ids).logits
+    return functional.cross_entropy(
+        logits[..., :-1, :].contiguous().view(-1, logits.shape[-1]), labels[..., 1:].reshape(-1), **options
+    )
+
+
+LOSSES: dict[str, Any] = {
+    "the model's": lambda model: model(input_ids=inputs()[0], labels=inputs()[1]).loss,
+    "of a whole accumulation": lambda model: (
+        model(input_ids=inputs()[0], labels=inputs()[1], num_items_in_batch=50).loss
+    ),
+    "shifted": shifted,
+    "smoothed": lambda model: shifted(model, label_smoothing=0.1, reduction="sum"),
+    "of the logits": lambda model: model(input_ids=inputs()[0]).logits.square().mean(),
+    "by token": lambda model: shifted(model, reduction="none").square().sum(),
+    "weighted": lambda model: shifted(model, weight=torch.linspace(0, 1, 97, dtype=torch.float64)),
+    "of probabilities": lambda model: model(input_ids=inputs()[0]).logits.log_softmax(-1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_loss_of_whole_logits(family: str, loss: str) -> None:
+    model = make(family)
+    plain = gradients(model, LOSSES[loss](model))
+    revlib.chunk_loss(model, tokens=5)
+    for x, y in zip(plain, gradients(model, LOSSES[loss](model)), strict=True):
+        torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-12)
+
+
+def test_together_with_a_swap_and_copies() -> None:
+    model = make("Llama")
+    plain = gradients(model, LOSSES["the model's"](model))
+    revlib.swap(model, {"model.layers": {"coupling": {"name": "momentum", "gamma": 0.0}, "residual": True}})
+    revlib.chunk_loss(model, tokens=5)
+    for each in (model, copy.deepcopy(model)):
+        for x, y in zip(plain, gradients(each, LOSSES["the model's"](each)), strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-12)
+
+
+def test_evaluation_and_generation_are_as_before() -> None:
+    model, ids = make("Llama"), inputs()[0]
+    revlib.chunk_loss(model)
+    model.eval()
+    logits = model(input_ids=ids).logits
+    assert type(logits) is Tensor
+    assert model.generate(ids, max_new_tokens=2).shape == (3, 15)
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    revlib.chunk_loss(model, tokens=None)
+    assert "forward" not in vars(model)
+    assert type(model(input_ids=ids).logits) is Tensor
+
+
+@pytest.mark.parametrize("classes", [50_000, 150_000])
+def test_logits_are_never_whole(classes: int) -> None:
+    hidden, head = torch.randn(256, 8, requires_grad=True), nn.Linear(8, classes, bias=False)
+    labels = torch.randint(0, classes, (256,))
+    peaks = []
+    for run in (
+        lambda: functional.cross_entropy(head(hidden), labels),
+        lambda: revlib.chunked_cross_entropy(hidden, head, labels, tokens=16),
+    ):
+        with revlib.MemoryMeter() as meter:
+            run().backward()
+        peaks.append(meter.peak)
+        head.zero_grad()
+    logits = 256 * classes * 4
+    assert peaks[0] > 2 * logits
+    assert peaks[1] < 0.3 * logits  # three times a chunk's, and gradients of the weights
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(TypeError, match=r"Linear does not say which module is its head.*chunked_cross_entropy"):
+        revlib.chunk_loss(nn.Linear(2, 2))
+    hidden, labels = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"hidden of shape \[2, 2, 2\].*pass \(rows, width\)"):
+        revlib.chunked_cross_entropy(hidden.view(2, 2, 2), nn.Linear(2, 3), labels)
+    with pytest.raises(ValueError, match="reduction='none': pass 'mean' or 'sum'"):
+        revlib.chunked_cross_entropy(hidden, nn.Linear(2, 3), labels, reduction="none")
+    with pytest.raises(ValueError, match="tokens=0: pass the number of rows"):
+        revlib.chunked_cross_entropy(hidden, nn.Linear(2, 3), labels, tokens=0)
