@@ -39,11 +39,12 @@ _MODULES = {
     "chunk_loss": "pretrained.loss",
     "chunked_cross_entropy": "pretrained.loss",
 }
+_OPTIONAL = {"ReversibleTrainerCallback": "pretrained.trainer"}  # those that need transformers, which is no dependency
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"lightning_revlib.{_MODULES[name]}"), name)
+    if (module := (_MODULES | _OPTIONAL).get(name)) is not None:
+        return getattr(importlib.import_module(f"lightning_revlib.{module}"), name)
     if name == "__all__":
         return [*importlib.import_module("lightning_revlib.nn").__all__, *_MODULES]
     if not name.startswith("_"):
@@ -56,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__getattr__("__all__")]
+    return [*globals(), *__getattr__("__all__"), *_OPTIONAL]
 
 
 register_on_import()
