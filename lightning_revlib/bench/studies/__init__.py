@@ -16,7 +16,7 @@ from typing import Any
 
 STUDIES = {
     name: f"{__name__}.{name}"
-    for name in ("attention", "correctness", "drift", "memory", "minilm", "models", "overhead", "recipes")
+    for name in ("attention", "correctness", "drift", "memory", "minilm", "models", "overhead", "recipes", "smollm2")
 }
 # Keys whose default is null: a study that does not take one of them refuses a value.
 OPTIONAL = (
