@@ -74,7 +74,11 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
     cls = COUPLINGS[coupling]
     known = inspect.signature(cls).parameters
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        owners = [name for name, other in COUPLINGS.items() if unknown[0] in inspect.signature(other).parameters]
+        hint = f"; {', '.join(owners)} has it" if owners else ""
+        raise ValueError(
+            f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}{hint}"
+        )
     return cls(**options)
 
 
