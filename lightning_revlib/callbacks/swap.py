@@ -18,6 +18,7 @@ from lightning_revlib.strategies.setup import (
     read_targets,
     save_memory_plan,
     swap_module,
+    swap_new,
     take_memory_figures,
 )
 
@@ -51,6 +52,13 @@ class ReversibleCallback(Callback):
         return self.budget or getattr(trainer.strategy, "budget", None)
 
     on_fit_start = on_test_start = on_predict_start = _swap
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # of each epoch, in which hooks may have assigned a stack
+            swap_new(pl_module, self.targets, self._find_budget(trainer))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

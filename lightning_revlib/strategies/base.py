@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from typing_extensions import override
 
 from lightning_revlib.nn import restore as restore_stacks
+from lightning_revlib.nn.plan.limit import BudgetError
 from lightning_revlib.strategies.optimizer_in_backward import OptimizerInBackward
 from lightning_revlib.strategies.setup import (
     MemoryBudget,
@@ -18,6 +19,7 @@ from lightning_revlib.strategies.setup import (
     read_targets,
     save_memory_plan,
     swap_module,
+    swap_new,
     take_memory_figures,
 )
 from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint, plain_data_only
@@ -85,10 +87,31 @@ class ReversibleStrategyMixin(Strategy):
             self.optimizer_in_backward.attach(trainer)
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._swap_new()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0:  # of each epoch
+            self._swap_new()
+
+    def _swap_new(self) -> None:
+        """Swap what hooks have assigned since `setup`."""
+        assert self.lightning_module is not None
+        swap_new(self.lightning_module, self.targets, self.budget)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer_in_backward is not None:
             self.optimizer_in_backward.register_hooks()
-        return super().training_step(*args, **kwargs)
+        try:
+            return super().training_step(*args, **kwargs)
+        except BudgetError as error:
+            if self.lightning_module.trainer.callbacks:  # none while Lightning's Tuner tries a batch size
+                raise
+            raise RuntimeError(f"{error} (for the Tuner: DefaultCPUAllocator: can't allocate memory)") from error
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

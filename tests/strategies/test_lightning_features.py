@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    Callback,
     EarlyStopping,
     LearningRateFinder,
     ModelPruning,
@@ -146,15 +147,26 @@ def test_the_learning_rate_finder(tmp_path: Path) -> None:
     trainer(tmp_path, strategy=OURS, callbacks=[LearningRateFinder(num_training_steps=10)]).fit(Rate(), data())
 
 
+class Sized(Net):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+def test_the_batch_size_finder_and_a_memory_budget(tmp_path: Path) -> None:
+    net, run = Sized(), trainer(tmp_path, strategy=revlib.ReversibleStrategy(memory_budget="4KiB"), max_epochs=1)
+    assert Tuner(run).scale_batch_size(net, steps_per_trial=1) == net.batch_size == 8
+    run.fit(net)
+    assert net.net.plan.peak <= 4096
+    net.batch_size = 48
+    with pytest.raises(ValueError, match=r"memory_budget='4KiB' is .*, and the reversible stacks need"):
+        trainer(tmp_path, strategy=revlib.ReversibleStrategy(memory_budget="4KiB"), callbacks=[Callback()]).fit(net)
+
+
 def test_the_batch_size_finder(tmp_path: Path) -> None:
-    class Sized(Net):
-        batch_size = 2
-
-        def train_dataloader(self) -> Any:
-            return DataLoader(data().dataset, batch_size=self.batch_size)
-
-        val_dataloader = train_dataloader
-
     net = Sized()
     finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
     trainer(tmp_path, strategy=OURS, callbacks=[finder], max_epochs=1).fit(net)
