@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from typing_extensions import override
 
+from lightning_revlib.nn import COUPLINGS
 from lightning_revlib.nn import restore as restore_stacks
 from lightning_revlib.nn.plan.limit import BudgetError
 from lightning_revlib.strategies.optimizer_in_backward import OptimizerInBackward
@@ -122,7 +124,8 @@ class ReversibleStrategyMixin(Strategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of any strategy; execute nothing in it unless `weights_only=False` allows it."""
-        checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
+        with torch.serialization.safe_globals([*COUPLINGS.values()]):  # hyperparameters may be couplings
+            checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
         if self.lightning_module is not None:
             take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}))
         return checkpoint

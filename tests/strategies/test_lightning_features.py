@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -145,6 +146,26 @@ def test_the_learning_rate_finder(tmp_path: Path) -> None:
         found.append(finder.results["loss"])
     assert len(found[0]) > 10 and found[0] == pytest.approx(found[1], rel=1e-9)
     trainer(tmp_path, strategy=OURS, callbacks=[LearningRateFinder(num_training_steps=10)]).fit(Rate(), data())
+
+
+class Coupled(Net):
+    """Takes a coupling as a hyperparameter."""
+
+    def __init__(self, coupling: revlib.Coupling) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = revlib.CoupledSequential(*self.net, coupling=coupling)
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("coupling", [revlib.Additive(), revlib.Midpoint(0.3), revlib.Momentum(0.8)], ids=str)
+def test_a_coupling_as_a_hyperparameter(tmp_path: Path, logger: Any, coupling: revlib.Coupling) -> None:
+    options: dict[str, Any] = {"logger": logger(tmp_path), "max_epochs": 1, "strategy": OURS}
+    run = trainer(tmp_path, **options)
+    run.fit(Coupled(coupling), data())
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    assert Coupled.load_from_checkpoint(path, weights_only=False).hparams["coupling"] == coupling
+    trainer(tmp_path, **options | {"max_epochs": 2}).fit(Coupled(coupling), data(), ckpt_path=path)
 
 
 class Sized(Net):

@@ -72,7 +72,7 @@ class Exact(Alternating):
         return round_to_grid(self.inner.contribution(f.to(b.dtype)), self.bits)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class BDIA(Coupling):
     """x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x)), with g = gamma or -gamma, drawn for each sample and step.
 

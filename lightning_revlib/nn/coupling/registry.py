@@ -28,7 +28,7 @@ def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
     return output - fn_out
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Pair(Alternating):
     """(a, b) -> (b, coupling_forward(a, f)); inverse a = coupling_inverse(b', f).
 
