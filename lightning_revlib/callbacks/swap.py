@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_revlib.strategies.saved_targets import save_targets
 from lightning_revlib.strategies.setup import (
     Budget,
     MemoryBudget,
@@ -70,6 +71,7 @@ class ReversibleCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         save_memory_plan(checkpoint, self.budget, pl_module)
+        save_targets(checkpoint, pl_module)
 
     @override
     def on_load_checkpoint(

@@ -13,9 +13,11 @@ from lightning_revlib.nn import COUPLINGS
 from lightning_revlib.nn import restore as restore_stacks
 from lightning_revlib.nn.plan.limit import BudgetError
 from lightning_revlib.strategies.optimizer_in_backward import OptimizerInBackward
+from lightning_revlib.strategies.saved_targets import KEY, save_targets, take_targets
 from lightning_revlib.strategies.setup import (
     MemoryBudget,
     Targets,
+    TunerBudgetError,
     explain_memory,
     make_budget,
     read_targets,
@@ -113,12 +115,13 @@ class ReversibleStrategyMixin(Strategy):
         except BudgetError as error:
             if self.lightning_module.trainer.callbacks:  # none while Lightning's Tuner tries a batch size
                 raise
-            raise RuntimeError(f"{error} (for the Tuner: DefaultCPUAllocator: can't allocate memory)") from error
+            raise TunerBudgetError(f"{error} (for the Tuner: DefaultCPUAllocator: can't allocate memory)") from error
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.lightning_module is not None:
             save_memory_plan(checkpoint, self.budget, self.lightning_module)
+            save_targets(checkpoint, self.lightning_module)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -127,6 +130,9 @@ class ReversibleStrategyMixin(Strategy):
         with torch.serialization.safe_globals([*COUPLINGS.values()]):  # hyperparameters may be couplings
             checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
         if self.lightning_module is not None:
+            trainer, saved = self.lightning_module.trainer, checkpoint.pop(KEY, {})
+            if not (trainer.training and any(hasattr(c, "sets_couplings") for c in trainer.callbacks)):
+                take_targets(self.lightning_module, saved, self.targets, self.budget)
             take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}))
         return checkpoint
 

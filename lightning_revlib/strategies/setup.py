@@ -16,12 +16,13 @@ from torch import nn
 from lightning_revlib.nn import swap
 from lightning_revlib.nn.convert.swap import Targets, find, stacks
 from lightning_revlib.nn.plan.budget import Budget, share_budget
-from lightning_revlib.nn.plan.limit import MemoryBudget
+from lightning_revlib.nn.plan.limit import BudgetError, MemoryBudget
 
 __all__ = [
     "Budget",
     "MemoryBudget",
     "Targets",
+    "TunerBudgetError",
     "check_arguments",
     "explain_memory",
     "make_budget",
@@ -33,6 +34,10 @@ __all__ = [
     "take_memory_figures",
     "targets_of",
 ]
+
+
+class TunerBudgetError(BudgetError, RuntimeError):
+    """A budget is too small, in the words of a RuntimeError by which Lightning's Tuner knows a batch as too large."""
 
 
 def swap_module(
@@ -134,7 +139,7 @@ def check_arguments(owner: type, given: Mapping[str, Any], *accepting: Any) -> N
 
 def explain_memory(exception: BaseException, module: nn.Module) -> None:
     """Append to an out-of-memory error the options that would still reduce memory; leave other errors as they are."""
-    if not _is_out_of_memory(exception):
+    if not _is_out_of_memory(exception) or isinstance(exception, BudgetError):
         return
     ways = []
     for path, stack in stacks(module).items():
