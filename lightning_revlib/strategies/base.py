@@ -113,7 +113,8 @@ class ReversibleStrategyMixin(Strategy):
         try:
             return super().training_step(*args, **kwargs)
         except BudgetError as error:
-            if self.lightning_module.trainer.callbacks:  # none while Lightning's Tuner tries a batch size
+            module: Any = self.lightning_module
+            if module.trainer.callbacks:  # none while Lightning's Tuner tries a batch size
                 raise
             raise TunerBudgetError(f"{error} (for the Tuner: DefaultCPUAllocator: can't allocate memory)") from error
 
@@ -130,7 +131,8 @@ class ReversibleStrategyMixin(Strategy):
         with torch.serialization.safe_globals([*COUPLINGS.values()]):  # hyperparameters may be couplings
             checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
         if self.lightning_module is not None:
-            trainer, saved = self.lightning_module.trainer, checkpoint.pop(KEY, {})
+            saved = checkpoint.pop(KEY, {})
+            trainer: Any = self.lightning_module.trainer
             if not (trainer.training and any(hasattr(c, "sets_couplings") for c in trainer.callbacks)):
                 take_targets(self.lightning_module, saved, self.targets, self.budget)
             take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}))

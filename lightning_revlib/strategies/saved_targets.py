@@ -7,10 +7,10 @@ without them.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_revlib.nn import COUPLINGS, Coupling
@@ -44,10 +44,9 @@ def warn_of_differences(module: nn.Module, saved: Mapping[str, Any]) -> None:
     others = {path: options for path, options in saved.items() if path in paths and options != own.get(path)}
     if others:
         now = {path: own[path] for path in others if path in own} or "no such stacks"
-        warnings.warn(
+        rank_zero_warn(
             f"the checkpoint's {type(module).__name__} was trained with {others}, this one has {now}, and computes"
-            f" another function; lightning_revlib.swap(module, torch.load(path)[{KEY!r}]) makes it the same",
-            stacklevel=3,
+            f" another function; lightning_revlib.swap(module, torch.load(path)[{KEY!r}]) makes it the same"
         )
 
 
@@ -72,6 +71,6 @@ def _describe_coupling(coupling: Coupling) -> dict[str, Any]:
     elif isinstance(coupling, BDIA):
         coupling = dataclasses.replace(coupling, bits=None)  # these follow from grid_bits
     name = next((name for name, cls in COUPLINGS.items() if type(coupling) is cls), type(coupling).__qualname__)
-    fields = vars(coupling) if dataclasses.is_dataclass(coupling) else {}
+    fields: dict[str, Any] = vars(coupling) if dataclasses.is_dataclass(coupling) else {}
     plain = {key: value for key, value in fields.items() if isinstance(value, (bool, int, float, str))}
     return {"name": name, **plain}
