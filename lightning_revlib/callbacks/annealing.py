@@ -40,6 +40,8 @@ class CouplingAnnealing(Callback):
             with one of these couplings has a memory budget.
     """
 
+    sets_couplings = True  # in training; a strategy that resumes leaves it to this callback
+
     def __init__(self, steps: int, tolerance: float = 1e-3) -> None:
         if steps < 1:
             raise ValueError(f"steps={steps}: take at least one step until the stacks' own coupling is reached")

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_revlib.strategies.saved_targets import save_targets
 from lightning_revlib.strategies.setup import (
     Budget,
     MemoryBudget,
@@ -18,6 +19,7 @@ from lightning_revlib.strategies.setup import (
     read_targets,
     save_memory_plan,
     swap_module,
+    swap_new,
     take_memory_figures,
 )
 
@@ -53,6 +55,13 @@ class ReversibleCallback(Callback):
     on_fit_start = on_test_start = on_predict_start = _swap
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # of each epoch, in which hooks may have assigned a stack
+            swap_new(pl_module, self.targets, self._find_budget(trainer))
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:  # within a fit, keep what other callbacks have changed of stacks
             self._swap(trainer, pl_module)
@@ -62,6 +71,7 @@ class ReversibleCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         save_memory_plan(checkpoint, self.budget, pl_module)
+        save_targets(checkpoint, pl_module)
 
     @override
     def on_load_checkpoint(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
 
 CONFIG = "pkg://lightning_revlib.conf"
 PLUGINS = {  # packages of Hydra's plugins, by the option that each adds
@@ -48,7 +50,9 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
-        return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
+        owners = ", ".join(_options_with(name, parent))
+        way = f"{owners} has it" if owners else f"+{key}=... adds a new one"
+        return f"{key}: no such key{suggest(name, keys, parent)}; {where}; {way}"
     perhaps_bug = isinstance(error, TypeError)  # which the user's values may cause, or the program
     return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if perhaps_bug else "")
 
@@ -71,6 +75,14 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
             cfg = compose(command)
         node = OmegaConf.select(cfg, parent) if parent else cfg
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+
+
+def _options_with(name: str, parent: str) -> list[str]:
+    """Return the options of the group `parent`, as on the command line, whose own file has the key `name`."""
+    from omegaconf import OmegaConf
+
+    files = sorted(Path(str(resources.files(CONFIG.removeprefix("pkg://")))).glob(f"{parent or '-'}/*.yaml"))
+    return [f"{parent}={file.stem}" for file in files if name in OmegaConf.load(file)]
 
 
 def suggest(name: str, known: Iterable[str], parent: str = "") -> str:

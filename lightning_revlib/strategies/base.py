@@ -5,19 +5,25 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from typing_extensions import override
 
+from lightning_revlib.nn import COUPLINGS
 from lightning_revlib.nn import restore as restore_stacks
+from lightning_revlib.nn.plan.limit import BudgetError
 from lightning_revlib.strategies.optimizer_in_backward import OptimizerInBackward
+from lightning_revlib.strategies.saved_targets import KEY, save_targets, take_targets
 from lightning_revlib.strategies.setup import (
     MemoryBudget,
     Targets,
+    TunerBudgetError,
     explain_memory,
     make_budget,
     read_targets,
     save_memory_plan,
     swap_module,
+    swap_new,
     take_memory_figures,
 )
 from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint, plain_data_only
@@ -85,22 +91,50 @@ class ReversibleStrategyMixin(Strategy):
             self.optimizer_in_backward.attach(trainer)
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._swap_new()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0:  # of each epoch
+            self._swap_new()
+
+    def _swap_new(self) -> None:
+        """Swap what hooks have assigned since `setup`."""
+        assert self.lightning_module is not None
+        swap_new(self.lightning_module, self.targets, self.budget)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer_in_backward is not None:
             self.optimizer_in_backward.register_hooks()
-        return super().training_step(*args, **kwargs)
+        try:
+            return super().training_step(*args, **kwargs)
+        except BudgetError as error:
+            module: Any = self.lightning_module
+            if module.trainer.callbacks:  # none while Lightning's Tuner tries a batch size
+                raise
+            raise TunerBudgetError(f"{error} (for the Tuner: DefaultCPUAllocator: can't allocate memory)") from error
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.lightning_module is not None:
             save_memory_plan(checkpoint, self.budget, self.lightning_module)
+            save_targets(checkpoint, self.lightning_module)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of any strategy; execute nothing in it unless `weights_only=False` allows it."""
-        checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
+        with torch.serialization.safe_globals([*COUPLINGS.values()]):  # hyperparameters may be couplings
+            checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
         if self.lightning_module is not None:
+            saved = checkpoint.pop(KEY, {})
+            trainer: Any = self.lightning_module.trainer
+            if not (trainer.training and any(hasattr(c, "sets_couplings") for c in trainer.callbacks)):
+                take_targets(self.lightning_module, saved, self.targets, self.budget)
             take_memory_figures(self.lightning_module, checkpoint.get("memory_figures", {}))
         return checkpoint
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 
 # attributes that the Trainer or Fabric sets; the strategy for several processes takes them as arguments
@@ -41,6 +42,8 @@ class DeferredStrategy:
         """Decide between one process and several; Lightning calls this last, when their number is known."""
         cluster = self.cluster_environment
         count = len(self.parallel_devices or ()) * max(self.num_nodes, self._num_nodes)
+        if isinstance(cluster, SLURMEnvironment) and not cluster.detect():
+            cluster = None  # given as a plugin outside of srun, which alone knows the world size
         if count > 1 or (cluster is not None and cluster.creates_processes_externally and cluster.world_size() > 1):
             self._become_distributed()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class ReversibleFabricMixin(Strategy):
     """Mixin for a strategy of Fabric's: swap each module when it is set up.
 
-    A module without stacks is left as it is. If no module has any, the first backward raises a ValueError.
+    A module without stacks is left as it is. If no module has any, the first step of an optimizer raises a ValueError.
 
     Args:
         targets: as in `swap`. Without, the module's `reversible_targets`, or every CoupledSequential.
@@ -60,13 +60,14 @@ class ReversibleFabricMixin(Strategy):
         return super().setup_module(module)
 
     @override
-    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        if not self.swapped:
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        if not self.swapped:  # not in `backward`: with one of its own, Fabric would refuse loss.backward()
             raise ValueError(
                 "nothing to swap: no module that was set up has a CoupledSequential or a match of"
-                f" targets={self.targets!r}; build stacks from CoupledSequential, or name containers by targets"
+                f" targets={self.targets!r}; build stacks from CoupledSequential, or name containers by targets:"
+                " print(lightning_revlib.report(model, batch)) proposes them"
             )
-        super().backward(tensor, module, *args, **kwargs)
+        return super().optimizer_step(optimizer, **kwargs)
 
     @classmethod
     @override

@@ -46,9 +46,25 @@ REGISTRIES = {
 
 
 def register_on_import() -> None:
-    """Register all names, now or as soon as Lightning is imported."""
+    """Register all names, and what warns on load, now or as soon as Lightning is imported."""
     for module in REGISTRIES:
         wrapt.register_post_import_hook(register, module)
+    wrapt.register_post_import_hook(warn_on_load, "lightning.pytorch.core.module")
+
+
+def warn_on_load(module: Any) -> None:
+    """Have `LightningModule.on_load_checkpoint`, which is empty, warn if a checkpoint's module had other stacks.
+
+    `load_from_checkpoint` has no other hook, and no strategy is asked. A module with an `on_load_checkpoint` of its own
+    is warned if that calls super's.
+    """
+    module.LightningModule.on_load_checkpoint = _on_load_checkpoint
+
+
+def _on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+    """See `lightning.pytorch.core.hooks.CheckpointHooks`."""
+    if saved := checkpoint.get("reversible_targets"):
+        importlib.import_module("lightning_revlib.strategies.saved_targets").warn_of_differences(self, saved)
 
 
 def register(module: Any) -> None:

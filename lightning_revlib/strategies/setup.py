@@ -14,14 +14,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_revlib.nn import swap
-from lightning_revlib.nn.convert.swap import Targets, stacks
+from lightning_revlib.nn.convert.swap import Targets, find, stacks
 from lightning_revlib.nn.plan.budget import Budget, share_budget
-from lightning_revlib.nn.plan.limit import MemoryBudget
+from lightning_revlib.nn.plan.limit import BudgetError, MemoryBudget
 
 __all__ = [
     "Budget",
     "MemoryBudget",
     "Targets",
+    "TunerBudgetError",
     "check_arguments",
     "explain_memory",
     "make_budget",
@@ -29,8 +30,14 @@ __all__ = [
     "refuse_overlap",
     "save_memory_plan",
     "swap_module",
+    "swap_new",
     "take_memory_figures",
+    "targets_of",
 ]
+
+
+class TunerBudgetError(BudgetError, RuntimeError):
+    """A budget is too small, in the words of a RuntimeError by which Lightning's Tuner knows a batch as too large."""
 
 
 def swap_module(
@@ -41,13 +48,25 @@ def swap_module(
     Without `targets`, the module's attribute or method `reversible_targets` names them. If not `strict`, finding none
     is no error.
     """
-    if targets is None:
-        targets = getattr(module, "reversible_targets", None)
-        targets = read_targets(targets() if callable(targets) else targets)
-    paths = swap(module, targets, strict=strict)
+    paths = swap(module, targets_of(module, targets), strict=strict)
     if paths:
         share_budget(stacks(module), budget)
     return paths
+
+
+def swap_new(module: nn.Module, targets: Targets | None, budget: Budget | None) -> None:
+    """Swap the stacks that were assigned since `swap_module`; the others keep what callbacks have changed of them."""
+    found = find(module, targets_of(module, targets), strict=False)
+    if new := {path: options for path, m, options in found if path not in stacks(module)}:
+        swap_module(module, new, budget)
+
+
+def targets_of(module: nn.Module, targets: Targets | None) -> Targets | None:
+    """Return the targets that are given, or else those of the module itself, or None."""
+    if targets is None:
+        targets = getattr(module, "reversible_targets", None)
+        targets = read_targets(targets() if callable(targets) else targets)
+    return targets
 
 
 def refuse_overlap(module: nn.Module, name: str) -> None:
@@ -120,7 +139,7 @@ def check_arguments(owner: type, given: Mapping[str, Any], *accepting: Any) -> N
 
 def explain_memory(exception: BaseException, module: nn.Module) -> None:
     """Append to an out-of-memory error the options that would still reduce memory; leave other errors as they are."""
-    if not _is_out_of_memory(exception):
+    if not _is_out_of_memory(exception) or isinstance(exception, BudgetError):
         return
     ways = []
     for path, stack in stacks(module).items():

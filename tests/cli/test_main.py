@@ -210,6 +210,7 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "couplng=momentum"], "couplng: no such key (did you mean coupling?)"),
         (["train", "recipe.dropuot=0"], "recipe.dropuot: no such key (did you mean recipe.dropout?); recipe has"),
         (["train", "coupling=momentum", "coupling.gama=1"], "(did you mean coupling.gamma?); coupling has name, gamma"),
+        (["train", "coupling.gamma=0.5"], "coupling.gamma: no such key; coupling has name; coupling=momentum has it"),
         (
             ["bench", "study=ovrhead"],
             "no such study (did you mean overhead?); studies are attention, correctness, drift",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import _composable as composable
 
 import lightning_revlib as revlib
 from lightning_revlib.nn.treatments import TREATMENTS
@@ -212,3 +214,141 @@ def test_the_meta_device(treatment: str) -> None:
     stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
     stack(torch.randn(3, 8, device="meta")).sum().backward()
     assert all(p.grad is not None and p.grad.is_meta for p in stack.parameters())
+
+
+class Listed(nn.Module):
+    """Calls the layers of its list one by one."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers or [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+MIDPOINT = {"layers": {"coupling": "midpoint"}}
+X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def replica(model: nn.Module) -> tuple[nn.Module, list[Tensor]]:
+    """Return a copy as nn.DataParallel makes it, on this device, and its weights."""
+    copies = {m: m._replicate_for_data_parallel() for m in model.modules()}  # type: ignore[operator]
+    weights: list[Tensor] = []
+    for original, each in copies.items():
+        for name, child in original.named_children():
+            setattr(each, name, copies[child])
+        for name, parameter in original.named_parameters(recurse=False):
+            weights.append(parameter.clone())
+            setattr(each, name, weights[-1])
+    return copies[model], weights
+
+
+def test_data_parallel_of_a_sequence_has_its_own_weights() -> None:
+    stack = revlib.ReversibleSequential(*[nn.Linear(4, 4).double() for _ in range(3)])
+    copied, weights = replica(stack)
+    found = torch.autograd.grad(copied(X).square().sum(), weights)
+    assert all(map(torch.allclose, found, gradients(revlib.CoupledSequential(*stack), X)))
+
+
+def test_data_parallel_of_a_list_is_refused() -> None:
+    model = Listed()
+    revlib.swap(model, MIDPOINT)
+    with pytest.raises(RuntimeError, match=r"layers: nn\.DataParallel cannot copy a reversible list"):
+        replica(model)
+    revlib.restore(model)
+    assert replica(model)[0](X).shape == X.shape
+
+
+def wrap(layer: nn.Module) -> list[int]:
+    """Wrap the layer's forward, as hooks of other libraries do, and return a list that grows with each call."""
+    inner, calls = layer.forward, list[int]()
+
+    def forward(*args: Tensor) -> Tensor:
+        calls.append(1)
+        return inner(*args)
+
+    layer.forward = forward
+    return calls
+
+
+def test_layers_whose_forward_is_wrapped_after_the_swap() -> None:
+    model, expected = Listed(), Listed()
+    expected.load_state_dict(model.state_dict())
+    revlib.swap(expected, MIDPOINT)
+    plain = model(X)
+    revlib.swap(model, MIDPOINT)
+    calls = wrap(model.layers[1])
+    with pytest.raises(RuntimeError, match=r"layers: its layers are others .*, or the forward of one; call swap"):
+        model(X)
+    revlib.swap(model, MIDPOINT)
+    assert all(map(torch.allclose, gradients(model, X), gradients(expected, X)))
+    assert len(calls) == 2  # in forward and in backward
+    revlib.restore(model)
+    assert torch.equal(model(X), plain)
+    revlib.swap(model, MIDPOINT)
+    wrap(model.layers[2])
+    revlib.restore(model)
+    assert torch.equal(model(X), plain)
+    revlib.swap(model, MIDPOINT)
+    assert all(map(torch.allclose, gradients(model, X), gradients(expected, X)))
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_checkpoint_around_layers_of_a_list(treatment: str) -> None:
+    model, expected = Listed(), Listed()
+    expected.load_state_dict(model.state_dict())
+    for each in (model, expected):
+        revlib.swap(each, {"layers": {"coupling": "midpoint", "treatments": [treatment] * 3}})
+    for layer in model.layers:
+        composable.checkpoint(layer)
+    if treatment == "reversible":  # saves nothing that the checkpoint could recompute
+        assert all(map(torch.allclose, gradients(model, X), gradients(expected, X)))
+    else:
+        with pytest.raises(ValueError, match=r"layers\.2 .* was called again in backward, by a checkpoint around it"):
+            gradients(model, X)
+
+
+def test_checkpointing_inside_the_layers_is_told() -> None:
+    layers: list[nn.Module] = [nn.Linear(8, 8) for _ in range(3)]
+    model = Listed(*layers)
+    revlib.swap(model, MIDPOINT)
+    for layer in layers:
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"layers: gradient checkpointing is on, and runs layers a third time"):
+        gradients(model, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(model.eval(), X)
+
+
+def test_what_bdia_stores_in_evaluation_is_told() -> None:
+    model = Listed()
+    revlib.swap(model, {"layers": {"coupling": "bdia", "grid_bits": 12}})
+    with pytest.warns(UserWarning, match="layers: bdia has no inverse in evaluation mode: activations are stored"):
+        model.eval()(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.train()(X)
+        with torch.no_grad():
+            model.eval()(X)
+        revlib.swap(model, {"layers": {"coupling": "bdia", "grid_bits": 12, "treatments": ["store"] * 3}})
+        model(X)
+
+
+def test_a_swapped_list_shows_its_coupling() -> None:
+    model = Listed()
+    revlib.swap(model, {"layers": {"coupling": {"name": "momentum", "gamma": 0.3}}})
+    text = str(model.layers)
+    assert text.startswith(
+        "ReversibleModuleList(\n  split_dim=None, coupling=Momentum(gamma=0.3, init=None)\n  (0-2): 3 x"
+    )
+    revlib.restore(model)
+    assert str(model.layers) == str(Listed().layers)
+
+
+def test_an_option_of_another_coupling() -> None:
+    with pytest.raises(ValueError, match="'additive' has no option 'gamma'; it has none; momentum, bdia has it"):
+        revlib.get_coupling("additive", gamma=0.5)

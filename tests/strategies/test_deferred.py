@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 import lightning_revlib as revlib
 from tests.strategies.helpers import fit, trainer
@@ -26,6 +27,15 @@ def test_a_subclass_is_for_one_device(tmp_path: Path) -> None:
 
 def test_a_subclass_may_name_its_class_for_several(tmp_path: Path) -> None:
     assert type(trainer(tmp_path, strategy=MineForSeveral(), devices=2).strategy) is revlib.ReversibleDDPStrategy
+
+
+def test_slurm_as_a_plugin_outside_of_srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = SLURMEnvironment(auto_requeue=False)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    fit(tmp_path, "reversible", max_epochs=1, plugins=[slurm])
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # an interactive job, in which Python is started by hand
+    assert type(trainer(tmp_path, strategy="reversible", plugins=[slurm]).strategy) is revlib.ReversibleStrategy
 
 
 def test_the_object_stays_when_its_class_changes(tmp_path: Path) -> None:

@@ -25,6 +25,14 @@ def test_as_the_stock_strategy(precision: Any) -> None:
         assert not torch.distributed.is_initialized()
 
 
+def test_a_backward_of_the_users_own() -> None:
+    fabric = L.Fabric(accelerator="cpu", devices=1, strategy="reversible")
+    net = Net()
+    model, _ = fabric.setup(net, torch.optim.Adam(net.parameters()))
+    model(torch.randn(4, 8)).sum().backward()
+    assert net.net.drift is not None and net.stem.weight.grad is not None
+
+
 def test_several_devices_are_ddp() -> None:
     for name in ("reversible", "reversible_ddp", "reversible_spawn"):
         fabric = L.Fabric(accelerator="cpu", devices=2, strategy=name)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    Callback,
     EarlyStopping,
     LearningRateFinder,
     ModelPruning,
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -146,15 +148,46 @@ def test_the_learning_rate_finder(tmp_path: Path) -> None:
     trainer(tmp_path, strategy=OURS, callbacks=[LearningRateFinder(num_training_steps=10)]).fit(Rate(), data())
 
 
+class Coupled(Net):
+    """Takes a coupling as a hyperparameter."""
+
+    def __init__(self, coupling: revlib.Coupling) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = revlib.CoupledSequential(*self.net, coupling=coupling)
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("coupling", [revlib.Additive(), revlib.Midpoint(0.3), revlib.Momentum(0.8)], ids=str)
+def test_a_coupling_as_a_hyperparameter(tmp_path: Path, logger: Any, coupling: revlib.Coupling) -> None:
+    options: dict[str, Any] = {"logger": logger(tmp_path), "max_epochs": 1, "strategy": OURS}
+    run = trainer(tmp_path, **options)
+    run.fit(Coupled(coupling), data())
+    run.save_checkpoint(path := tmp_path / "a.ckpt")
+    assert Coupled.load_from_checkpoint(path, weights_only=False).hparams["coupling"] == coupling
+    trainer(tmp_path, **options | {"max_epochs": 2}).fit(Coupled(coupling), data(), ckpt_path=path)
+
+
+class Sized(Net):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+def test_the_batch_size_finder_and_a_memory_budget(tmp_path: Path) -> None:
+    net, run = Sized(), trainer(tmp_path, strategy=revlib.ReversibleStrategy(memory_budget="4KiB"), max_epochs=1)
+    assert Tuner(run).scale_batch_size(net, steps_per_trial=1) == net.batch_size == 8
+    run.fit(net)
+    assert net.net.plan.peak <= 4096
+    net.batch_size = 48
+    with pytest.raises(ValueError, match=r"memory_budget='4KiB' is .*, and the reversible stacks need"):
+        trainer(tmp_path, strategy=revlib.ReversibleStrategy(memory_budget="4KiB"), callbacks=[Callback()]).fit(net)
+
+
 def test_the_batch_size_finder(tmp_path: Path) -> None:
-    class Sized(Net):
-        batch_size = 2
-
-        def train_dataloader(self) -> Any:
-            return DataLoader(data().dataset, batch_size=self.batch_size)
-
-        val_dataloader = train_dataloader
-
     net = Sized()
     finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
     trainer(tmp_path, strategy=OURS, callbacks=[finder], max_epochs=1).fit(net)

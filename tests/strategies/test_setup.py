@@ -47,6 +47,40 @@ def test_nothing_to_swap_and_wrong_targets_are_errors(tmp_path: Path) -> None:
                 trainer(tmp_path, **options).fit(Plain(), data())
 
 
+class Late(Net):
+    """Assigns another stack in a hook."""
+
+    hook = ""
+
+    def assign(self) -> None:
+        if self.current_epoch == 0:
+            self.net = self.late = revlib.CoupledSequential(*[nn.Linear(8, 8) for _ in range(3)])
+
+    def on_fit_start(self) -> None:
+        if self.hook == "on_fit_start":
+            self.assign()
+
+    def on_train_start(self) -> None:
+        if self.hook == "on_train_start":
+            self.assign()
+
+    def on_train_epoch_start(self) -> None:
+        if self.hook == "on_train_epoch_start":
+            self.assign()
+
+
+@pytest.mark.parametrize("by", ["strategy", "callback"])
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_a_stack_that_a_hook_assigns(tmp_path: Path, hook: str, by: str) -> None:
+    net, targets = Late(), {"net": {"coupling": "midpoint"}}
+    net.hook = hook
+    options: dict[str, Any] = {"strategy": revlib.ReversibleStrategy(targets)}
+    if by == "callback":
+        options = {"callbacks": [revlib.ReversibleCallback(targets)]}
+    trainer(tmp_path, **options).fit(net, data(), data())
+    assert net.net is net.late and net.net.couplings == (revlib.Midpoint(),) and net.net.drift is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -75,6 +75,7 @@ class Report:
     flops_after: int
     targets: Targets | None = None  # what to swap with: those given, or those suggested
     others: tuple[tuple[str, str], ...] = ()
+    precision: str = ""  # in which the drift was measured
 
     def __str__(self) -> str:
         lines = []
@@ -86,7 +87,8 @@ class Report:
             lines += ["not to be swapped:", *[f"  {path or '(the model)'}: {reason}" for path, reason in self.others]]
         if self.stacks:
             after = Costs(self.held_after, self.peak_after, self.flops_after)
-            lines = ["reversible stacks:", *lines, *self._compare(after)]
+            head = f"reversible stacks in {self.precision} (drift differs in others: call report under torch.autocast):"
+            lines = [head, *lines, *self._compare(after)]
         if self.targets:
             lines.append(f"lightning_revlib.swap(model, {dict(self.targets)!r})")
         return "\n".join(lines or ["no stack of blocks was found"])
@@ -107,6 +109,8 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None, **kwa
 
     >>> print(report(model, batch))
     >>> print(report(hugging_face_model, **batch))
+    >>> with torch.autocast("cuda", torch.bfloat16):  # for a training in bf16-mixed
+    ...     print(report(model, batch))
 
     Without targets, and without a stack that was built as such, it looks for containers that could be
     swapped, proposes options for them and says why others could not. Weights, gradients, buffers,
@@ -114,16 +118,18 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None, **kwa
     model's floating-point outputs.
 
     Raises:
-        ValueError, TypeError: as `swap` does for targets that are given, and the model for its inputs.
+        ValueError, TypeError: as `swap` does for targets that are given, and the model for its inputs; for a batch
+            that is not its forward's arguments.
     """
     call = _Call(model, inputs, kwargs)
+    outputs = call.try_inputs()
     others: dict[str, str] = {}
     is_given = targets is not None or bool(find(model))
     if not is_given:
         with preserve_state(model):
             targets, others = discover(model, call.run)
     found = find(model, targets)
-    before, outputs = call.costs_with(found, {}), call.evaluate()
+    before = call.costs_with(found, {})
     stacks: list[Stack] = []
     swapped: dict[str, Any] = {}
     tolerance, tolerated = (math.inf, ()) if is_given else (TOLERANCE, (ValueError, TypeError, RuntimeError))
@@ -137,7 +143,7 @@ def report(model: nn.Module, *inputs: Any, targets: Targets | None = None, **kwa
     if len(stacks) > 1:
         after = call.costs_with([match for match in found if match[0] in swapped], swapped)
     costs = before.held, after.held, before.peak, after.peak, before.flops, after.flops
-    return Report(tuple(stacks), *costs, targets if is_given else swapped, tuple(others.items()))
+    return Report(tuple(stacks), *costs, targets if is_given else swapped, tuple(others.items()), _precision(model))
 
 
 class _Call:
@@ -151,6 +157,19 @@ class _Call:
         """Run the model, and return its floating-point outputs."""
         leaves = pytree.tree_leaves(self.model(*self.inputs, **self.kwargs))
         return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point()]
+
+    def try_inputs(self) -> list[Tensor]:
+        """Return the model's outputs in evaluation. Raises TypeError if the input is a batch that it does not take."""
+        try:
+            return self.evaluate()
+        except Exception as error:
+            if self.kwargs or len(self.inputs) != 1 or not isinstance(self.inputs[0], (Mapping, list, tuple)):
+                raise
+            raise TypeError(
+                f"report: {type(self.model).__name__} cannot be called with a {type(self.inputs[0]).__name__}"
+                f" ({type(error).__name__}: {error}); pass the arguments of its forward: report(model, **batch) for a"
+                " mapping, report(model, batch[0]) for a batch of inputs and targets"
+            ) from error
 
     def evaluate(self) -> list[Tensor]:
         """Return the model's outputs in evaluation."""
@@ -178,12 +197,12 @@ class _Call:
         found = {match[0]: match for match in (*find(self.model), *find(self.model, {path: options}))}
         with self._swapped(found.values(), {path: options}):
             stack = self._measure_stack(path, outputs)
-        larger = with_larger_gamma(options) if (stack.drift or 0) > tolerance else None
+        larger = None if (stack.drift or 0) <= tolerance else with_larger_gamma(options)  # NaN is larger
         return (stack, options) if larger is None else self.measure_alone(path, larger, outputs, tolerance)
 
     def _measure_stack(self, path: str, outputs: list[Tensor]) -> Stack:
         stack: Any = self.model.get_submodule(path)
-        stack.on_drift = "warn_once" if stack.on_drift == "ignore" else stack.on_drift
+        stack.on_drift, stack.drift_tolerance = "warn_once", math.inf  # the report itself tells
         costs, drift, steps = self._costs(), stack.drift, stack.step_count
         expected = tuple(
             (
@@ -229,6 +248,14 @@ class _Call:
             meter.reset_peak()
             torch.autograd.backward(outputs, grads)
             return Costs(held, meter.peak - before, meter.flops)
+
+
+def _precision(model: nn.Module) -> str:
+    """Return the dtype that autocast computes in, or else that of the parameters."""
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _distance(xs: list[Tensor], ys: list[Tensor]) -> float:

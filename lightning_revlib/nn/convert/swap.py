@@ -67,7 +67,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     if strict and not found:
         raise ValueError(
             f"nothing to swap: {type(model).__name__} has no CoupledSequential; build its stack from one, or name an"
-            " nn.Sequential or nn.ModuleList by targets={'path.to.it': {'coupling': 'additive'}}"
+            " nn.Sequential or nn.ModuleList by targets: print(lightning_revlib.report(model, batch)) proposes them"
         )
     before = record(found)
     try:

@@ -98,7 +98,7 @@ class Coupling(ABC):
 class Alternating(Coupling):
     """(a, b) -> (b, combine(a, b, f)): the streams take turns, and a subclass defines two methods only.
 
-    >>> @dataclass(frozen=True)
+    >>> @dataclass(unsafe_hash=True)
     ... class Mirrored(Alternating):
     ...     def combine(self, a, b, f): return f - a
     ...     def solve(self, out, b, f): return f - out

@@ -101,7 +101,7 @@ class Remembering(Coupling):
         return grid_limit(dtype, self.bits) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class ExactScaling(Remembering):
     """A coupling `inner` that multiplies stream a by `factor`, on the grid; each step is of the class `step`."""
 
@@ -152,7 +152,7 @@ class ExactMomentumStep(ExactScaledStep):
         return self.solve(a_out, b, (1 - self.factor) * f.to(b.dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class BDIA(Remembering):
     """x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x)), with g = gamma or -gamma, drawn for each sample and step.
 

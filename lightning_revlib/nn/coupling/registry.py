@@ -28,7 +28,7 @@ def additive_coupling_inverse(output: Tensor, fn_out: Tensor) -> Tensor:
     return output - fn_out
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Pair(Alternating):
     """(a, b) -> (b, coupling_forward(a, f)); inverse a = coupling_inverse(b', f).
 
@@ -74,7 +74,11 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
     cls = COUPLINGS[coupling]
     known = inspect.signature(cls).parameters
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        owners = [name for name, other in COUPLINGS.items() if unknown[0] in inspect.signature(other).parameters]
+        hint = f"; {', '.join(owners)} has it" if owners else ""
+        raise ValueError(
+            f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}{hint}"
+        )
     return cls(**options)
 
 

@@ -14,7 +14,7 @@ from lightning_revlib.nn.coupling.exact import ExactMomentumStep, ExactScaledSte
 from lightning_revlib.nn.coupling.grid import forgotten_bits
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Additive(Summing):
     """(a, b) -> (b, a + f); inverse a = b' - f.
 
@@ -22,7 +22,7 @@ class Additive(Summing):
     """
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Affine(Alternating):
     """(a, b) -> (b, a exp(s) + t) with (s, t) = f split in two and s bounded; inverse a = (b' - t) exp(-s).
 
@@ -56,7 +56,7 @@ class Affine(Alternating):
         return self.bound * torch.tanh(s / self.bound)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Momentum(Coupling):
     """v' = gamma v + (1 - gamma) f(x), x' = x + v'; inverse x = x' - v', v = (v' - (1 - gamma) f) / gamma.
 
@@ -102,7 +102,7 @@ class Momentum(Coupling):
         return b
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Midpoint(Summing):
     """(x-, x) -> (x, x- + 2h f(x)); inverse x- = x+ - 2h f(x).
 
@@ -123,7 +123,7 @@ class Midpoint(Summing):
         return b
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Leapfrog(Summing):
     """(x-, x) -> (x, 2x - x- + h^2 f(x)); inverse x- = 2x - x+ + h^2 f(x).
 
@@ -148,7 +148,7 @@ class Leapfrog(Summing):
         return b
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Scaled(Alternating):
     """(a, b) -> (b, scale a + f); inverse a = (b' - f) / scale.
 

@@ -14,6 +14,10 @@ DECIMAL_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10*
 UNITS = DECIMAL_UNITS | {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
+class BudgetError(ValueError):
+    """A memory budget is too small for its stacks with their input."""
+
+
 def read_budget(value: MemoryBudget) -> int | float | None:
     """Return bytes as an int, a fraction as a float, None for "auto".
 

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.nn.plan.cost import StackCosts, StepCosts
-from lightning_revlib.nn.plan.limit import MemoryBudget, limit_in_bytes
+from lightning_revlib.nn.plan.limit import BudgetError, MemoryBudget, limit_in_bytes
 
 FRONT = 1024  # points that are kept of a front; of more, of those close to each other the one with the fewest bytes
 REVERSIBLE = "reversible"
@@ -62,7 +62,7 @@ def make_plan(
     If some treatments are `taken` already, it is the plan for the rest, or the one with the lowest peak if none fits.
 
     Raises:
-        ValueError: if no plan fits, with none taken.
+        BudgetError: if no plan fits, with none taken.
     """
     steps = steps_with_outside(stacks)
     uniform = uniform_choices(steps)
@@ -70,7 +70,7 @@ def make_plan(
     plain, plain_work = peak_and_work(steps, uniform["store"])
     limit = limit_in_bytes(value, plain)
     if limit < minimum:
-        raise ValueError(
+        raise BudgetError(
             f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
             f" {format_bytes(minimum)} for this input; take "
             + ("a larger fraction" if isinstance(value, float) else "a smaller batch, or a larger budget")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import in_transform, set_compiler
+from lightning_revlib.nn.internals import graph_task, in_transform, set_compiler
 from lightning_revlib.nn.stacks.build import steps_of
 from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
 from lightning_revlib.nn.stacks.options import StackOptions
@@ -38,6 +39,9 @@ class LayerProxy:
         self.inner: Any = vars(module).get("forward")  # a stand-in of somebody else's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = vars(self.module).get("forward")
+        if not isinstance(self.owner, Layerwise) or (isinstance(forward, LayerProxy) and forward is not self):
+            return self.original()(*args, **kwargs)  # what has wrapped this proxy outlived a restore or another swap
         call = self.owner.call if torch.compiler.is_exporting() else self.owner.call_eagerly
         return call(self, args, kwargs)
 
@@ -92,6 +96,12 @@ class Layerwise(Reversible):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forwards": {}}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            f"{self.path}: nn.DataParallel cannot copy a reversible list, whose layers would keep the original weights;"
+            " take nn.parallel.DistributedDataParallel, or undo the swap by lightning_revlib.restore(model)"
+        )
 
     def call(self, proxy: LayerProxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer, called by the model, in place of its forward."""
@@ -149,10 +159,12 @@ class Layerwise(Reversible):
         """Begin a forward with its first layer; another one may have been given up before."""
         first = self[self.options.ordinary]
         if layer is not first:
-            raise ValueError(f"{self.name_of(layer)} was called before {self.name_of(first)}: {ORDER}")
+            raise self._out_of_order(layer, f"before {self.name_of(first)}")
         layers = list(self)[self.options.ordinary :]
         if len(self.treatments) != len(self) or any(not isinstance(vars(m).get("forward"), LayerProxy) for m in layers):
-            raise RuntimeError(f"{self.path}: its layers are others than when it was swapped; call swap again")
+            raise RuntimeError(
+                f"{self.path}: its layers are others than when it was swapped, or the forward of one; call swap again"
+            )
         if torch.is_grad_enabled():
             self._check_recording(layer)
         a, b = self.split(x)
@@ -166,11 +178,25 @@ class Layerwise(Reversible):
                 "torch.func transforms cannot run reversible layers, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes them ordinary ones, with the same parameters"
             )
-        if layer.training and _checkpointed(layer):
-            raise ValueError(
-                f"{self.name_of(layer)}: gradient checkpointing is on, and would call the layers of a reversible list a"
-                " second time; they hold nothing already: model.gradient_checkpointing_disable()"
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            if type(layer).__call__ is not nn.Module.__call__:  # layers of transformers up to version 5.22
+                raise ValueError(
+                    f"{self.name_of(layer)}: gradient checkpointing is on, and would call the layers of a reversible"
+                    " list a second time; they hold nothing already: model.gradient_checkpointing_disable()"
+                )
+            warnings.warn(
+                f"{self.path}: gradient checkpointing is on, and runs layers a third time; a reversible list holds"
+                " nothing of them already: model.gradient_checkpointing_disable()",
+                stacklevel=2,
             )
+
+    def _out_of_order(self, layer: nn.Module, what: str) -> ValueError:
+        if graph_task() < 0:
+            return ValueError(f"{self.name_of(layer)} was called {what}: {ORDER}")
+        return ValueError(
+            f"{self.name_of(layer)} was called again in backward, by a checkpoint around it; turn that off, since a"
+            " reversible list decides itself what its layers hold, by the option `treatments`"
+        )
 
     def _continues(self, forward: ListForward, layer: nn.Module, x: Any) -> bool:
         """Return whether the call continues the forward; False if it begins another. Raises ValueError else."""
@@ -180,7 +206,7 @@ class Layerwise(Reversible):
             if layer is first and not (isinstance(x, Tensor) and same_memory(x, forward.handed)):
                 return False  # the last forward was given up
             what = "a second time" if layer is last else f"where {self.name_of(due)} was due"
-            raise ValueError(f"{self.name_of(layer)} was called {what}, after {self.name_of(last)}: {ORDER}")
+            raise self._out_of_order(layer, f"{what}, after {self.name_of(last)}")
         if forward.continues_with(x):
             return True
         if layer is first:
@@ -227,6 +253,10 @@ class ReversibleModuleList(Layerwise, nn.ModuleList):
         super().__init__(modules)
         self.set_options(StackOptions(**{"split_dim": None, **options}))
 
+    def __repr__(self) -> str:
+        name, layers = super().__repr__().split("(", 1)  # an nn.ModuleList does not ask for its `extra_repr`
+        return f"{name}(\n  {self.extra_repr()}{layers}"
+
     def __getitem__(self, index: Any) -> Any:
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
@@ -244,8 +274,3 @@ ORDER = (
     "the layers of a reversible list run once each, in their order. A model that skips or repeats layers cannot be"
     " swapped; lightning_revlib.restore(model) undoes the swap"
 )
-
-
-def _checkpointed(layer: nn.Module) -> bool:
-    """Return whether a layer of transformers checkpoints its whole call, as up to version 5.22."""
-    return bool(getattr(layer, "gradient_checkpointing", False)) and type(layer).__call__ is not nn.Module.__call__

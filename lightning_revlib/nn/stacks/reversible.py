@@ -107,6 +107,8 @@ class Reversible(Stack):
         options, treatments, budget = self.options, self.step_treatments(), self.budget
         if options.grid_bits == "auto":  # off the grid there may be no inverse
             treatments, budget = tuple("checkpoint" if t == "reversible" else t for t in treatments), None
+        if not self.training and "reversible" in treatments:
+            self._tell_what_is_stored()
         forward = Forward(
             blocks,
             compiler=compiler,
@@ -118,6 +120,18 @@ class Reversible(Stack):
             return PlannedRun(self, treatments, forward)
         # Weights that steps share get gradients to the last bit only if all steps use the same cast of them.
         return Run(treatments, forward, keeps_casts=options.grid_bits is not None and budget is None)
+
+    def _tell_what_is_stored(self) -> None:
+        """Warn of couplings that have an inverse in training only; Python shows the same warning once."""
+        stored = [
+            coupling for coupling in self.couplings if coupling.invertible(True) and not coupling.invertible(False)
+        ]
+        if stored:
+            warnings.warn(
+                f"{self.path}: {type(stored[0]).__name__.lower()} has no inverse in evaluation mode: activations are"
+                " stored; call model.train() first, or use torch.no_grad() if no gradients are needed",
+                stacklevel=2,
+            )
 
     def end_run(self, run: Run, y: Tensor) -> None:
         """End a forward with its output."""

@@ -154,10 +154,6 @@ class CoupledSequential(Stack, nn.Sequential):
             a, b = step.inverse(a, b)
         return self.join(a, b).to(y.dtype)
 
-    def extra_repr(self) -> str:
-        couplings = self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)
-        return f"split_dim={self.options.split_dim}, coupling={couplings}"
-
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)

@@ -72,6 +72,10 @@ class Stack:
         resolved = options.resolve(self._modules)
         self.options, self.resolved = options, resolved
 
+    def extra_repr(self) -> str:
+        couplings = self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)
+        return f"split_dim={self.options.split_dim}, coupling={couplings}"
+
     @property
     def step_count(self) -> int:
         """The number of steps in a forward: of each block one, or one for each of its branches."""

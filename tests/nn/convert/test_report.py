@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -163,3 +165,57 @@ def test_drift_of_a_stack_that_ignores_it() -> None:
     drift = revlib.report(stack, torch.randn(2, 8)).stacks[0].drift
     assert drift is not None and drift < 1e-5
     assert stack.drift is None and stack.on_drift == "ignore"
+
+
+class Deep(nn.Module):
+    """A residual network whose blocks amplify errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.body = nn.Sequential(*[Block(8, 8) for _ in range(8)])
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.7, generator=generator)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.body(x)
+
+
+def test_the_precision_of_a_report_and_its_silent_trials() -> None:
+    net, x = Deep(), torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        single = revlib.report(net, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = revlib.report(net, x)
+    assert str(single).startswith("reversible stacks in float32 (drift differs in others: call report under torch.auto")
+    assert str(half).startswith("reversible stacks in bfloat16")
+    for report, enabled in ((single, False), (half, True)):
+        model = copy.deepcopy(net)
+        revlib.swap(model, report.targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(x)
+        out.sum().backward()
+        assert model.body.drift < 1e-3 and report.stacks[0].drift < 1e-3
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, list])
+def test_a_batch_that_is_not_the_arguments(kind: Any) -> None:
+    net, x = Deep(), torch.randn(16, 8)
+    batch = [x, x] if kind is list else kind({"x": x, "labels": x})
+    before = copy.deepcopy(net.state_dict())
+    message = (
+        rf"Deep cannot be called with a {kind.__name__} .*report\(model, \*\*batch\) .*report\(model, batch\[0\]\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        revlib.report(net, batch)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert revlib.report(net, *batch[:1] if kind is list else (), **({} if kind is list else batch)).stacks
+
+
+def test_a_batch_that_is_the_argument() -> None:
+    class Whole(Deep):
+        def forward(self, batch: Any) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(batch["x"])
+
+    assert revlib.report(Whole(), {"x": torch.randn(16, 8)}).stacks
