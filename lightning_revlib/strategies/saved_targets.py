@@ -6,22 +6,17 @@ without them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_revlib.nn import COUPLINGS, Coupling
-from lightning_revlib.nn.convert.swap import STACKS, Targets
-from lightning_revlib.nn.coupling.exact import BDIA, Exact
-from lightning_revlib.nn.stacks.module_list import IteratedSequential
-from lightning_revlib.nn.stacks.options import StackOptions
+from lightning_revlib.nn.convert.describe import describe_stacks
+from lightning_revlib.nn.convert.swap import Targets
 from lightning_revlib.strategies.setup import Budget, swap_module, targets_of
 
 KEY = "reversible_targets"
-OPTIONS = ("split_dim", "residual", "grid_bits", "ordinary")  # that change what a stack computes, besides two others
 
 
 def save_targets(checkpoint: dict[str, Any], module: nn.Module) -> None:
@@ -48,29 +43,3 @@ def warn_of_differences(module: nn.Module, saved: Mapping[str, Any]) -> None:
             f"the checkpoint's {type(module).__name__} was trained with {others}, this one has {now}, and computes"
             f" another function; lightning_revlib.swap(module, torch.load(path)[{KEY!r}]) makes it the same"
         )
-
-
-def describe_stacks(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what each stack computes, by path, as targets of plain data."""
-    return {path: _describe(m) for path, m in module.named_modules() if isinstance(m, STACKS)}
-
-
-def _describe(stack: Any) -> dict[str, Any]:
-    couplings = [_describe_coupling(coupling) for coupling in stack.couplings]
-    options: dict[str, Any] = {"coupling": couplings[0] if len(couplings) == 1 else couplings}
-    options |= {name: getattr(stack, name) for name in OPTIONS if getattr(stack, name) != getattr(StackOptions, name)}
-    if stack.branches is not None:
-        options["branches"] = [getattr(each, "__name__", None) or list(each) for each in stack.branches]
-    return options | ({"iterated": True} if isinstance(stack, IteratedSequential) else {})
-
-
-def _describe_coupling(coupling: Coupling) -> dict[str, Any]:
-    """Return the mapping that stands for a coupling; of one that has no name, the name of its class."""
-    if isinstance(coupling, Exact):
-        coupling = coupling.inner
-    elif isinstance(coupling, BDIA):
-        coupling = dataclasses.replace(coupling, bits=None)  # these follow from grid_bits
-    name = next((name for name, cls in COUPLINGS.items() if type(coupling) is cls), type(coupling).__qualname__)
-    fields: dict[str, Any] = vars(coupling) if dataclasses.is_dataclass(coupling) else {}
-    plain = {key: value for key, value in fields.items() if isinstance(value, (bool, int, float, str))}
-    return {"name": name, **plain}

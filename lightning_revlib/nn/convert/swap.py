@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_revlib.nn.convert.describe import STACKS, note_in_configs, noted_in_configs
 from lightning_revlib.nn.coupling.base import Coupling
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise, ReversibleModuleList
@@ -24,7 +25,6 @@ from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.state.snapshot import preserve_state
 
-STACKS: tuple[Any, ...] = (CoupledSequential, Layerwise)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 REVERSIBLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: ReversibleSequential,
@@ -49,7 +49,8 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     Args:
         model: any module; the path "" is the model itself.
         targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
-            `CoupledSequential`, to a coupling alone, or None for none. Without, every CoupledSequential.
+            `CoupledSequential`, to a coupling alone, or None for none. Without, every CoupledSequential; or what the
+            config of a pretrained model says, which keeps what was swapped when the model was saved.
             ``iterated=True`` is for an nn.Sequential whose blocks the model calls one by one.
         strict: a target that matches nothing is an error; else it is passed over.
         inputs: of the model, to try the swap with: a mapping for arguments by name, a tuple for more
@@ -78,6 +79,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     except Exception:
         put_back(before)
         raise
+    note_in_configs(model)
     return [path for path, _, _ in found]
 
 
@@ -120,9 +122,10 @@ def restore(model: nn.Module) -> list[str]:
             module.release()
         own = vars(module)
         module.__class__, attributes = own.pop("_swapped_from", (CoupledSequential, _options_of(module)))
-        for name in ("options", "resolved", "path", "_history", "_forwards"):
+        for name in ("options", "resolved", "path", "_history", "_forwards", "noted"):
             own.pop(name, None)
         own.update(attributes)
+    note_in_configs(model)
     return list(restored)
 
 
@@ -135,7 +138,8 @@ def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     """Return what `swap` would swap: the path, the module and the options of each stack."""
     modules = dict(model.named_modules())
     if targets is None:
-        return [(path, m, None) for path, m in modules.items() if isinstance(m, STACKS)]
+        built: list[Match] = [(path, m, None) for path, m in modules.items() if isinstance(m, STACKS)]
+        return built or [(path, modules[path], options) for path, options in noted_in_configs(model).items()]
     found: dict[str, Mapping[str, Any] | None] = {}
     for target, options in targets.items():
         paths = _paths_of(model, target)

@@ -53,6 +53,7 @@ class Stack:
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
     options: StackOptions
     resolved: Resolved
+    noted: dict[str, Any] | None = None  # what the config of a pretrained model says of the stack
     largest: Tensor | None = None  # of the streams' absolute values, until the grid of `grid_bits="auto"` is chosen
     if TYPE_CHECKING:  # of the container
         training: bool
@@ -142,6 +143,8 @@ class Stack:
             )
         bits = min(FINEST, math.floor(math.log2(limit / max(largest.item(), 1.0))))
         self.grid_bits, self.largest = bits, None
+        if self.noted is not None:
+            self.noted["grid_bits"] = bits
         self.couplings = tuple(c.on_grid(bits) for c in self.couplings)
 
     def _on_grid(self, x: Tensor, bits: int) -> Tensor:

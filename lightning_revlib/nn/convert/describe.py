@@ -1,0 +1,71 @@
+"""What the stacks of a model compute, as targets of plain data: for checkpoints and configs of pretrained models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lightning_revlib.nn.coupling.base import Coupling
+from lightning_revlib.nn.coupling.registry import COUPLINGS
+from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise
+from lightning_revlib.nn.stacks.options import StackOptions
+from lightning_revlib.nn.stacks.sequential import CoupledSequential
+
+KEY = "reversible_targets"
+STACKS: tuple[Any, ...] = (CoupledSequential, Layerwise)
+OPTIONS = ("split_dim", "residual", "grid_bits", "ordinary")  # that change what a stack computes, besides two others
+
+
+def note_in_configs(model: nn.Module) -> None:
+    """Write into the config of each pretrained model of transformers what its stacks compute, or nothing any more."""
+    for _, pretrained in _pretrained(model):
+        if found := describe_stacks(pretrained):
+            setattr(pretrained.config, KEY, found)
+            for path, options in found.items():
+                pretrained.get_submodule(path).noted = options
+        elif hasattr(pretrained.config, KEY):
+            delattr(pretrained.config, KEY)
+
+
+def noted_in_configs(model: nn.Module) -> dict[str, Any]:
+    """Return the targets that `note_in_configs` has written, with their paths in `model`."""
+    return {
+        f"{prefix}.{path}".lstrip("."): options
+        for prefix, pretrained in _pretrained(model)
+        for path, options in (getattr(pretrained.config, KEY, None) or {}).items()
+    }
+
+
+def _pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the path and the module of each pretrained model that has a config of its own."""
+    seen = set()
+    for path, m in model.named_modules():
+        if hasattr(type(m), "config_class") and id(config := getattr(m, "config", None)) not in seen:
+            seen.add(id(config))
+            yield path, m
+
+
+def describe_stacks(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what each stack computes, by path, as targets of plain data."""
+    return {path: _describe(m) for path, m in module.named_modules() if isinstance(m, STACKS)}
+
+
+def _describe(stack: Any) -> dict[str, Any]:
+    couplings = [_describe_coupling(coupling) for coupling in stack.couplings]
+    options: dict[str, Any] = {"coupling": couplings[0] if len(couplings) == 1 else couplings}
+    options |= {name: getattr(stack, name) for name in OPTIONS if getattr(stack, name) != getattr(StackOptions, name)}
+    if stack.branches is not None:
+        options["branches"] = [getattr(each, "__name__", None) or list(each) for each in stack.branches]
+    return options | ({"iterated": True} if isinstance(stack, IteratedSequential) else {})
+
+
+def _describe_coupling(coupling: Coupling) -> dict[str, Any]:
+    """Return the mapping that stands for a coupling; of one that has no name, the name of its class."""
+    coupling = getattr(coupling, "inner", coupling)  # of one on the grid
+    name = next((name for name, cls in COUPLINGS.items() if type(coupling) is cls), type(coupling).__qualname__)
+    fields: dict[str, Any] = vars(coupling) if dataclasses.is_dataclass(coupling) else {}
+    plain = {key: x for key, x in fields.items() if isinstance(x, (bool, int, float, str)) and key != "bits"}
+    return {"name": name, **plain}
