@@ -135,13 +135,18 @@ class Tape:
     def add(self, frame: Frame) -> int:
         """Take the frame of the next step, and return its number."""
         self.frames.append(weakref.ref(frame))
+        self.outputs.clear()  # which a list has kept, as its model might have left it
         return len(self.frames) - 1
+
+    def keep(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
+        """Keep what comes out of a step until the next step begins, or as long as the graph."""
+        self.read = read
+        self.outputs[:] = [(t.detach(), t._version) for t in outputs]
 
     def hold(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
         """Keep what comes out of the last step; `read` makes streams of the outputs. See rule 2."""
-        self.read = read
+        self.keep(read, *outputs)
         for t in outputs:
-            self.outputs.append((t.detach(), t._version))
             if t.grad_fn is not None:
                 t.grad_fn.register_prehook(partial(_reach_output, weakref.ref(self), self.outputs))
 
