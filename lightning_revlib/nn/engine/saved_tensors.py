@@ -114,17 +114,27 @@ def sizes_of(tensors: list[Tensor]) -> list[int]:
 
 
 def catch(tensors: list[Tensor], enough: int = -1) -> saved_tensors_hooks:
-    """Return a context that adds what autograd saves to a list. Inside, Enough is raised when there are so many."""
+    """Return a context that adds what autograd saves to a list. Inside, Enough is raised when so many are complete."""
     return saved_tensors_hooks(partial(collect, tensors, enough), tensors.__getitem__)
 
 
 def collect(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
-    """Add a tensor to the others and return its number. Raises Enough when there are so many."""
-    if len(tensors) != enough:
-        tensors.append(tensor)
+    """Add a tensor to the others and return its number. Raises Enough when so many are complete."""
     if len(tensors) == enough:
+        raise Enough
+    tensors.append(tensor)
+    if len(tensors) == enough and not any(map(_may_be_empty, tensors[-2:])):
         raise Enough
     return len(tensors) - 1
 
 
-never_compile(SavedTensors._pack, SavedTensors._unpack, collect)
+def _may_be_empty(tensor: Tensor) -> bool:
+    """Return whether the operation that saves the tensor may fill it afterwards.
+
+    Of torch's, `rrelu_with_noise` does: it saves its noise and its input, and then draws.
+    """
+    is_made_here = tensor.is_leaf and tensor._base is None and not isinstance(tensor, torch.nn.Parameter)
+    return is_made_here and tensor.is_floating_point() and not tensor.requires_grad and not tensor._version
+
+
+never_compile(SavedTensors._pack, SavedTensors._unpack, collect, _may_be_empty)
