@@ -36,6 +36,13 @@ def saved_modified(name: str, shape: Sequence[int]) -> RuntimeError:
     )
 
 
+def draws_in_batched_gradients(step: Step) -> RuntimeError:
+    return RuntimeError(
+        f"{step.name} draws random numbers, and torch lets no block draw while is_grads_batched (vectorize=True in"
+        " torch.autograd.functional) differentiates; use torch.func.vmap on torch.autograd.grad, or treatment 'store'"
+    )
+
+
 def inverse_modifies(step: Step, coupling: Any) -> RuntimeError:
     return RuntimeError(
         f"{step.name}: the inverse of its coupling, {coupling}, changes a stream in place, which"

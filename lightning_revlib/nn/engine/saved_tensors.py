@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, clear_autocast_cache
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_revlib.nn.engine.errors import computes_otherwise, saved_modified
-from lightning_revlib.nn.internals import never_compile
+from lightning_revlib.nn.engine.errors import computes_otherwise, draws_in_batched_gradients, saved_modified
+from lightning_revlib.nn.internals import never_compile, outside_transforms
 from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.steps.step import Step
 
@@ -101,7 +101,13 @@ class SavedTensors(ABC):
             return self.saved[number][0]
         if number in self.changed:
             raise saved_modified(self.step.name, self.changed[number])
-        self.recompute()
+        try:
+            with outside_transforms():  # vmap may be round backward
+                self.recompute()
+        except RuntimeError as error:
+            if "random operations inside of vmap" in str(error):
+                raise draws_in_batched_gradients(self.step) from error
+            raise
         return self._unpack(number)
 
 
