@@ -32,6 +32,8 @@ class SavedTensors(ABC):
 
     __slots__ = ("__weakref__", "changed", "recomputed", "rerun", "retain", "saved", "sizes", "state", "step")
 
+    is_rebuilt = False  # the input of the second run, by the coupling's inverse
+
     def __init__(self, step: Step, state: CallState) -> None:
         self.step, self.state = step, state
         self.saved: list[tuple[Tensor, int]] | None = []  # while the step runs: tensors and their versions
@@ -69,7 +71,7 @@ class SavedTensors(ABC):
     def keep(self, saved: list[Tensor], retain: bool) -> None:
         """Have at hand what the second run has saved. Raises RuntimeError if the first has saved something else."""
         if (sizes := sizes_of(saved)) != self.sizes:
-            raise computes_otherwise(self.step, self.sizes, saved, sizes)
+            raise computes_otherwise(self.step, self.sizes, saved, sizes, self.is_rebuilt)
         self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)] if self.changed else [*saved]
         self.retain = retain
 

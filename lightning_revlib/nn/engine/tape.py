@@ -46,6 +46,7 @@ class Frame(SavedTensors):
     """One step of one forward: what autograd saved in it, by number, and what it takes to undo the step."""
 
     __slots__ = ("coupling", "index", "needs_grad", "next", "stride", "tape")
+    is_rebuilt = True
     coupling: Coupling  # as bound to this call
 
     def __init__(self, tape: Tape, step: Step, state: CallState, a: Tensor, b: Tensor) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
@@ -55,3 +56,20 @@ def test_is_grads_batched(treatment: str) -> None:
     stack[1] = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double()
     with pytest.raises(RuntimeError, match=r"stack\.1 \(Sequential\) draws random numbers, .* use torch\.func\.vmap"):
         torch.autograd.grad(stack(x), x, DIRECTIONS, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_forward_over_reverse_is_refused(treatment: str) -> None:
+    stack = revlib.ReversibleSequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]).double()
+    x, direction = torch.randn(2, 3, 8, dtype=torch.float64)
+    x.requires_grad_()
+    with fw.dual_level():
+        expected = fw.unpack_dual(revlib.CoupledSequential(*stack)(fw.make_dual(x, direction))).tangent
+        y = stack(fw.make_dual(x, direction))
+        torch.testing.assert_close(fw.unpack_dual(y).tangent, expected)
+        with pytest.raises(RuntimeError, match=r"stack\.2 \(Sequential\): .* forward-mode AD .* treatment 'store'"):
+            torch.autograd.grad(y.pow(3).sum(), x)
+    stack.treatments = ("store",) * 3
+    with fw.dual_level():
+        (grad,) = torch.autograd.grad(stack(fw.make_dual(x, direction)).pow(3).sum(), x)
+        assert fw.unpack_dual(grad).tangent.any()
