@@ -20,6 +20,15 @@ from lightning_revlib.nn.steps.step import Step
 ContextFunction: TypeAlias = Callable[[], tuple[Any, Any]]  # contexts of a first and a second run
 
 
+def make_contexts(context_fn: ContextFunction) -> tuple[Any, Any]:
+    """Return the contexts of a first and a second run."""
+    first, second = context_fn()
+    # torch 2.14 asks a selective context whether saved-tensor hooks round it are a user's: here they are the engine's.
+    if getattr(first, "respect_saved_tensors_hooks", True) is None:
+        first.respect_saved_tensors_hooks = False
+    return first, second
+
+
 class Enough(BaseException):
     """Raised when a second run has saved the last tensor that backward needs. A block must not catch it."""
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.engine import errors
-from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch
+from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch, make_contexts
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.internals import graph_is_kept, graph_task, set_compiler
 from lightning_revlib.nn.state.base import NOTHING, CallState
@@ -58,7 +58,7 @@ class Frame(SavedTensors):
     def record(self, a: Tensor, b: Tensor) -> Streams:
         """Run the step, leaving autograd with numbers, and return the streams after it. See rule 1."""
         step, tape = self.step, self.tape
-        first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else tape.context_fn()
+        first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else make_contexts(tape.context_fn)
         try:
             with self.hooks():
                 with first:

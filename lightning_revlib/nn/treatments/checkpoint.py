@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine import errors
-from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors
+from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
 from lightning_revlib.nn.internals import set_compiler, surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
 from lightning_revlib.nn.state.base import NOTHING, CallState, version
@@ -91,7 +91,7 @@ class Checkpoint(Treatment):
     def contexts(self) -> Contexts | None:
         """Return what makes the contexts of a call's two runs."""
         context_fn = self.forward.context_fn
-        return None if context_fn is None else lambda frame: context_fn()
+        return None if context_fn is None else lambda frame: make_contexts(context_fn)
 
     def _branch(self, step: Step, b: Tensor, compiler: Any) -> tuple[Any, Any]:
         state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs())
