@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import noop_context_fn
 
 import lightning_revlib as revlib
 
@@ -148,3 +149,11 @@ def test_hooks_of_the_engine_are_no_users_hooks(treatment: Any, given: bool | No
     stack = revlib.ReversibleSequential(nn.Linear(4, 4), treatments=[treatment], context_fn=contexts)
     stack(torch.randn(2, 8, requires_grad=True)).sum().backward()
     assert made[0].respect_saved_tensors_hooks is then
+
+
+def test_contexts_of_a_user_are_refused() -> None:
+    options: Any = {"treatments": ["checkpoint", "selective"], "context_fn": noop_context_fn}
+    with pytest.raises(ValueError, match=r"context_fn=.*: treatment 'selective' has contexts .* take 'checkpoint'"):
+        revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), **options)
+    options["treatments"][1] = "reversible"
+    revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), **options)
