@@ -63,11 +63,11 @@ class Frame(SavedTensors):
             with self.hooks():
                 with first:
                     f = step.evaluate(b, tape.compiler)
+                self.state.close()  # before the coupling, which may draw, and does not run again
                 self.coupling, streams = step.couple(a, b, f)
         finally:
             self.end()
         step.check_arguments(self.state.arguments)
-        self.state.close()
         return streams
 
     def keep_next(self, frame: Frame) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -72,7 +73,7 @@ class CheckpointFrame(SavedTensors):
         b = self.input if self.unpack_input is None else self.unpack_input(self.input).detach()
         if self.unpack_input is None and version(b) != self.version:
             raise errors.input_modified(self.step)
-        with self.state.restore():
+        with suppress(Enough), self.state.restore():
             attributes = Snapshot(self.state.modules)
             try:
                 self.run_again(b.detach().requires_grad_(self.needs_grad), saved, self.compiler, len(self.sizes))
@@ -80,6 +81,7 @@ class CheckpointFrame(SavedTensors):
                 if len(saved) < len(self.sizes):
                     raise
                 attributes.put_back()  # the block may have been on its way, with others for a while
+                raise Enough from None  # so that it is known to have ended early
 
 
 class Checkpoint(Treatment):
