@@ -4,7 +4,8 @@
 1. Forward runs in grad mode. A `Frame` records one step: autograd gets a number for each tensor it saves, and the
    tensors are released when the step ends.
 2. The `Tape` holds what comes out of the last step, until backward comes to the nodes that made it. A hook on them
-   reads the last streams, and releases the output unless the graph is retained.
+   reads the last streams, and releases the output unless the graph is retained. Between the layers of a list it keeps
+   the streams so far, as the model may leave the list there.
 3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on the way are undone,
    also one that saved nothing and is never asked (`nn.Identity`).
 4. To undo a step: recover the stream that its block saw; run the block once more, with the state of the first run, and
