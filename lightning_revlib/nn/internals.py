@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["TorchDispatchMode", "pytree"]  # as they are: both are used by many libraries, and have no public twin yet
+# as they are: the first two are used by many libraries; none has a public twin yet
+__all__ = ["TorchDispatchMode", "pytree", "outside_transforms"]
 
 try:
     # Turns torch.compile off while the engine runs and on again for a block. Watch torch.compiler for a context manager
@@ -56,7 +58,8 @@ def graph_is_kept() -> bool:
 
 def in_transform() -> bool:
     """Return whether a torch.func transform is active, which allows no saved-tensor hooks. Watch torch.func."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    with outside_transforms() as transforms:
+        return bool(transforms)
 
 
 def surrounding_hooks() -> Any:

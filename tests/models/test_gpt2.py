@@ -73,9 +73,16 @@ def test_hidden_states_of_all_layers() -> None:
     revlib.swap(model, GPT2.targets(coupling="midpoint"))
     with torch.no_grad():
         assert len(model(ids, output_hidden_states=True).hidden_states) == 4
-    states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    with pytest.raises(RuntimeError, match=r"transformer\.h\.1 \(GPT2Block\) returned is also used by something else"):
-        sum(state.sum() for state in states).backward()  # type: ignore[union-attr]
+    model, found = model.double().eval(), []
+    for options in ({}, {"store_last": 3}):
+        revlib.swap(model, GPT2.targets(coupling="midpoint", **options))
+        states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        for state in states:
+            state.retain_grad()
+        model.zero_grad()
+        torch.stack(states).square().sum().backward()
+        found.append([*[state.grad for state in states], *[p.grad for p in model.parameters() if p.grad is not None]])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.skipif(CHECKPOINTS_CALLS, reason="checkpoints round the layers, which is refused")

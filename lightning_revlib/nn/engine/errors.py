@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level
 
 from lightning_revlib.nn.steps.step import Step
 
 
 def output_freed() -> RuntimeError:
-    return RuntimeError("backward through a reversible stack a second time, after its output has been freed")
+    return RuntimeError(
+        "backward through a reversible stack a second time, after its output has been freed; pass retain_graph=True to"
+        " the first backward, or differentiate the sum of both losses, also if one of them reads detached features"
+    )
 
 
 def output_modified() -> RuntimeError:
@@ -36,6 +40,13 @@ def saved_modified(name: str, shape: Sequence[int]) -> RuntimeError:
     )
 
 
+def draws_in_batched_gradients(step: Step) -> RuntimeError:
+    return RuntimeError(
+        f"{step.name} draws random numbers, and torch lets no block draw while is_grads_batched (vectorize=True in"
+        " torch.autograd.functional) differentiates; use torch.func.vmap on torch.autograd.grad, or treatment 'store'"
+    )
+
+
 def inverse_modifies(step: Step, coupling: Any) -> RuntimeError:
     return RuntimeError(
         f"{step.name}: the inverse of its coupling, {coupling}, changes a stream in place, which"
@@ -44,9 +55,17 @@ def inverse_modifies(step: Step, coupling: Any) -> RuntimeError:
 
 
 def computes_otherwise(
-    step: Step, sizes: Sequence[int], recomputed: Sequence[Tensor], now: Sequence[int]
+    step: Step, sizes: Sequence[int], recomputed: Sequence[Tensor], now: Sequence[int], is_rebuilt: bool
 ) -> RuntimeError:
-    """Return an error that compares the bytes of what a block has saved with what it saves when it runs again."""
+    """Return an error that compares the bytes of what a block has saved with what it saves when it runs again.
+
+    `is_rebuilt` says that the second run's input was computed by the inverse of the step's coupling.
+    """
+    if _is_forward_mode():
+        return RuntimeError(
+            f"{step.name}: backward in forward-mode AD needs tangents, which no second run of a block finds; take"
+            " treatment 'store' for all blocks, or differentiate twice in reverse, by create_graph=True"
+        )
     pairs = [(n, *pair) for n, pair in enumerate(zip(sizes, recomputed, now, strict=False)) if pair[0] != pair[2]]
     lines = [
         f"{step.name} computes something else in backward than it did in forward: it saved"
@@ -54,9 +73,23 @@ def computes_otherwise(
         *[f"  {n}: saved {size:,} bytes, recomputed {_show(t)}, {count:,}" for n, size, t, count in pairs[:3]],
         "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only.",
     ]
+    if is_rebuilt and step.coupling.growth:
+        lines.append(
+            "Its input is rebuilt up to rounding: if shapes follow from a near tie, as in a router, take grid_bits, to"
+            " rebuild it exactly, or treatment 'checkpoint' for this block."
+        )
     if any(isinstance(m, torch.jit.ScriptModule) for m in step.module.modules()):
         lines.append("A scripted block is compiled after its first call with gradients; make one, as block(x).")
     return RuntimeError("\n".join(lines))
+
+
+def _is_forward_mode() -> bool:
+    """Return whether forward-mode AD runs: its levels cannot be nested."""
+    try:
+        with dual_level():
+            return False
+    except RuntimeError:
+        return True
 
 
 def _show(tensor: Tensor) -> str:

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, clear_autocast_cache
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_revlib.nn.engine.errors import computes_otherwise, saved_modified
-from lightning_revlib.nn.internals import never_compile
+from lightning_revlib.nn.engine.errors import computes_otherwise, draws_in_batched_gradients, saved_modified
+from lightning_revlib.nn.internals import never_compile, outside_transforms
 from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.steps.step import Step
 
 ContextFunction: TypeAlias = Callable[[], tuple[Any, Any]]  # contexts of a first and a second run
+
+
+def make_contexts(context_fn: ContextFunction) -> tuple[Any, Any]:
+    """Return the contexts of a first and a second run."""
+    first, second = context_fn()
+    # torch 2.14 asks a selective context whether saved-tensor hooks round it are a user's: here they are the engine's.
+    if getattr(first, "respect_saved_tensors_hooks", True) is None:
+        first.respect_saved_tensors_hooks = False
+    return first, second
 
 
 class Enough(BaseException):
@@ -31,6 +40,8 @@ class SavedTensors(ABC):
     """
 
     __slots__ = ("__weakref__", "changed", "recomputed", "rerun", "retain", "saved", "sizes", "state", "step")
+
+    is_rebuilt = False  # the input of the second run, by the coupling's inverse
 
     def __init__(self, step: Step, state: CallState) -> None:
         self.step, self.state = step, state
@@ -69,7 +80,7 @@ class SavedTensors(ABC):
     def keep(self, saved: list[Tensor], retain: bool) -> None:
         """Have at hand what the second run has saved. Raises RuntimeError if the first has saved something else."""
         if (sizes := sizes_of(saved)) != self.sizes:
-            raise computes_otherwise(self.step, self.sizes, saved, sizes)
+            raise computes_otherwise(self.step, self.sizes, saved, sizes, self.is_rebuilt)
         self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)] if self.changed else [*saved]
         self.retain = retain
 
@@ -101,7 +112,13 @@ class SavedTensors(ABC):
             return self.saved[number][0]
         if number in self.changed:
             raise saved_modified(self.step.name, self.changed[number])
-        self.recompute()
+        try:
+            with outside_transforms():  # vmap may be round backward
+                self.recompute()
+        except RuntimeError as error:
+            if "random operations inside of vmap" in str(error):
+                raise draws_in_batched_gradients(self.step) from error
+            raise
         return self._unpack(number)
 
 
@@ -114,17 +131,27 @@ def sizes_of(tensors: list[Tensor]) -> list[int]:
 
 
 def catch(tensors: list[Tensor], enough: int = -1) -> saved_tensors_hooks:
-    """Return a context that adds what autograd saves to a list. Inside, Enough is raised when there are so many."""
+    """Return a context that adds what autograd saves to a list. Inside, Enough is raised when so many are complete."""
     return saved_tensors_hooks(partial(collect, tensors, enough), tensors.__getitem__)
 
 
 def collect(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
-    """Add a tensor to the others and return its number. Raises Enough when there are so many."""
-    if len(tensors) != enough:
-        tensors.append(tensor)
+    """Add a tensor to the others and return its number. Raises Enough when so many are complete."""
     if len(tensors) == enough:
+        raise Enough
+    tensors.append(tensor)
+    if len(tensors) == enough and not any(map(_may_be_empty, tensors[-2:])):
         raise Enough
     return len(tensors) - 1
 
 
-never_compile(SavedTensors._pack, SavedTensors._unpack, collect)
+def _may_be_empty(tensor: Tensor) -> bool:
+    """Return whether the operation that saves the tensor may fill it afterwards.
+
+    Of torch's, `rrelu_with_noise` does: it saves its noise and its input, and then draws.
+    """
+    is_made_here = tensor.is_leaf and tensor._base is None and not isinstance(tensor, torch.nn.Parameter)
+    return is_made_here and tensor.is_floating_point() and not tensor.requires_grad and not tensor._version
+
+
+never_compile(SavedTensors._pack, SavedTensors._unpack, collect, _may_be_empty)

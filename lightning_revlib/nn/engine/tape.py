@@ -4,7 +4,8 @@
 1. Forward runs in grad mode. A `Frame` records one step: autograd gets a number for each tensor it saves, and the
    tensors are released when the step ends.
 2. The `Tape` holds what comes out of the last step, until backward comes to the nodes that made it. A hook on them
-   reads the last streams, and releases the output unless the graph is retained.
+   reads the last streams, and releases the output unless the graph is retained. Between the layers of a list it keeps
+   the streams so far, as the model may leave the list there.
 3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on the way are undone,
    also one that saved nothing and is never asked (`nn.Identity`).
 4. To undo a step: recover the stream that its block saw; run the block once more, with the state of the first run, and
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.engine import errors
-from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch
+from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch, make_contexts
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.internals import graph_is_kept, graph_task, set_compiler
 from lightning_revlib.nn.state.base import NOTHING, CallState
@@ -46,6 +47,7 @@ class Frame(SavedTensors):
     """One step of one forward: what autograd saved in it, by number, and what it takes to undo the step."""
 
     __slots__ = ("coupling", "index", "needs_grad", "next", "stride", "tape")
+    is_rebuilt = True
     coupling: Coupling  # as bound to this call
 
     def __init__(self, tape: Tape, step: Step, state: CallState, a: Tensor, b: Tensor) -> None:
@@ -57,16 +59,16 @@ class Frame(SavedTensors):
     def record(self, a: Tensor, b: Tensor) -> Streams:
         """Run the step, leaving autograd with numbers, and return the streams after it. See rule 1."""
         step, tape = self.step, self.tape
-        first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else tape.context_fn()
+        first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else make_contexts(tape.context_fn)
         try:
             with self.hooks():
                 with first:
                     f = step.evaluate(b, tape.compiler)
+                self.state.close()  # before the coupling, which may draw, and does not run again
                 self.coupling, streams = step.couple(a, b, f)
         finally:
             self.end()
         step.check_arguments(self.state.arguments)
-        self.state.close()
         return streams
 
     def keep_next(self, frame: Frame) -> None:
@@ -135,13 +137,18 @@ class Tape:
     def add(self, frame: Frame) -> int:
         """Take the frame of the next step, and return its number."""
         self.frames.append(weakref.ref(frame))
+        self.outputs.clear()  # which a list has kept, as its model might have left it
         return len(self.frames) - 1
+
+    def keep(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
+        """Keep what comes out of a step until the next step begins, or as long as the graph."""
+        self.read = read
+        self.outputs[:] = [(t.detach(), t._version) for t in outputs]
 
     def hold(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
         """Keep what comes out of the last step; `read` makes streams of the outputs. See rule 2."""
-        self.read = read
+        self.keep(read, *outputs)
         for t in outputs:
-            self.outputs.append((t.detach(), t._version))
             if t.grad_fn is not None:
                 t.grad_fn.register_prehook(partial(_reach_output, weakref.ref(self), self.outputs))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ class ListForward:
         self.a, self.b, self.run = a, b, run
         self._handed: Any = None
         self._versions: tuple[int, int] | None = None  # of that, and of stream a, which the model was handed before
-        self._guard: Any = None  # the hook that tells if something else reads it
 
     @property
     def handed(self) -> Any:
@@ -39,16 +37,12 @@ class ListForward:
         else:
             self.a, self.b = self.run.step(step, self.a, self.b)
 
-    def hand(self, dtype: torch.dtype, name: str) -> Tensor:
-        """Return stream b for the model: a node of its own in the graph, which gets gradients only if it is read.
-
-        `name` is that of the layer which has run.
-        """
-        b = self.b
-        self._handed = b.to(dtype) if b.dtype is not dtype else b.view_as(b) if self.run else b
+    def hand(self, dtype: torch.dtype) -> Tensor:
+        """Return stream b for the model, which may read it, or leave the list here."""
+        if self.run is not None:
+            self.run.pause(self.a, self.b)
+        self._handed = self.b if self.b.dtype is dtype else self.b.to(dtype)
         self._versions = version(self._handed), version(self.a)
-        if self.run is not None and self.run.rebuilds and self._handed.requires_grad:
-            self._guard = self._handed.register_hook(partial(_read_between, name))
         return self._handed
 
     def next_layer(self) -> None:
@@ -56,19 +50,17 @@ class ListForward:
         self.index += 1
 
     def continues_with(self, x: Any) -> bool:
-        """Return whether x is what was handed out. It may have passed through hooks, as FSDP's, which get gradients.
+        """Return whether x is what was handed out, perhaps after it has passed through hooks, as FSDP's.
 
-        Raises RuntimeError if x was modified in place.
+        The gradient of the next layer passes through x. Raises RuntimeError if x was modified in place.
         """
-        handed, guard = self._handed, self._guard
-        if x is not handed and not (isinstance(x, Tensor) and same_memory(x, handed)):
+        if x is not self._handed and not (isinstance(x, Tensor) and same_memory(x, self._handed)):
             return False
-        self._handed = self._guard = None
-        if x is not handed:
-            if guard is not None:
-                guard.remove()
-            # its value is b's, exactly, its gradient is x's
-            self.b = x if x.dtype is self.b.dtype else x.to(self.b.dtype) + (self.b - x.to(self.b.dtype)).detach()
+        self._handed = None
+        if x.dtype is self.b.dtype:
+            self.b = x
+        elif x.requires_grad:
+            self.b = _Through.apply(x, self.b)
         if (version(x), version(self.a)) != self._versions:
             raise RuntimeError(
                 f"a hidden state of shape {list(x.shape)} was modified in place between two layers of a reversible"
@@ -77,20 +69,25 @@ class ListForward:
         return True
 
 
+class _Through(torch.autograd.Function):
+    """Return the stream b, with a gradient that passes through x, which is b in another dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return b.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.to(ctx.dtype), None
+
+
 def same_memory(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors are one, but for their place in the graph."""
     return (
         (x.shape, x.stride(), x.dtype, x.storage_offset()) == (y.shape, y.stride(), y.dtype, y.storage_offset())
         and x.device == y.device
         and x.untyped_storage()._cdata == y.untyped_storage()._cdata
-    )
-
-
-def _read_between(name: str, grad: Tensor) -> None:
-    raise RuntimeError(
-        f"what {name} returned is also used by something else than the next layer, as in a feature pyramid, a loss on"
-        " hidden states, a skip connection over layers, or a model that leaves the list early: each of them would"
-        " stay in memory, and the list cannot be swapped; detach what is read, or undo the swap by restore(model)"
     )
 
 

@@ -139,7 +139,7 @@ class Layerwise(Reversible):
                 forward.step(step, compiler)
             forward.next_layer()
             if forward.index < len(self):
-                out = forward.hand(last.dtype, last.name)
+                out = forward.hand(last.dtype)
             else:
                 out = self._finish(forward).to(last.dtype)
             extra = last.take_extra()
@@ -236,7 +236,8 @@ class ReversibleModuleList(Layerwise, nn.ModuleList):
     The model must call each layer once, in order, with what the one before returned. Gradients are
     those of the same loop by ordinary autograd, which is what runs with all layers stored,
     ``store_last=len(layers)``, and if gradients are off. `swap` makes one of an nn.ModuleList,
-    `restore` an nn.ModuleList of it. Not for models that read the hidden states between the layers.
+    `restore` an nn.ModuleList of it. Hidden states that the model reads between the layers stay in
+    memory if their readers keep them, as in ordinary autograd.
 
     Args:
         modules: the layers. The first argument of each is the stream, of unchanging shape; what it

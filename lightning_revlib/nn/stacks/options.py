@@ -72,6 +72,11 @@ class StackOptions:
                 raise TypeError(f"{name}={value!r}: pass True or False")
         if isinstance(self.treatments, str):
             raise TypeError(f"treatments={self.treatments!r}: pass a list, one treatment for each block")
+        if self.context_fn is not None and "selective" in (self.treatments or ()):
+            raise ValueError(
+                f"context_fn={self.context_fn!r}: treatment 'selective' has contexts of its own; take 'checkpoint' for"
+                " its blocks, or leave context_fn out"
+            )
         if self.memory_budget is not None:
             self._check_budget()
         read_chunks(self.chunks, self.chunk_dim)

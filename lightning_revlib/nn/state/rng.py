@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,26 +18,48 @@ EMPTY = torch.empty(0, device="cpu")
 
 
 class Random(State):
-    """The states of torch's generators before a call that draws from them."""
+    """The states of torch's generators before a call that draws from them.
 
-    __slots__ = ("before", "like")
+    They are the process's. If a second run ends with other states than the call had left, another thread has drawn
+    during one of them, or the block draws otherwise. It is a warning, as the block may not draw at all.
+    """
+
+    __slots__ = ("after", "before", "like", "replay")
+    replays = count()
+    last_replay = 0  # since when the states may be others without a draw
 
     def __init__(self, call: Call) -> None:
-        stream = call.stream
+        stream, self.replay = call.stream, Random.last_replay
         self.like = EMPTY if stream.is_cpu else stream.new_empty(0)  # no view, which would hold the stream
         self.before = generator_states(stream)
 
     def close(self) -> bool:
-        return generator_states(self.like) != self.before
+        now = generator_states(self.like)
+        if now == self.before and self.replay == Random.last_replay:
+            return False
+        self.after = hash(now)
+        return True
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         now = generator_states(self.like)
-        set_generator_states(self.before)
+        self._set(self.before)
         try:
             yield
+            end = generator_states(self.like)
+            if end != self.before and hash(end) != self.after:
+                warnings.warn(
+                    f"{type(modules[0]).__name__}: other random numbers were drawn in its second run than in forward,"
+                    " by another thread or the block; its gradient is wrong if the block draws: train in processes, or"
+                    " let only one thread at a time draw, and run forward and backward",
+                    stacklevel=2,
+                )
         finally:
-            set_generator_states(now)
+            self._set(now)
+
+    def _set(self, states: tuple[Any, ...]) -> None:
+        Random.last_replay = next(Random.replays)
+        set_generator_states(states)
 
 
 class Generators(State):
@@ -76,7 +100,7 @@ def generator_states(like: Tensor) -> tuple[Any, ...]:
     if like.is_cpu or like.is_meta:
         return (cpu,)
     devices, states = get_device_states(like)
-    return cpu, like.device.type, devices, *[state.numpy().tobytes() for state in states]
+    return cpu, like.device.type, tuple(devices), *[state.numpy().tobytes() for state in states]
 
 
 def set_generator_states(states: tuple[Any, ...]) -> None:

@@ -64,7 +64,15 @@ class Step:
         Raises TypeError, ValueError or RuntimeError if the block does what no coupling can undo.
         """
         count = None if torch.compiler.is_compiling() or b.is_inference() else b._version
-        f, self.extra = (branch or self.branch)(b, compiler)
+        try:
+            f, self.extra = (branch or self.branch)(b, compiler)
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.name} calls torch.func.grad, vjp, jacrev or hessian, which allow no saved-tensor hooks; give it"
+                " treatment 'store', or have it call torch.autograd.grad with create_graph=True"
+            ) from error
         self.check(b, f)
         if count is not None and b._version != count:
             raise RuntimeError(

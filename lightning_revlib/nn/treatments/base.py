@@ -36,7 +36,6 @@ class Treatment(ABC):
     >>> ReversibleSequential(*blocks, treatments=["traced", *["reversible"] * 3])
     """
 
-    rebuilds = False  # backward rebuilds the streams between the steps, so that nothing else may need them
     dispatches_in_python = False  # each operation is looked at in Python, which takes time
 
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
@@ -52,7 +51,10 @@ class Treatment(ABC):
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the next step, and return the streams after it."""
 
-    def close(self, a: Tensor, b: Tensor) -> None:  # noqa: B027 (there is nothing to do by default)
+    def pause(self, a: Tensor, b: Tensor) -> None:  # noqa: B027 (there is nothing to do by default)
+        """Take the streams after a step that may be the last, or not."""
+
+    def close(self, a: Tensor, b: Tensor) -> None:  # noqa: B027
         """End with the streams after the last step."""
 
     def close_joined(self, y: Tensor, halve: Callable[[Tensor, bool], Streams]) -> None:  # noqa: B027

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine import errors
-from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors
+from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
 from lightning_revlib.nn.internals import set_compiler, surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
 from lightning_revlib.nn.state.base import NOTHING, CallState, version
@@ -72,7 +73,7 @@ class CheckpointFrame(SavedTensors):
         b = self.input if self.unpack_input is None else self.unpack_input(self.input).detach()
         if self.unpack_input is None and version(b) != self.version:
             raise errors.input_modified(self.step)
-        with self.state.restore():
+        with suppress(Enough), self.state.restore():
             attributes = Snapshot(self.state.modules)
             try:
                 self.run_again(b.detach().requires_grad_(self.needs_grad), saved, self.compiler, len(self.sizes))
@@ -80,6 +81,7 @@ class CheckpointFrame(SavedTensors):
                 if len(saved) < len(self.sizes):
                     raise
                 attributes.put_back()  # the block may have been on its way, with others for a while
+                raise Enough from None  # so that it is known to have ended early
 
 
 class Checkpoint(Treatment):
@@ -91,7 +93,7 @@ class Checkpoint(Treatment):
     def contexts(self) -> Contexts | None:
         """Return what makes the contexts of a call's two runs."""
         context_fn = self.forward.context_fn
-        return None if context_fn is None else lambda frame: context_fn()
+        return None if context_fn is None else lambda frame: make_contexts(context_fn)
 
     def _branch(self, step: Step, b: Tensor, compiler: Any) -> tuple[Any, Any]:
         state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs())

@@ -24,8 +24,6 @@ from lightning_revlib.nn.treatments.streams import has_streams
 class Reversible(Treatment):
     """Keep nothing but the streams after the last step; rebuild the others in backward."""
 
-    rebuilds = True
-
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
         super().__init__(forward, a, b)
         schedule = Prefetch(a.device) if forward.overlap and has_streams(a.device) else None
@@ -53,6 +51,9 @@ class Reversible(Treatment):
             self.last.keep_next(frame)
         self.last = frame
         return frame.record(a, b)
+
+    def pause(self, a: Tensor, b: Tensor) -> None:
+        self.tape.keep(tuple, a, b)  # type: ignore[arg-type]
 
     def close(self, a: Tensor, b: Tensor) -> None:
         self.tape.hold(tuple, a, b)  # type: ignore[arg-type]

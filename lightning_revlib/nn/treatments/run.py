@@ -49,6 +49,11 @@ class Run:
         """Return the name of the next step's treatment."""
         return self.treatments[self.index]
 
+    def pause(self, a: Tensor, b: Tensor) -> None:
+        """Note that there may be no further step, as a model may leave a list early."""
+        assert self._segment is not None
+        self._segment.pause(a, b)
+
     def close(self, a: Tensor, b: Tensor) -> Streams:
         """End with the streams after the last step."""
         self._close_segment(a, b)
@@ -68,11 +73,6 @@ class Run:
 
     def finish(self, y: Tensor) -> None:
         """Note the stack's output, the last thing that a forward makes."""
-
-    @property
-    def rebuilds(self) -> bool:
-        """Whether backward will rebuild the streams after the last step."""
-        return self._segment is not None and self._segment.rebuilds
 
     def _close_segment(self, a: Tensor, b: Tensor) -> None:
         if self._segment is not None:

@@ -190,7 +190,6 @@ class Reading(nn.Module):
     [
         ("shape", r"layers\.1 \(Block\) returned shape \[5, 6\]; for a stream of shape \[5, 4\]"),
         ("twice", r"layers\.0 \(Block\) was called a second time"),
-        ("pyramid", r"what layers\.1 \(Block\) returned is also used by something else than the next layer"),
     ],
 )
 def test_a_swap_that_is_tried_and_fails_leaves_the_model_untouched(how: str, message: str) -> None:
@@ -205,6 +204,6 @@ def test_a_swap_that_is_tried_and_fails_leaves_the_model_untouched(how: str, mes
 
 def test_a_swap_that_is_tried_and_works() -> None:
     for inputs in (torch.randn(5, 4), (torch.randn(5, 4), 2.0), {"x": torch.randn(5, 4)}):
-        model = Reading("")
+        model = Reading("pyramid")
         assert revlib.swap(model, {"layers": {"coupling": "midpoint"}}, inputs=inputs) == ["layers"]
         assert model.layers[0].norm.num_batches_tracked == 0  # type: ignore[union-attr]

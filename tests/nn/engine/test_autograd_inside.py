@@ -108,3 +108,43 @@ def test_a_first_call_in_which_a_later_part_calls_autograd(treatments: Any) -> N
     x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
     assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected)
+
+
+class Hamiltonian(nn.Module):
+    """Its branch is the derivative of an energy, by torch.func."""
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__()
+        self.layer, self.transform = nn.Linear(4, 4).double(), transform
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh().square().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transform(self.energy, x)  # type: ignore[no-any-return]
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones((), dtype=x.dtype))[0],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x).sum((0, 1)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(lambda row: f(row) * row)(x),
+}
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective", "store"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_blocks_that_call_a_transform(name: str, treatment: Any) -> None:
+    blocks = [nn.Linear(4, 4).double(), Hamiltonian(TRANSFORMS[name])]
+    stack = revlib.ReversibleSequential(*blocks, treatments=["reversible", treatment])
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    if treatment != "store" and name not in ("jacfwd", "vmap"):
+        with pytest.raises(
+            RuntimeError, match=r"stack\.1 \(Hamiltonian\) calls torch\.func\.grad, .* treatment 'store'"
+        ):
+            stack(x)
+        return
+    expected = torch.autograd.grad(revlib.CoupledSequential(*blocks)(x).square().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(stack(x).square().sum(), x), expected, rtol=1e-12, atol=1e-12)

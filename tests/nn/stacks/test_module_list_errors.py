@@ -49,37 +49,6 @@ def test_calls_that_cannot_be_reversed_are_explained(order: Any, message: str, g
     assert torch.equal(model(x), plain(x))
 
 
-def test_leaving_early_is_noticed_in_backward() -> None:
-    model = Order()
-    model.order = (0, 1, 2)
-    revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
-    with pytest.raises(RuntimeError, match=r"what layers\.2 .* or a model that leaves the list early"):
-        model(torch.randn(2, 6)).backward()
-    model.order = (0, 1, 2, 3, 4)
-    model(torch.randn(2, 6)).backward()
-
-
-def test_states_read_between_the_layers_are_an_error_unless_detached() -> None:
-    class Pyramid(Model):
-        detach = False
-
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            states = []
-            for layer in self.layers:
-                x = layer(x)
-                states.append(x.detach() if self.detach else x)
-            return self.head(torch.stack(states)).sum() + x.sum()
-
-    model, x = Pyramid(), torch.randn(2, 6)
-    revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
-    with pytest.raises(RuntimeError, match=r"what layers\.3 \(Layer\) returned is also used by something else"):
-        model(x).backward()
-    with torch.no_grad():
-        model(x)
-    model.detach = True
-    model(x).backward()
-
-
 def test_layers_that_change_the_shape() -> None:
     class Wider(nn.Module):
         def __init__(self, i: int, o: int) -> None:

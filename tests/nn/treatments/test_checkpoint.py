@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_revlib as revlib
 
@@ -87,6 +88,36 @@ def test_the_second_run_ends_with_what_is_saved_last(treatment: str) -> None:
     first, last = Watched(), Watched()
     stack_of(nn.Sequential(first, nn.Linear(4, 4).double(), last), treatment=treatment)(leaf(8, 8)).sum().backward()
     assert (len(first.calls), len(last.calls)) == (2, 1)
+
+
+class Noisy(nn.Module):
+    """Ends with an operation that saves a tensor before it fills that."""
+
+    def __init__(self, *before: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Sequential(*before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rrelu(self.before(x), training=True)
+
+
+@pytest.mark.parametrize("treatment", ["checkpoint", "selective"])
+@pytest.mark.parametrize("block", [nn.RReLU(), Noisy(), Noisy(nn.Linear(4, 4), nn.RReLU())])
+def test_noise_that_is_filled_after_it_is_saved(block: nn.Module, treatment: str) -> None:
+    blocks, x = [copy.deepcopy(block).double() for _ in range(3)], leaf(64, 8)
+    expected = grads(revlib.CoupledSequential(*blocks), x)
+    torch.testing.assert_close(grads(stack_of(*blocks, treatment=treatment), x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_second_run_ends_before_the_last_product(frozen: bool) -> None:
+    block = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)).requires_grad_(not frozen)
+    flops = []
+    for cls in (revlib.CoupledSequential, stack_of):
+        with FlopCounterMode(display=False) as counter:
+            cls(block)(torch.randn(4, 32, requires_grad=True)).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == 2 * 4 * 16 * 16
 
 
 def test_a_block_that_goes_on_when_its_second_run_is_to_end() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import noop_context_fn
 
 import lightning_revlib as revlib
 
@@ -126,3 +128,32 @@ def test_modes_within_blocks_and_modules_with_a_forward_of_their_own() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         wrong(x)
     assert "forward" not in wrong[0][0].__dict__
+
+
+class Asking(nullcontext):  # type: ignore[type-arg]
+    """A context as selective checkpointing makes it from torch 2.14 on."""
+
+    respect_saved_tensors_hooks: bool | None = None
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
+@pytest.mark.parametrize(("given", "then"), [(None, False), (False, False), (True, True)])
+def test_hooks_of_the_engine_are_no_users_hooks(treatment: Any, given: bool | None, then: bool) -> None:
+    made: list[Asking] = []
+
+    def contexts() -> tuple[Asking, Asking]:
+        made.extend((Asking(), Asking()))
+        made[0].respect_saved_tensors_hooks = given
+        return made[0], made[1]
+
+    stack = revlib.ReversibleSequential(nn.Linear(4, 4), treatments=[treatment], context_fn=contexts)
+    stack(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    assert made[0].respect_saved_tensors_hooks is then
+
+
+def test_contexts_of_a_user_are_refused() -> None:
+    options: Any = {"treatments": ["checkpoint", "selective"], "context_fn": noop_context_fn}
+    with pytest.raises(ValueError, match=r"context_fn=.*: treatment 'selective' has contexts .* take 'checkpoint'"):
+        revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), **options)
+    options["treatments"][1] = "reversible"
+    revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), **options)
