@@ -65,7 +65,7 @@ class Frame(SavedTensors):
                 self.coupling, streams = step.couple(a, b, f)
         finally:
             self.end()
-        step.check_arguments(self.state.arguments)
+        step.end_first_run(self.state.arguments)
         self.state.close()
         return streams
 

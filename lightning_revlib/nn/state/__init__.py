@@ -8,8 +8,20 @@ from lightning_revlib.nn.state.context import Context, FunctionModes
 from lightning_revlib.nn.state.kernels import Kernels
 from lightning_revlib.nn.state.parameters import Parameters
 from lightning_revlib.nn.state.rng import Generators, Random
+from lightning_revlib.nn.state.tensor_attributes import TensorAttributes
 
 __all__ = ["KINDS", "Call", "CallState", "Scope", "State"]
 
 # Buffers and parameters come first, as they may raise; function modes last, as they see what torch does from then on.
-KINDS += [Buffers, Containers, Attributes, Generators, Random, Parameters, Context, Kernels, FunctionModes]
+KINDS += [
+    Buffers,
+    Containers,
+    Attributes,
+    TensorAttributes,
+    Generators,
+    Random,
+    Parameters,
+    Context,
+    Kernels,
+    FunctionModes,
+]

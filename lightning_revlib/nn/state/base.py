@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import graph_task
+from lightning_revlib.nn.internals import graph_task, pytree
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -104,6 +104,7 @@ class Scope:
         self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], inputs: Sequence[Any] = ()
     ) -> CallState:
         """Return the state before a call of `block`."""
+        arguments = [without_graph(t) for t in arguments]
         self._arguments += arguments
         call = Call(self._modules[block], stream, arguments, inputs)
         return CallState(self, call, [kind(call) for kind in self._kinds])
@@ -163,3 +164,13 @@ def modules_of(block: nn.Module) -> list[nn.Module]:
 def version(tensor: Tensor) -> int:
     """Return how often the tensor was changed in place; 0 for inference tensors, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """Return the tensor, to be held by a frame; one with a graph as a leaf, as its graph may refer to the frame."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+
+
+def without_graphs(value: Any) -> Any:
+    """Return the value, and if it is a tensor or a tuple, `without_graph` what tensors it has."""
+    return pytree.tree_map_only(Tensor, without_graph, value, is_leaf=lambda each: not isinstance(each, tuple))
