@@ -57,7 +57,7 @@ class Buffers(State):
             if (
                 _now(m._buffers, name) is not buffer
                 or version(buffer) != count
-                or _silently(m, name, training, before, buffer)
+                or changes_silently(m, name, training, before, buffer)
             ):
                 self.former.append((m, name, before))
             else:
@@ -95,7 +95,7 @@ class Buffers(State):
 _SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
-def _silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor) -> bool:
+def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor) -> bool:
     """Return whether the module changes the buffer without its version telling, as `F.batch_norm` does.
 
     Comparing values makes the host wait for the device, so that it is done once for each module and its flags.

@@ -8,10 +8,15 @@ from itertools import compress
 from operator import is_not
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_revlib.nn.state.base import Call, State, version
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
+
+
+class Lent(nn.Parameter):
+    """A copy of a parameter that its block moves, for the second run to move."""
 
 
 def modified(what: str) -> RuntimeError:
@@ -26,13 +31,20 @@ class Parameters(State):
 
     They are noted at the end, as lazy modules make their parameters on the way. Parameters that are others by now, as
     `torch.func.functional_call` lends them, can be put in place; a tensor that was modified in place cannot.
+
+    A parameter that the forward itself has moved is lent as a copy, which the second run will set to the same, as a
+    data-dependent initialisation does. If it requires no gradient, it is left to `Frozen`.
     """
 
     shared = True
-    __slots__ = ("arguments", "flags", "index", "modules", "named", "requires_grad", "versions")
+    __slots__ = (
+        "arguments", "before", "checked", "flags", "index", "modules", "moved", "named", "requires_grad", "versions",
+    )  # fmt: skip
 
     def __init__(self, call: Call) -> None:
         self.modules, self.arguments = call.modules, call.arguments
+        parameters = [p for m in call.modules for p in m._parameters.values() if p is not None]
+        self.before = {p: version(p) for p in parameters if not is_lazy(p)}
         self.index: dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]] = {}  # made when it is needed
 
     def close(self) -> bool:
@@ -40,12 +52,16 @@ class Parameters(State):
         self.flags = [m.training for m in self.modules]
         self.named = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self.requires_grad = [p.requires_grad for _, _, p in self.named]
-        self.versions = self._versions()
+        self.moved = {p for _, _, p in self.named if self.before.get(p, version(p)) != version(p)}
+        self.checked = [each for each in self.named if each[2] not in self.moved or each[2].requires_grad]
+        self.before, self.versions = {}, self._versions()
         return True
 
     def is_current(self) -> bool:
         if self._versions() != self.versions:
             self._complain()
+        if self.moved:
+            return False
         now = [p for m in self.modules for p in m._parameters.values() if p is not None]
         return (
             len(now) == len(self.named)
@@ -63,7 +79,11 @@ class Parameters(State):
                     undo.callback(setattr, m, "training", m.training)
                     m.training = training
                 for name, p, requires_grad in parameters:
-                    _put(undo, m, name, p, requires_grad)
+                    if p in self.moved and requires_grad and type(p) in ORDINARY:
+                        undo.callback(m._parameters.__setitem__, name, m._parameters[name])
+                        m._parameters[name] = Lent(p.detach().clone(), requires_grad)
+                    else:
+                        _put(undo, m, name, p, requires_grad)
             yield
 
     def _by_module(self) -> dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]]:
@@ -75,16 +95,16 @@ class Parameters(State):
 
     def _versions(self) -> list[int]:
         try:
-            return [p._version for _, _, p in self.named] + [t._version for t in self.arguments]
+            return [p._version for _, _, p in self.checked] + [t._version for t in self.arguments]
         except RuntimeError:  # inference tensors do not count their changes
-            return [version(p) for _, _, p in self.named] + [version(t) for t in self.arguments]
+            return [version(p) for _, _, p in self.checked] + [version(t) for t in self.arguments]
 
     def _complain(self) -> None:
         """Raise RuntimeError about a tensor that has been modified in place."""
         changed = [now != then for now, then in zip(self._versions(), self.versions, strict=True)]
-        for t in compress(self.arguments, changed[len(self.named) :]):
+        for t in compress(self.arguments, changed[len(self.checked) :]):
             raise modified(f"an argument of shape {list(t.shape)}")
-        for m, name, _ in compress(self.named, changed):
+        for m, name, _ in compress(self.checked, changed):
             raise modified(f"parameter {name!r} of {m}")
 
 
