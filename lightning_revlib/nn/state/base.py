@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from lightning_revlib.nn.internals import graph_task, pytree
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
+Former: TypeAlias = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and version: a tensor, and its value then
 
 
 class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
     `inputs` are the arguments of a call, `arguments` the tensors among them. Those of a whole forward are complete when
-    its scope is closed.
+    its scope is closed. `former` has what calls of the forward have changed in place, for the calls before them.
     """
 
     modules: Sequence[nn.Module]
     stream: Tensor
     arguments: Sequence[Tensor]
-    inputs: Sequence[Any] = ()
+    inputs: Sequence[Any]
+    former: Former
 
 
 class State(ABC):
@@ -87,16 +89,17 @@ class Scope:
     `blocks` are those that are called, `stream` is a tensor on their device. `close` it after the last call.
     """
 
-    __slots__ = ("_arguments", "_kinds", "_modules", "_outdated", "_shared", "_task", "grad_enabled")
+    __slots__ = ("_arguments", "_former", "_kinds", "_modules", "_outdated", "_shared", "_task", "grad_enabled")
 
-    def __init__(self, blocks: Iterable[nn.Module], stream: Tensor) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], stream: Tensor, former: Former) -> None:
         self.grad_enabled = torch.is_grad_enabled()
         self._modules = {block: modules_of(block) for block in blocks}
         self._arguments: list[Tensor] = []
+        self._former = former
         self._task: int | None = None  # the backward for which it is known what is outdated
         self._outdated: list[State] = []
         modules = [m for inside in self._modules.values() for m in inside]
-        call = Call(modules, stream, self._arguments)
+        call = Call(modules, stream, self._arguments, (), former)
         self._shared = [kind(call) for kind in KINDS if kind.shared]
         self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(modules)]
 
@@ -106,7 +109,7 @@ class Scope:
         """Return the state before a call of `block`."""
         arguments = [without_graph(t) for t in arguments]
         self._arguments += arguments
-        call = Call(self._modules[block], stream, arguments, inputs)
+        call = Call(self._modules[block], stream, arguments, inputs, self._former)
         return CallState(self, call, [kind(call) for kind in self._kinds])
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State, version
 from lightning_revlib.nn.state.buffers import changes_silently
-from lightning_revlib.nn.state.parameters import ORDINARY, Lent
+from lightning_revlib.nn.state.parameters import ORDINARY, Lent, value_then
 
 
 class Frozen(State):
@@ -19,7 +19,7 @@ class Frozen(State):
     Copies are made before the call. Torch's own layers move none, and may be large: theirs are not copied.
     """
 
-    __slots__ = ("former", "met")
+    __slots__ = ("former", "met", "read", "values")
 
     def __init__(self, call: Call) -> None:
         self.met: list[tuple[nn.Module, str, Any, int, Tensor | None]] = []  # with their versions, and perhaps copies
@@ -27,7 +27,9 @@ class Frozen(State):
             for name, p in m._parameters.items():
                 if is_frozen(p):
                     self.met.append((m, name, p, version(p), p.detach().clone() if may_move(m) else None))
+        self.read: list[tuple[nn.Module, str, Any, int]] = []
         self.former: list[tuple[nn.Module, str, Tensor]] = []
+        self.values = call.former
 
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
@@ -35,21 +37,28 @@ class Frozen(State):
 
     def close(self) -> bool:
         for m, name, p, count, before in self.met:
-            if before is None:
-                if version(p) != count:
-                    raise RuntimeError(
-                        f"parameter {name!r} of {m} requires no gradient and is changed in place by its block's call,"
-                        " which backward has to run again; make it a buffer of your own module, which is put back"
-                    )
-            elif version(p) != count or changes_silently(m, name, m.training, before, p):
+            is_same = version(p) == count
+            if before is None and not is_same:
+                raise RuntimeError(
+                    f"parameter {name!r} of {m} requires no gradient and is changed in place by its block's call,"
+                    " which backward has to run again; make it a buffer of your own module, which is put back"
+                )
+            if before is None or (is_same and not changes_silently(m, name, m.training, before, p)):
+                self.read.append((m, name, p, count))
+            else:
                 self.former.append((m, name, before))
+                self.values[id(p), count] = p, before
         self.met = []
-        return bool(self.former)
+        return True
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        now = [(m, name, m._parameters[name]) for m, name, _ in self.former]
-        for m, name, before in self.former:
+        read = [
+            (m, name, p, value_then(p, count, self.values, "parameter", name, m)) for m, name, p, count in self.read
+        ]
+        former = self.former + [(m, name, then) for m, name, p, then in read if then is not p]
+        now = [(m, name, m._parameters[name]) for m, name, _ in former]
+        for m, name, before in former:
             m._parameters[name] = Lent(before.clone(), requires_grad=False)
         try:
             yield

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import compress
 from operator import is_not
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.state.base import Call, State, version
+from lightning_revlib.nn.state.base import Call, Former, State, version
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 
@@ -24,6 +25,18 @@ def modified(what: str) -> RuntimeError:
         f"{what} has been modified in place since the forward of its reversible stack, which backward has to run again;"
         " modify it, or step the optimizer, after backward"
     )
+
+
+def value_then(t: Any, count: int, former: Former, kind: str, name: str, m: nn.Module) -> Any:
+    """Return a tensor, or None, as it was at a version: its former value if a later call of the forward changed it.
+
+    Raises RuntimeError if something else changed it.
+    """
+    if t is None or version(t) == count:
+        return t
+    if (id(t), count) not in former:
+        raise modified(f"{kind} {name!r} of {m}")
+    return former[id(t), count][1]
 
 
 class Parameters(State):

@@ -26,7 +26,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
         attributes = Snapshot([m for m in modules if not isinstance(m, LazyModuleMixin)])  # lazy ones get sizes
         undo.callback(attributes.put_back)
-        undo.enter_context(TensorAttributes(Call(modules, EMPTY, [])).restore(modules))
+        undo.enter_context(TensorAttributes(Call(modules, EMPTY, (), (), {})).restore(modules))
         for generator in _generators(modules):
             undo.callback(generator.set_state, generator.get_state())
         for p in model.parameters():
