@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State, version
 from lightning_revlib.nn.state.buffers import changes_silently
-from lightning_revlib.nn.state.parameters import ORDINARY, Lent, value_then
+from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
 
 
 class Frozen(State):
@@ -65,10 +65,6 @@ class Frozen(State):
         finally:
             for m, name, p in now:
                 m._parameters[name] = p
-
-
-def is_frozen(p: Any) -> TypeGuard[nn.Parameter]:
-    return type(p) in ORDINARY and not p.requires_grad and p.numel() > 0  # one that DeepSpeed has sharded is empty
 
 
 def may_move(m: nn.Module) -> bool:

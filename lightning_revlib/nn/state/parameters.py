@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import compress
 from operator import is_not
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -39,6 +39,11 @@ def value_then(t: Any, count: int, former: Former, kind: str, name: str, m: nn.M
     return former[id(t), count][1]
 
 
+def is_frozen(p: Any) -> TypeGuard[nn.Parameter]:
+    """Return whether a parameter is left to `Frozen`: one without gradient, and not empty, as DeepSpeed shards it."""
+    return type(p) in ORDINARY and not p.requires_grad and p.numel() > 0
+
+
 class Parameters(State):
     """Parameters and training flags of modules when a forward ended, and the versions of arguments by then.
 
@@ -46,7 +51,7 @@ class Parameters(State):
     `torch.func.functional_call` lends them, can be put in place; a tensor that was modified in place cannot.
 
     A parameter that the forward itself has moved is lent as a copy, which the second run will set to the same, as a
-    data-dependent initialisation does. If it requires no gradient, it is left to `Frozen`.
+    data-dependent initialisation does. Parameters without gradient are left to `Frozen`.
     """
 
     shared = True
@@ -65,8 +70,8 @@ class Parameters(State):
         self.flags = [m.training for m in self.modules]
         self.named = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self.requires_grad = [p.requires_grad for _, _, p in self.named]
-        self.moved = {p for _, _, p in self.named if self.before.get(p, version(p)) != version(p)}
-        self.checked = [each for each in self.named if each[2] not in self.moved or each[2].requires_grad]
+        self.moved = {p for _, _, p in self.named if p.requires_grad and self.before.get(p, version(p)) != version(p)}
+        self.checked = [each for each in self.named if not is_frozen(each[2])]
         self.before, self.versions = {}, self._versions()
         return True
 
@@ -92,7 +97,7 @@ class Parameters(State):
                     undo.callback(setattr, m, "training", m.training)
                     m.training = training
                 for name, p, requires_grad in parameters:
-                    if p in self.moved and requires_grad and type(p) in ORDINARY:
+                    if p in self.moved and type(p) in ORDINARY:
                         undo.callback(m._parameters.__setitem__, name, m._parameters[name])
                         m._parameters[name] = Lent(p.detach().clone(), requires_grad)
                     else:
