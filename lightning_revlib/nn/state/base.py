@@ -169,6 +169,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether the tensor is of a FakeTensorMode: it has a device, and no memory there."""
+    return type(tensor) is not Tensor and not tensor.is_meta and tensor.untyped_storage().device.type == "meta"
+
+
 def without_graph(tensor: Tensor) -> Tensor:
     """Return the tensor, to be held by a frame; one with a graph as a leaf, as its graph may refer to the frame."""
     return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.state.attributes import ABSENT
-from lightning_revlib.nn.state.base import Call, State, version
+from lightning_revlib.nn.state.base import Call, State, is_fake, version
 from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
 from lightning_revlib.nn.state.parameters import value_then
 
@@ -100,7 +100,7 @@ def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, bu
 
     Comparing values makes the host wait for the device, so that it is done once for each module and its flags.
     """
-    if buffer.is_meta or buffer.layout is not torch.strided:
+    if buffer.is_meta or is_fake(buffer) or buffer.layout is not torch.strided:
         return False
     if getattr(type(m), "forward", None) in WRITES_STATISTICS and training:  # though it may not have been called
         return True

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_revlib.nn.state.attributes import Snapshot
 from lightning_revlib.nn.state.base import Call
@@ -36,7 +37,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             for name, buffer in list(m._buffers.items()):
                 if buffer is not None:
                     undo.callback(m._buffers.__setitem__, name, buffer)
-                    m._buffers[name] = copy.deepcopy(buffer)
+                    m._buffers[name] = copy.deepcopy(buffer) if is_lazy(buffer) else buffer.detach().clone()
         yield
 
 

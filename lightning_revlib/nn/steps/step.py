@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.internals import pytree, set_compiler
-from lightning_revlib.nn.state.base import version, without_graphs
+from lightning_revlib.nn.state.base import is_fake, version, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
 
 Arguments: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
@@ -158,7 +158,7 @@ class Step:
 
     def _check_grid(self, stream: Tensor) -> None:
         """Raise ValueError if an exact stream becomes too large to be exact."""
-        if self.coupling.bits is None or not stream.numel():
+        if self.coupling.bits is None or not stream.numel() or stream.is_meta or is_fake(stream):
             return
         limit, largest = self.coupling.limit(stream.dtype), stream.detach().abs().amax().item()
         if not largest < limit:
