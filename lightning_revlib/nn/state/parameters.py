@@ -61,8 +61,13 @@ class Parameters(State):
 
     def __init__(self, call: Call) -> None:
         self.modules, self.arguments = call.modules, call.arguments
-        parameters = [p for m in call.modules for p in m._parameters.values() if p is not None]
-        self.before = {p: version(p) for p in parameters if not is_lazy(p)}
+        named = [(m, name, p) for m in call.modules for name, p in m._parameters.items() if p is not None]
+        for m, name, _ in [each for each in named if hasattr(each[2], "grad_sample")]:
+            raise RuntimeError(
+                f"parameter {name!r} of {m} has gradients by sample, of Opacus or the like, whose forward hooks would"
+                " fire twice; name treatments=['store', ...] for the stack, or undo the swap by restore(model)"
+            )
+        self.before = {p: version(p) for _, _, p in named if not is_lazy(p)}
         self.index: dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]] = {}  # made when it is needed
 
     def close(self) -> bool:
