@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.state.base import Call, Former, State, version
+from lightning_revlib.nn.state.base import Call, Former, State, is_fake, version
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 
@@ -95,6 +95,7 @@ class Parameters(State):
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        lent: list[tuple[nn.Module, str, nn.Parameter, Lent]] = []
         with ExitStack() as undo:
             for m in filter(self._by_module().__contains__, modules):
                 training, parameters = self.index[m]
@@ -104,10 +105,17 @@ class Parameters(State):
                 for name, p, requires_grad in parameters:
                     if p in self.moved and type(p) in ORDINARY:
                         undo.callback(m._parameters.__setitem__, name, m._parameters[name])
-                        m._parameters[name] = Lent(p.detach().clone(), requires_grad)
+                        m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
+                        lent.append((m, name, p, copy))
                     else:
                         _put(undo, m, name, p, requires_grad)
             yield
+        for m, name, p, copy in lent:
+            if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
+                raise RuntimeError(
+                    f"parameter {name!r} of {m} is moved by its block's call, and a second run moves it on; have it"
+                    " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
+                )
 
     def _by_module(self) -> dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]]:
         if not self.index:

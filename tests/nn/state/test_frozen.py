@@ -117,6 +117,18 @@ def test_a_codebook_that_requires_a_gradient_before_backward(treatment: Any) -> 
     assert all(type(p) is nn.Parameter and p.requires_grad for p in stack.parameters())
 
 
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_codebook_that_requires_a_gradient_all_the_time_is_named(treatment: Any) -> None:
+    stack, _ = twins(lambda: Quantizes("in place").requires_grad_(True), treatment)
+    before = [p.detach().clone() for p in stack.parameters()]
+    y = stack(sample()).sum()
+    moved = [p.detach().clone() for p in stack.parameters()]
+    assert not all(map(torch.equal, before, moved))
+    with pytest.raises(RuntimeError, match=r"parameter 'weight' of Module\(\) is moved by its block's call"):
+        y.backward()
+    assert all(map(torch.equal, stack.parameters(), moved))
+
+
 class Averages(nn.Module):
     """Moves a layer of torch's, without gradient."""
 
