@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,7 +93,7 @@ def function_modes() -> list[Any]:
 def only_function_modes(modes: Sequence[Any]) -> Iterator[None]:
     """Have exactly these TorchFunctionModes active inside.
 
-    Entering a mode again by `with` would run its `__enter__`, which may keep count of it.
+    Entering a mode again by `with` would run its own `__enter__`, which may keep count of it.
     """
     now = function_modes()
     _replace_modes(now, modes)
@@ -104,10 +104,27 @@ def only_function_modes(modes: Sequence[Any]) -> Iterator[None]:
 
 
 def _replace_modes(old: Sequence[Any], new: Sequence[Any]) -> None:
-    for _ in old:
-        _pop_mode()
+    for mode in reversed(old):
+        TorchFunctionMode.__exit__(mode, None, None, None)
     for mode in new:
-        _push_mode(mode)
+        TorchFunctionMode.__enter__(mode)
+
+
+def parametrization_cache() -> Any:
+    """Return the weights that `parametrize.cached` has, by module and name; None outside of it. No public twin."""
+    return torch.nn.utils.parametrize._cache if torch.nn.utils.parametrize._cache_enabled else None
+
+
+@contextmanager
+def use_parametrization_cache(cache: Any) -> Iterator[None]:
+    """Have `parametrize.cached` begin with these weights inside; with None, have it off."""
+    now = torch.nn.utils.parametrize._cache, torch.nn.utils.parametrize._cache_enabled
+    torch.nn.utils.parametrize._cache = dict(cache or {})
+    torch.nn.utils.parametrize._cache_enabled = int(cache is not None)
+    try:
+        yield
+    finally:
+        torch.nn.utils.parametrize._cache, torch.nn.utils.parametrize._cache_enabled = now
 
 
 @contextmanager

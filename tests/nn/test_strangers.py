@@ -54,19 +54,20 @@ def test_an_input_with_the_negative_bit() -> None:
 
 
 class Spectral(nn.Module):
-    """Saves a conjugate, which is a lazy view."""
+    """Saves a conjugate, or what is negative by a bit only: lazy views."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, negative: bool) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, width).double()
+        self.layer, self.negative = nn.Linear(width, width).double(), negative
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.fft.fft(self.layer(x))
-        return (z.roll(1, -1) * z.conj()).imag
+        return z.conj().imag * z.roll(1, -1).real if self.negative else (z.roll(1, -1) * z.conj()).imag
 
 
-def test_offload_keeps_conjugates(device: Device) -> None:
-    stack = revlib.ReversibleSequential(Spectral(64), Spectral(64), treatments=["offload"] * 2)
+@pytest.mark.parametrize("negative", [True, False])
+def test_offload_keeps_conjugates_and_negatives(device: Device, negative: bool) -> None:
+    stack = revlib.ReversibleSequential(*[Spectral(64, negative) for _ in range(2)], treatments=["offload"] * 2)
     x = torch.randn(128, 128, dtype=torch.float64)
     expected = gradients(revlib.CoupledSequential(*stack), x)
     with device:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 
@@ -88,22 +88,43 @@ class Permutation(nn.Module):
         return f"{len(self.order)}, dim={self.dim}"
 
 
+class Reflections(nn.Module):
+    """V -> the product of the reflections I - 2 v v^T / |v|^2, one for each column v of V's lower triangle.
+
+    The columns' lengths do not matter, so that weight decay leaves the product as it is. With S, the upper triangle of
+    V^T V whose diagonal is halved, the product is I - V S^-1 V^T (https://doi.org/10.1145/1141885.1141886).
+    """
+
+    signs: Tensor  # of the product's columns
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("signs", torch.ones(size))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        v = vectors.tril()
+        products = v.mT @ v
+        s = products.triu() - products.diagonal().diag() / 2
+        return (torch.eye(len(v)).to(v) - v @ torch.linalg.solve_triangular(s, v.mT, upper=True)) * self.signs
+
+
 class Orthogonal(nn.Module):
     """x -> W x along `dim` with a trained orthogonal W: a 1 x 1 convolution whose inverse is its transpose.
 
     >>> Orthogonal(16)(torch.randn(2, 16, 8, 8)).shape
     torch.Size([2, 16, 8, 8])
 
-    W is random at first. Not for exact stacks, since the product rounds. Glow, https://arxiv.org/abs/1807.03039.
+    W is random at first, and stays as it is under weight decay. Not for exact stacks, since the product rounds. Glow,
+    https://arxiv.org/abs/1807.03039.
     """
 
     def __init__(self, size: int, dim: int = 1) -> None:
         super().__init__()
         self.dim = dim
-        linear = nn.Linear(size, size, bias=False)
-        self.linear = parametrizations.orthogonal(linear, orthogonal_map="householder", use_trivialization=False)
-        original: Any = self.linear.parametrizations.weight.original  # type: ignore[union-attr]
-        original.data = original.data.contiguous()  # FSDP2 shards contiguous parameters only
+        self.linear = nn.Linear(size, size, bias=False)
+        nn.init.normal_(self.linear.weight)
+        parametrize.register_parametrization(self.linear, "weight", Reflections(size))
+        self.register_load_state_dict_pre_hook(_convert)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._rotate(x, back=False)
@@ -113,8 +134,16 @@ class Orthogonal(nn.Module):
 
     def _rotate(self, x: Tensor, back: bool) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # in 16 bits W would not be orthogonal
-            weight: Tensor = self.linear.weight  # type: ignore[assignment]
+            weight: Tensor = self.linear.weight
             return F.linear(x.movedim(self.dim, -1), weight.mT if back else weight).movedim(-1, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def _convert(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Convert a state dict of torch's orthogonal parametrization: ones stood for the diagonal, which had the signs."""
+    vectors, signs = (f"{prefix}linear.parametrizations.weight.{name}" for name in ("original", "0.signs"))
+    if vectors in state and signs not in state:
+        former = state[vectors]
+        state[vectors], state[signs] = former.tril(-1) + torch.eye(len(former)).to(former), former.diagonal().sign()

@@ -36,6 +36,8 @@ class Sentinel:
 
 def take(a: Tensor, b: Tensor) -> Streams:
     """Return a sample of each stream: at most `SAMPLE` of its elements, evenly spaced, with as many dimensions."""
+    if a.is_nested:  # of the jagged layout
+        a, b = a.values(), b.values()
     return (
         torch.as_strided_copy(a, *_places(a.shape, a.stride()), a.storage_offset()),
         torch.as_strided_copy(b, *_places(b.shape, b.stride()), b.storage_offset()),

@@ -68,7 +68,7 @@ class Frame(SavedTensors):
                 self.coupling, streams = step.couple(a, b, f)
         finally:
             self.end()
-        step.check_arguments(self.state.arguments)
+        step.end_first_run(self.state.arguments)
         return streams
 
     def keep_next(self, frame: Frame) -> None:

@@ -56,6 +56,11 @@ class PlannedRun(Run):
                 stacklevel=2,
             )
             return
+        if a.is_nested:
+            raise TypeError(
+                f"memory_budget={self.budget.value!r}: {self.stack.path} got a nested tensor, whose bytes cannot be"
+                " planned; name treatments=[...] instead, or pad the input by to_padded_tensor(0.0)"
+            )
         self.signature = signature_of(self.stack, step, a, b)
         treatments = self.budget.treatments(self.stack.path, self.signature, self.stack)
         if treatments is None:

@@ -158,7 +158,12 @@ class Stack:
 
 
 def _check_size(x: Tensor, dim: int, what: str) -> None:
-    """Raise ValueError if x cannot be halved along a dimension."""
+    """Raise TypeError or ValueError if x cannot be halved along a dimension."""
+    if x.is_nested:
+        raise TypeError(
+            f"split_dim={dim}: an {what} that is a nested tensor cannot be halved; take split_dim=None, which runs it"
+            " on both streams, or pad it by to_padded_tensor(0.0)"
+        )
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"split_dim={dim} is out of range for an {what} of shape {list(x.shape)}")
     if x.shape[dim] % 2:

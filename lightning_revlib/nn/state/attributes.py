@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from operator import is_not
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State
 
@@ -37,13 +37,13 @@ class Snapshot:
         return found
 
     def put_back(self) -> None:
-        _set(self.changes())
+        set_attributes(self.changes())
 
 
 class Attributes(State):
     """The plain attributes that a block's call changes, adds or deletes, as they were before the call.
 
-    A tensor or a container among the attributes stays as it is.
+    A container among the attributes stays as it is; `TensorAttributes` has the tensors.
     """
 
     __slots__ = ("before", "changed")
@@ -60,14 +60,15 @@ class Attributes(State):
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in self.changed]
-        _set(self.changed)
+        set_attributes(self.changed)
         try:
             yield
         finally:
-            _set(now)
+            set_attributes(now)
 
 
-def _set(values: Values) -> None:
+def set_attributes(values: Values) -> None:
+    """Give attributes of modules these values; ABSENT deletes one."""
     for own, attributes in values:
         for name, value in attributes.items():
             if value is ABSENT:
@@ -77,7 +78,7 @@ def _set(values: Values) -> None:
 
 
 def _is_other(before: Any, now: Any) -> bool:
-    """Return whether a plain attribute has changed. One that was added counts if it is plain, too."""
+    """Return whether a plain attribute has changed. One that was added counts if it is plain, or a tensor."""
     if before is ABSENT:
-        return isinstance(now, PLAIN) and now is not None
+        return isinstance(now, (*PLAIN, Tensor)) and now is not None
     return isinstance(before, PLAIN) and (type(now) is not type(before) or now != before)

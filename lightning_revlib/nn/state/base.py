@@ -9,27 +9,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import graph_task
+from lightning_revlib.nn.internals import graph_task, pytree
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
+Former: TypeAlias = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and version: a tensor, and its value then
 
 
 class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
     `inputs` are the arguments of a call, `arguments` the tensors among them. Those of a whole forward are complete when
-    its scope is closed.
+    its scope is closed. `former` has what calls of the forward have changed in place, for the calls before them.
     """
 
     modules: Sequence[nn.Module]
     stream: Tensor
     arguments: Sequence[Tensor]
-    inputs: Sequence[Any] = ()
+    inputs: Sequence[Any]
+    former: Former
 
 
 class State(ABC):
@@ -87,16 +89,17 @@ class Scope:
     `blocks` are those that are called, `stream` is a tensor on their device. `close` it after the last call.
     """
 
-    __slots__ = ("_arguments", "_kinds", "_modules", "_outdated", "_shared", "_task", "grad_enabled")
+    __slots__ = ("_arguments", "_former", "_kinds", "_modules", "_outdated", "_shared", "_task", "grad_enabled")
 
-    def __init__(self, blocks: Iterable[nn.Module], stream: Tensor) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], stream: Tensor, former: Former) -> None:
         self.grad_enabled = torch.is_grad_enabled()
         self._modules = {block: modules_of(block) for block in blocks}
         self._arguments: list[Tensor] = []
+        self._former = former
         self._task: int | None = None  # the backward for which it is known what is outdated
         self._outdated: list[State] = []
         modules = [m for inside in self._modules.values() for m in inside]
-        call = Call(modules, stream, self._arguments)
+        call = Call(modules, stream, self._arguments, (), former)
         self._shared = [kind(call) for kind in KINDS if kind.shared]
         self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(modules)]
 
@@ -104,8 +107,9 @@ class Scope:
         self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], inputs: Sequence[Any] = ()
     ) -> CallState:
         """Return the state before a call of `block`."""
+        arguments = [without_graph(t) for t in arguments]
         self._arguments += arguments
-        call = Call(self._modules[block], stream, arguments, inputs)
+        call = Call(self._modules[block], stream, arguments, inputs, self._former)
         return CallState(self, call, [kind(call) for kind in self._kinds])
 
     def close(self) -> None:
@@ -163,3 +167,18 @@ def modules_of(block: nn.Module) -> list[nn.Module]:
 def version(tensor: Tensor) -> int:
     """Return how often the tensor was changed in place; 0 for inference tensors, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether the tensor is of a FakeTensorMode: it has a device, and no memory there."""
+    return type(tensor) is not Tensor and not tensor.is_meta and tensor.untyped_storage().device.type == "meta"
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """Return the tensor, to be held by a frame; one with a graph as a leaf, as its graph may refer to the frame."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+
+
+def without_graphs(value: Any) -> Any:
+    """Return the value, and if it is a tensor or a tuple, `without_graph` what tensors it has."""
+    return pytree.tree_map_only(Tensor, without_graph, value, is_leaf=lambda each: not isinstance(each, tuple))

@@ -12,24 +12,25 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.state.attributes import ABSENT
-from lightning_revlib.nn.state.base import Call, State, version
+from lightning_revlib.nn.state.base import Call, State, is_fake, version
 from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
-from lightning_revlib.nn.state.parameters import modified
+from lightning_revlib.nn.state.parameters import value_then
 
 
 class Buffers(State):
     """The buffers that a block's call meets. A second run leaves them untouched.
 
     It gets the buffers that the first run has only read, and copies of the former values of others. A buffer that was
-    read, and has been modified in place since, is an error.
+    read, and has been modified in place since, is an error, unless a later call of the same forward did it.
 
     Norms in training write their statistics and read none. No former value need be held for them: the second run writes
     into copies of the present values.
     """
 
-    __slots__ = ("former", "met", "norms", "read", "written")
+    __slots__ = ("former", "met", "norms", "read", "values", "written")
 
     def __init__(self, call: Call) -> None:
+        self.values = call.former
         self.met: list[tuple[nn.Module, str, Tensor, Tensor, int, bool]] = []  # with a copy, version and training flag
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []  # with its version
         self.former: list[tuple[nn.Module, str, Tensor]] = []
@@ -57,9 +58,10 @@ class Buffers(State):
             if (
                 _now(m._buffers, name) is not buffer
                 or version(buffer) != count
-                or _silently(m, name, training, before, buffer)
+                or changes_silently(m, name, training, before, buffer)
             ):
                 self.former.append((m, name, before))
+                self.values[id(buffer), count] = buffer, before
             else:
                 self.read.append((m, name, buffer, count))
         self._close_norms()
@@ -78,10 +80,8 @@ class Buffers(State):
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        for m, name, buffer, count in self.read:
-            if buffer is not None and version(buffer) != count:
-                raise modified(f"buffer {name!r} of {m}")
-        lent = [(m._buffers, name, b) for m, name, b, _ in self.read if _now(m._buffers, name) is not b]
+        lent = [(m._buffers, name, value_then(b, n, self.values, "buffer", name, m)) for m, name, b, n in self.read]
+        lent = [(buffers, name, b) for buffers, name, b in lent if _now(buffers, name) is not b]
         lent += [(m._buffers, name, b.clone()) for m, name, b in self.former]
         lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
@@ -95,12 +95,12 @@ class Buffers(State):
 _SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
-def _silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor) -> bool:
+def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor) -> bool:
     """Return whether the module changes the buffer without its version telling, as `F.batch_norm` does.
 
     Comparing values makes the host wait for the device, so that it is done once for each module and its flags.
     """
-    if buffer.is_meta or buffer.layout is not torch.strided:
+    if buffer.is_meta or is_fake(buffer) or buffer.layout is not torch.strided:
         return False
     if getattr(type(m), "forward", None) in WRITES_STATISTICS and training:  # though it may not have been called
         return True

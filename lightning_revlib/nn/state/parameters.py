@@ -6,12 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import compress
 from operator import is_not
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.state.base import Call, State, version
+from lightning_revlib.nn.state.base import Call, Former, State, is_fake, version
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
+
+
+class Lent(nn.Parameter):
+    """A copy of a parameter that its block moves, for the second run to move."""
 
 
 def modified(what: str) -> RuntimeError:
@@ -21,18 +27,47 @@ def modified(what: str) -> RuntimeError:
     )
 
 
+def value_then(t: Any, count: int, former: Former, kind: str, name: str, m: nn.Module) -> Any:
+    """Return a tensor, or None, as it was at a version: its former value if a later call of the forward changed it.
+
+    Raises RuntimeError if something else changed it.
+    """
+    if t is None or version(t) == count:
+        return t
+    if (id(t), count) not in former:
+        raise modified(f"{kind} {name!r} of {m}")
+    return former[id(t), count][1]
+
+
+def is_frozen(p: Any) -> TypeGuard[nn.Parameter]:
+    """Return whether a parameter is left to `Frozen`: one without gradient, and not empty, as DeepSpeed shards it."""
+    return type(p) in ORDINARY and not p.requires_grad and p.numel() > 0
+
+
 class Parameters(State):
     """Parameters and training flags of modules when a forward ended, and the versions of arguments by then.
 
     They are noted at the end, as lazy modules make their parameters on the way. Parameters that are others by now, as
     `torch.func.functional_call` lends them, can be put in place; a tensor that was modified in place cannot.
+
+    A parameter that the forward itself has moved is lent as a copy, which the second run will set to the same, as a
+    data-dependent initialisation does. Parameters without gradient are left to `Frozen`.
     """
 
     shared = True
-    __slots__ = ("arguments", "flags", "index", "modules", "named", "requires_grad", "versions")
+    __slots__ = (
+        "arguments", "before", "checked", "flags", "index", "modules", "moved", "named", "requires_grad", "versions",
+    )  # fmt: skip
 
     def __init__(self, call: Call) -> None:
         self.modules, self.arguments = call.modules, call.arguments
+        named = [(m, name, p) for m in call.modules for name, p in m._parameters.items() if p is not None]
+        for m, name, _ in [each for each in named if hasattr(each[2], "grad_sample")]:
+            raise RuntimeError(
+                f"parameter {name!r} of {m} has gradients by sample, of Opacus or the like, whose forward hooks would"
+                " fire twice; name treatments=['store', ...] for the stack, or undo the swap by restore(model)"
+            )
+        self.before = {p: version(p) for _, _, p in named if not is_lazy(p)}
         self.index: dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]] = {}  # made when it is needed
 
     def close(self) -> bool:
@@ -40,12 +75,16 @@ class Parameters(State):
         self.flags = [m.training for m in self.modules]
         self.named = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
         self.requires_grad = [p.requires_grad for _, _, p in self.named]
-        self.versions = self._versions()
+        self.moved = {p for _, _, p in self.named if p.requires_grad and self.before.get(p, version(p)) != version(p)}
+        self.checked = [each for each in self.named if not is_frozen(each[2])]
+        self.before, self.versions = {}, self._versions()
         return True
 
     def is_current(self) -> bool:
         if self._versions() != self.versions:
             self._complain()
+        if self.moved:
+            return False
         now = [p for m in self.modules for p in m._parameters.values() if p is not None]
         return (
             len(now) == len(self.named)
@@ -56,6 +95,7 @@ class Parameters(State):
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        lent: list[tuple[nn.Module, str, nn.Parameter, Lent]] = []
         with ExitStack() as undo:
             for m in filter(self._by_module().__contains__, modules):
                 training, parameters = self.index[m]
@@ -63,8 +103,19 @@ class Parameters(State):
                     undo.callback(setattr, m, "training", m.training)
                     m.training = training
                 for name, p, requires_grad in parameters:
-                    _put(undo, m, name, p, requires_grad)
+                    if p in self.moved and type(p) in ORDINARY:
+                        undo.callback(m._parameters.__setitem__, name, m._parameters[name])
+                        m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
+                        lent.append((m, name, p, copy))
+                    else:
+                        _put(undo, m, name, p, requires_grad)
             yield
+        for m, name, p, copy in lent:
+            if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
+                raise RuntimeError(
+                    f"parameter {name!r} of {m} is moved by its block's call, and a second run moves it on; have it"
+                    " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
+                )
 
     def _by_module(self) -> dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]]:
         if not self.index:
@@ -75,16 +126,16 @@ class Parameters(State):
 
     def _versions(self) -> list[int]:
         try:
-            return [p._version for _, _, p in self.named] + [t._version for t in self.arguments]
+            return [p._version for _, _, p in self.checked] + [t._version for t in self.arguments]
         except RuntimeError:  # inference tensors do not count their changes
-            return [version(p) for _, _, p in self.named] + [version(t) for t in self.arguments]
+            return [version(p) for _, _, p in self.checked] + [version(t) for t in self.arguments]
 
     def _complain(self) -> None:
         """Raise RuntimeError about a tensor that has been modified in place."""
         changed = [now != then for now, then in zip(self._versions(), self.versions, strict=True)]
-        for t in compress(self.arguments, changed[len(self.named) :]):
+        for t in compress(self.arguments, changed[len(self.checked) :]):
             raise modified(f"an argument of shape {list(t.shape)}")
-        for m, name, _ in compress(self.named, changed):
+        for m, name, _ in compress(self.checked, changed):
             raise modified(f"parameter {name!r} of {m}")
 
 

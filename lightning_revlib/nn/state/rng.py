@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_revlib.nn.state.base import Call, State
+from lightning_revlib.nn.state.base import Call, State, is_fake
 
 EMPTY = torch.empty(0, device="cpu")
 
@@ -30,7 +30,8 @@ class Random(State):
 
     def __init__(self, call: Call) -> None:
         stream, self.replay = call.stream, Random.last_replay
-        self.like = EMPTY if stream.is_cpu else stream.new_empty(0)  # no view, which would hold the stream
+        is_plain = stream.is_cpu and not is_fake(stream)
+        self.like = EMPTY if is_plain else stream.new_empty(0)  # no view, which would hold the stream
         self.before = generator_states(stream)
 
     def close(self) -> bool:
@@ -69,7 +70,7 @@ class Generators(State):
 
     def __init__(self, call: Call) -> None:
         found = dict.fromkeys(x for m in call.modules for x in vars(m).values() if type(x) is torch.Generator)
-        self.states = [(generator, generator.get_state()) for generator in found]
+        self.states = [] if is_fake(call.stream) else [(generator, generator.get_state()) for generator in found]
 
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
@@ -94,8 +95,10 @@ class Generators(State):
 def generator_states(like: Tensor) -> tuple[Any, ...]:
     """Return the states of the CPU's generator and of those of a tensor's device, to be compared with ==.
 
-    Bytes are compared in a tenth of the time that `torch.equal` takes.
+    Bytes are compared in a tenth of the time that `torch.equal` takes. A FakeTensorMode draws no numbers.
     """
+    if is_fake(like):
+        return ()
     cpu = torch.default_generator.get_state().numpy().tobytes()
     if like.is_cpu or like.is_meta:
         return (cpu,)

@@ -9,13 +9,17 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_revlib.nn.state.attributes import Snapshot
+from lightning_revlib.nn.state.base import Call
+from lightning_revlib.nn.state.rng import EMPTY
+from lightning_revlib.nn.state.tensor_attributes import TensorAttributes
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put back at the end gradients, buffers, random states, and attributes that are plain values or generators.
+    """Put back at the end gradients, buffers, random states, and attributes: plain values, tensors and generators.
 
     Parameters have no gradient inside.
     """
@@ -23,6 +27,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
         attributes = Snapshot([m for m in modules if not isinstance(m, LazyModuleMixin)])  # lazy ones get sizes
         undo.callback(attributes.put_back)
+        undo.enter_context(TensorAttributes(Call(modules, EMPTY, (), (), {})).restore(modules))
         for generator in _generators(modules):
             undo.callback(generator.set_state, generator.get_state())
         for p in model.parameters():
@@ -32,7 +37,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             for name, buffer in list(m._buffers.items()):
                 if buffer is not None:
                     undo.callback(m._buffers.__setitem__, name, buffer)
-                    m._buffers[name] = copy.deepcopy(buffer)
+                    m._buffers[name] = copy.deepcopy(buffer) if is_lazy(buffer) else buffer.detach().clone()
         yield
 
 

@@ -65,6 +65,8 @@ class ChunkedStep(Step):
         return whole, join(done, 1, self.dim)
 
     def _parts(self, stream: Tensor) -> Sequence[Tensor]:
+        if stream.is_nested:
+            raise TypeError(f"chunks={self.count}: {self.name} got a nested tensor, which cannot be cut; take chunks=1")
         if not -stream.ndim <= self.dim < stream.ndim:
             raise ValueError(f"chunk_dim={self.dim} is out of range for streams of shape {list(stream.shape)}")
         return stream.chunk(self.count, self.dim)

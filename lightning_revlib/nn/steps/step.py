@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.internals import pytree, set_compiler
-from lightning_revlib.nn.state.base import version
+from lightning_revlib.nn.state.base import is_fake, version, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
 
 Arguments: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
@@ -133,14 +133,20 @@ class Step:
             return []
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
-    def check_arguments(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
-        """Raise RuntimeError if the block has changed an argument in place, given its version before the call."""
+    def end_first_run(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
+        """Keep of tensors among the arguments no graph, which may refer to a frame, and thus to this step.
+
+        Raises RuntimeError if the block has changed an argument in place, given its version before the call.
+        """
         for t, count in arguments:
             if version(t) != count:
                 raise RuntimeError(
                     f"{self.name} changes an argument of shape {list(t.shape)} in place, and backward has to run it"
                     " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
                 )
+        if arguments:
+            self.args = without_graphs(tuple(self.args))
+            self.kwargs = {name: without_graphs(value) for name, value in self.kwargs.items()}
 
     def check(self, b: Tensor, f: Any) -> None:
         """Raise TypeError or ValueError if f is no branch for stream b."""
@@ -164,7 +170,7 @@ class Step:
 
     def _check_grid(self, stream: Tensor) -> None:
         """Raise ValueError if an exact stream becomes too large to be exact."""
-        if self.coupling.bits is None or not stream.numel():
+        if self.coupling.bits is None or not stream.numel() or stream.is_meta or is_fake(stream):
             return
         limit, largest = self.coupling.limit(stream.dtype), stream.detach().abs().amax().item()
         if not largest < limit:

@@ -49,7 +49,7 @@ class CheckpointFrame(SavedTensors):
                 out = self.step.branch(b, self.compiler)
         finally:
             self.end()
-        self.step.check_arguments(self.state.arguments)
+        self.step.end_first_run(self.state.arguments)
         self.state.close()
         return out
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.state.base import Scope
+from lightning_revlib.nn.state.base import Former, Scope
 from lightning_revlib.nn.steps.step import Step
 
 OnEntrance: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -39,6 +39,7 @@ class Forward:
         self.is_watched = False  # whether a drift will be measured
         self._watch = watch
         self._scope: Scope | None = None
+        self._former: Former = {}
 
     def watch(self, a: Tensor, b: Tensor) -> OnEntrance | None:
         """Return what to call with the streams that backward has rebuilt of a and b, if anything."""
@@ -49,7 +50,7 @@ class Forward:
     def scope(self, step: Step, stream: Tensor) -> Scope:
         """Return the state that a step's call has in common with others."""
         if self._scope is None:
-            self._scope = Scope([step.module] if self.blocks is None else self.blocks, stream)
+            self._scope = Scope([step.module] if self.blocks is None else self.blocks, stream, self._former)
         return self._scope
 
     def end_step(self) -> None:

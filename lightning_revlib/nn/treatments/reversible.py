@@ -36,6 +36,11 @@ class Reversible(Treatment):
 
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         if self.last is None:
+            if a.is_nested and a.layout is torch.strided:
+                raise TypeError(
+                    f"{step.name} got a nested tensor of the strided layout, which has no shape; make it of the other"
+                    " one, torch.nested.nested_tensor(..., layout=torch.jagged), or take treatment 'store'"
+                )
             a, b = dense(a), dense(b)
             if a.is_inference():  # such a tensor would not count its changes
                 a, b = a.clone(), b.clone()

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
 
 import lightning_revlib as revlib
 
@@ -37,6 +39,39 @@ def test_before_a_coupling_that_cannot_be_undone(coupling: dict[str, Any]) -> No
     stacks = [cls(*blocks, coupling=coupling) for cls in (revlib.ReversibleSequential, revlib.CoupledSequential)]
     grads = [torch.autograd.grad(stack(x).square().sum(), [x, *stack.parameters()]) for stack in stacks]
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_orthogonal_stays_orthogonal_under_weight_decay(optimizer: Any) -> None:
+    stack = revlib.ReversibleSequential(*[nn.Linear(4, 4), revlib.Orthogonal(4), nn.Linear(4, 4)]).double()
+    weight = stack[1].linear.weight.detach()
+    decayed = optimizer(stack[1].parameters(), 0.1, weight_decay=0.1)
+    for p in stack[1].parameters():
+        p.grad = torch.zeros_like(p)
+    decayed.step()
+    assert torch.allclose(stack[1].linear.weight, weight)
+    trained = optimizer(stack.parameters(), 0.1, weight_decay=0.1)
+    x = torch.randn(8, 8, dtype=torch.float64)
+    for _ in range(10):
+        trained.zero_grad()
+        stack(x).square().mean().backward()
+        trained.step()
+    now = stack[1].linear.weight
+    assert torch.allclose(now.T @ now, torch.eye(4, dtype=torch.float64)) and not torch.allclose(now, weight)
+    assert torch.allclose(stack.inverse(stack(x)), x)
+
+
+def test_orthogonal_loads_a_parametrization_of_torch() -> None:
+    linear = nn.Linear(5, 5, bias=False).double()
+    orthogonal(linear, orthogonal_map="householder", use_trivialization=False)
+    layer = revlib.Orthogonal(5).double()
+    former = {f"linear.{name}": t for name, t in linear.state_dict().items()}
+    model = nn.Sequential(layer)
+    model.load_state_dict({f"0.{name}": t for name, t in former.items()})
+    assert torch.allclose(layer.linear.weight, linear.weight)  # type: ignore[arg-type]
+    copied = revlib.Orthogonal(5).double()
+    copied.load_state_dict(layer.state_dict())
+    assert torch.equal(copied.linear.weight, layer.linear.weight)  # type: ignore[arg-type]
 
 
 def test_bad_sizes_are_named() -> None:

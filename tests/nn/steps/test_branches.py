@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import lightning_revlib as revlib
 from tests.nn.stacks.looping_model import close, gradients, stored
@@ -119,3 +120,60 @@ def test_report_counts_branches_as_steps() -> None:
     args = torch.randn(2, 5, 8), torch.randn(5, 5)
     found = revlib.report(Model(), *args, targets={"layers": {"coupling": "additive", "branches": NAMES}})
     assert [stack.steps for stack in found.stacks] == [8]
+
+
+class Normalized(nn.Module):
+    """Its second branch changes buffers, and moves a parameter without gradient that the first one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = spectral_norm(nn.Linear(8, 8))
+        self.scale = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.read(x)
+        return x + self.move(x)
+
+    def read(self, x: Tensor) -> Tensor:
+        return self.first(x).tanh() * self.scale.clone()
+
+    def move(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.9)
+        return self.second(x).sin()
+
+
+def first(block: Any, x: Tensor) -> Tensor:
+    return block.read(x)
+
+
+class Layers(nn.Module):
+    def __init__(self, branches: Any, treatment: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [Normalized() for _ in range(3)]
+        options = {"branches": branches, "treatments": [treatment] * 3, "coupling": "midpoint"}
+        self.layers = revlib.ReversibleModuleList(blocks, **options).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective"])
+@pytest.mark.parametrize("cls", [Layers, revlib.ReversibleSequential])
+@pytest.mark.parametrize("branches", [[["read"], ["move"]], [["first"], ["second"]], [first, ["move"]]])
+def test_a_branch_that_changes_what_another_has_read(branches: Any, cls: Any, treatment: str) -> None:
+    x, found = torch.randn(4, 16).double().requires_grad_(), []
+    for each in ("store", treatment):
+        torch.manual_seed(0)
+        if cls is Layers:
+            model: nn.Module = Layers(branches, each)
+        else:
+            model = cls(*[Normalized() for _ in range(3)], branches=branches, treatments=[each] * 3).double()
+        losses = [model(x[:, :8] if cls is Layers else x).square().sum() for _ in range(2)]
+        grads = torch.autograd.grad(losses[0] + losses[1], [x, *[p for p in model.parameters() if p.requires_grad]])
+        found.append([*grads, *model.buffers(), *model.parameters()])
+    assert all(map(torch.allclose, *found))

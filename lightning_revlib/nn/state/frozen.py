@@ -1,0 +1,74 @@
+"""Parameters without gradient, which a block's own call may move, as a codebook by a moving average of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_revlib.nn.state.base import Call, State, version
+from lightning_revlib.nn.state.buffers import changes_silently
+from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
+
+
+class Frozen(State):
+    """The former values of parameters without gradient that a block's call moves. A second run moves copies of them.
+
+    Copies are made before the call. Torch's own layers move none, and may be large: theirs are not copied.
+    """
+
+    __slots__ = ("former", "met", "read", "values")
+
+    def __init__(self, call: Call) -> None:
+        self.met: list[tuple[nn.Module, str, Any, int, Tensor | None]] = []  # with their versions, and perhaps copies
+        for m in call.modules:
+            for name, p in m._parameters.items():
+                if is_frozen(p):
+                    self.met.append((m, name, p, version(p), p.detach().clone() if may_move(m) else None))
+        self.read: list[tuple[nn.Module, str, Any, int]] = []
+        self.former: list[tuple[nn.Module, str, Tensor]] = []
+        self.values = call.former
+
+    @classmethod
+    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
+        return any([is_frozen(p) for m in modules for p in m._parameters.values()])
+
+    def close(self) -> bool:
+        for m, name, p, count, before in self.met:
+            is_same = version(p) == count
+            if before is None and not is_same:
+                raise RuntimeError(
+                    f"parameter {name!r} of {m} requires no gradient and is changed in place by its block's call,"
+                    " which backward has to run again; make it a buffer of your own module, which is put back"
+                )
+            if before is None or (is_same and not changes_silently(m, name, m.training, before, p)):
+                self.read.append((m, name, p, count))
+            else:
+                self.former.append((m, name, before))
+                self.values[id(p), count] = p, before
+        self.met = []
+        return True
+
+    @contextmanager
+    def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        read = [
+            (m, name, p, value_then(p, count, self.values, "parameter", name, m)) for m, name, p, count in self.read
+        ]
+        former = self.former + [(m, name, then) for m, name, p, then in read if then is not p]
+        now = [(m, name, m._parameters[name]) for m, name, _ in former]
+        for m, name, before in former:
+            m._parameters[name] = Lent(before.clone(), requires_grad=False)
+        try:
+            yield
+        finally:
+            for m, name, p in now:
+                m._parameters[name] = p
+
+
+def may_move(m: nn.Module) -> bool:
+    """Return whether a call may move the module's parameters, as far as its class tells: it is no layer of torch's."""
+    forward = getattr(type(m), "forward", None)
+    is_layer = getattr(forward, "__module__", "").startswith("torch.") and forward is not nn.Module.forward
+    return not is_layer or isinstance(m, nn.Embedding)

@@ -1,0 +1,67 @@
+"""Arguments of blocks that other blocks have computed, as a relative bias that each layer hands to the next."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_revlib as revlib
+from tests.nn.state.twins import TREATMENTS
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8).double()
+
+    def forward(self, x: Tensor, biases: tuple[Tensor | None, Tensor], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.layer(x).tanh() * biases[1] * scale
+        return y, y * 2, y.cos()
+
+
+class Model(nn.Module):
+    def __init__(self, cls: Any, **options: Any) -> None:
+        super().__init__()
+        self.layers = cls([Biased() for _ in range(3)], coupling="midpoint", **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, scale = torch.ones_like(x), torch.ones_like(x)
+        for layer in self.layers:
+            x, bias, scale = layer(x, (None, bias), scale=scale)
+        return x
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("differentiate", [True, False])
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_arguments_with_a_graph_are_freed(treatment: Any, differentiate: bool, without_collector: None) -> None:
+    model, x, live = Model(revlib.ReversibleModuleList, treatments=[treatment] * 3), torch.randn(64, 8).double(), []
+    with revlib.MemoryMeter() as meter:
+        for _ in range(3):
+            y = model(x)
+            if differentiate:
+                torch.autograd.grad(y.sum(), list(model.parameters()))
+            del y
+            live.append(meter.live)
+    assert live[0] == live[1] == live[2]
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_gradients_through_arguments(treatment: Any) -> None:
+    model = Model(revlib.ReversibleModuleList, treatments=[treatment] * 3)
+    plain = Model(revlib.ReversibleModuleList, treatments=["store"] * 3)
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(5, 8, requires_grad=True, dtype=torch.float64)
+    found = [torch.autograd.grad(each(x).square().sum(), [x, *each.parameters()]) for each in (model, plain)]
+    assert all(map(torch.allclose, *found))
