@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import in_transform, set_compiler
+from lightning_revlib.nn.internals import in_transform, is_exporting, set_compiler
 from lightning_revlib.nn.stacks.build import steps_of
 from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
 from lightning_revlib.nn.stacks.options import StackOptions
@@ -38,7 +38,7 @@ class LayerProxy:
         self.inner: Any = vars(module).get("forward")  # a stand-in of somebody else's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.owner.call if torch.compiler.is_exporting() else self.owner.call_eagerly
+        call = self.owner.call if is_exporting() else self.owner.call_eagerly
         return call(self, args, kwargs)
 
     def original(self) -> Any:
@@ -156,7 +156,7 @@ class Layerwise(Reversible):
         if torch.is_grad_enabled():
             self._check_recording(layer)
         a, b = self.split(x)
-        ordinary = not torch.is_grad_enabled() or torch.compiler.is_exporting() or has_cache(call, self.path)
+        ordinary = not torch.is_grad_enabled() or is_exporting() or has_cache(call, self.path)
         return ListForward(self.options.ordinary, a, b, None if ordinary else self.new_run(None, compiler))
 
     def _check_recording(self, layer: nn.Module) -> None:
