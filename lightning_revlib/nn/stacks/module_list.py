@@ -25,7 +25,7 @@ from lightning_revlib.nn.internals import in_transform, is_exporting, set_compil
 from lightning_revlib.nn.stacks.build import steps_of
 from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
 from lightning_revlib.nn.stacks.options import StackOptions
-from lightning_revlib.nn.stacks.reversible import Reversible
+from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
 from lightning_revlib.nn.steps.outputs import replace_first, split_output
 from lightning_revlib.nn.steps.step import Step
 
@@ -111,7 +111,7 @@ class Layerwise(Reversible):
         finally:
             set_compiler(compiler)
 
-    call_eagerly = torch.compiler.disable(call, recursive=False)
+    call_eagerly = run_eagerly(call)
 
     def name_of(self, layer: nn.Module) -> str:
         key = next(key for key, m in self._modules.items() if m is layer)

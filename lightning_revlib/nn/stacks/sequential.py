@@ -22,7 +22,7 @@ from lightning_revlib.nn.internals import in_transform, is_exporting, set_compil
 from lightning_revlib.nn.plan.limit import MemoryBudget
 from lightning_revlib.nn.stacks.build import arguments_of, build_steps
 from lightning_revlib.nn.stacks.options import OnDrift, StackOptions
-from lightning_revlib.nn.stacks.reversible import Reversible
+from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
 from lightning_revlib.nn.stacks.stack import Stack, fresh_budget
 from lightning_revlib.nn.steps.branches import BranchSpec
 from lightning_revlib.nn.steps.step import Arguments, Step
@@ -195,7 +195,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
         return self._forward(x, args, kwargs, layerwise)
 
-    @torch.compiler.disable(recursive=False)
+    @run_eagerly
     def _forward(self, x: Tensor, args: Any, kwargs: Any, layerwise: Sequence[Arguments] | None) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
