@@ -82,6 +82,16 @@ def test_training_closes_with_the_panel(tmp_path, monkeypatch, capsys):
     assert "Warning" not in out and "treespec" not in out
 
 
+@pytest.mark.parametrize(("recipe", "precision"), [("irevnet", "64-true"), ("momentumnet", "32-true")])
+def test_lightnings_summary_and_a_loggers_graph(recipe, precision, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_epochs=1", "depth=2", *[f"+trainer.limit_{p}_batches=1" for p in ("train", "val", "test")]]
+    shown = ["trainer.enable_model_summary=true", "logger=tensorboard", "+logger.tensorboard.log_graph=true"]
+    chosen = [f"recipe={recipe}", f"experiment={recipe}_digits", f"+trainer.precision={precision}"]
+    assert main(["train", *short, *shown, *chosen]) == 0
+    assert "Trainable params" in capfd.readouterr().out
+
+
 def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=2", "logger=csv"]
