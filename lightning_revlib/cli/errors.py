@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 CONFIG = "pkg://lightning_revlib.conf"
 PLUGINS = {  # packages of Hydra's plugins, by the option that each adds
@@ -48,6 +50,9 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
+        if others := _options_with(parent, name):
+            have = "has" if len(others) == 1 else "have"
+            return f"{key}: no such key; {where}; add {' or '.join(others)}, which {have} {name}"
         return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
     perhaps_bug = isinstance(error, TypeError)  # which the user's values may cause, or the program
     return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if perhaps_bug else "")
@@ -71,6 +76,17 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
             cfg = compose(command)
         node = OmegaConf.select(cfg, parent) if parent else cfg
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """Return the options of a group whose file has the key, as they are written on the command line."""
+    from omegaconf import OmegaConf
+
+    from lightning_revlib import conf
+
+    files = sorted((Path(conf.__file__).parent / group).glob("*.yaml")) if group else []
+    options: dict[str, Any] = {file.stem: OmegaConf.load(file) for file in files}
+    return [f"{group}={name}" for name, cfg in options.items() if key in cfg.get(group, cfg)]
 
 
 def suggest(name: str, known: Iterable[str], parent: str = "") -> str:
