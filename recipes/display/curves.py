@@ -27,6 +27,7 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
         for stage, points in sorted(stages.items(), key=lambda item: STAGES.index(item[0])):
             axis.plot(*zip(*points, strict=True), label=stage, marker="o" if len(points) == 1 else None)
         axis.set(xlabel="epoch", title=metric)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path := folder / "curves.png", dpi=120)
