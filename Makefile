@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint typecheck format wheel clean
+.PHONY: train test versions lint typecheck format wheel clean
 
 train: .venv/installed
 	$(BIN)/revlib train
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+versions: # the tests in fresh environments: on the minimums of pyproject.toml, and on the newest releases; gigabytes
+	.ci/versions "$(PYTHON)"
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

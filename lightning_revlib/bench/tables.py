@@ -123,6 +123,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Write a PNG of peak bytes against step time over plain's, for each workload's deepest cell with times."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     deepest = {r.workload: [r.depth, r.width] for r in sorted(rows, key=lambda r: (r.depth, r.width)) if r.over_plain}
     shown = {name: [r for r in rows if r.workload == name and [r.depth, r.width] == size and r.over_plain]
@@ -131,7 +132,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     marks = {name: (f"C{i % 10}", "osD^vP*X<>dph8"[i % 14]) for i, name in enumerate(names)}
     across = min(3, max(1, len(shown)))
     down = -(-max(1, len(shown)) // across)
-    figure = Figure(figsize=(4.6 * across, 3.6 * down + 0.9), layout="constrained")
+    columns = (1, 2, 4)[across - 1]  # of the legend, as wide as the axes
+    legend = 0.3 + 0.21 * -(-len(names) // columns)
+    figure = Figure(figsize=(4.6 * across, 3.6 * down + legend), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, across, squeeze=False).flatten()
     handles = {}
@@ -146,9 +149,12 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         size = group[0]
         axis.set(title=f"{workload}, depth {size.depth}, width {size.width}", xlabel="step time over plain's",
                  ylabel="peak, MiB", yscale="log")  # fmt: skip
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     for axis in axes[len(shown) :]:
         axis.axis("off")
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=110)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 CONFIG = "pkg://lightning_revlib.conf"
 PLUGINS = {  # packages of Hydra's plugins, by the option that each adds
@@ -50,9 +50,10 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
-        owners = ", ".join(_options_with(name, parent))
-        way = f"{owners} has it" if owners else f"+{key}=... adds a new one"
-        return f"{key}: no such key{suggest(name, keys, parent)}; {where}; {way}"
+        if others := _options_with(parent, name):
+            have = "has" if len(others) == 1 else "have"
+            return f"{key}: no such key; {where}; add {' or '.join(others)}, which {have} {name}"
+        return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
     perhaps_bug = isinstance(error, TypeError)  # which the user's values may cause, or the program
     return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if perhaps_bug else "")
 
@@ -77,12 +78,15 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
 
 
-def _options_with(name: str, parent: str) -> list[str]:
-    """Return the options of the group `parent`, as on the command line, whose own file has the key `name`."""
+def _options_with(group: str, key: str) -> list[str]:
+    """Return the options of a group whose file has the key, as they are written on the command line."""
     from omegaconf import OmegaConf
 
-    files = sorted(Path(str(resources.files(CONFIG.removeprefix("pkg://")))).glob(f"{parent or '-'}/*.yaml"))
-    return [f"{parent}={file.stem}" for file in files if name in OmegaConf.load(file)]
+    from lightning_revlib import conf
+
+    files = sorted((Path(conf.__file__).parent / group).glob("*.yaml")) if group else []
+    options: dict[str, Any] = {file.stem: OmegaConf.load(file) for file in files}
+    return [f"{group}={name}" for name, cfg in options.items() if key in cfg.get(group, cfg)]
 
 
 def suggest(name: str, known: Iterable[str], parent: str = "") -> str:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_revlib.cli.errors import CONFIG, explain, is_user_error, suggest
@@ -71,8 +74,22 @@ class _UserError(BaseException):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status."""
-    own_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
+    """Run one command and return the exit status: 130 after Ctrl-C, 141 if the reader of the output has gone."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _run_words(words, own_process=argv is None)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        return _fail(_resumption(words, *error.args), status=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        return 141
+
+
+def _run_words(argv: list[str], *, own_process: bool) -> int:
+    """Run the command that the words of a command line name, and return the exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
@@ -89,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in OTHERS:
         try:
             OTHERS[command].load()(overrides)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             return _fail(str(error))
         return 0
@@ -153,6 +172,7 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
         except Exception as error:
             if traceback or not is_user_error(error):
                 raise
+            _discard_run()
             raise _UserError(explain(error, command, overrides)) from None
 
     sys.path.append(here := os.getcwd())  # the folder into which `revlib copy` writes modules
@@ -167,10 +187,42 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
 
 
-def _fail(message: str) -> int:
+def _discard_run() -> None:
+    """Delete the folder of the run that has failed, if nothing but its configuration and log is in it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    cfg, here = HydraConfig.get(), Path.cwd()
+    folder = Path(cfg.sweep.dir if cfg.mode is RunMode.MULTIRUN else cfg.runtime.output_dir).absolute()
+    if folder in (here, *here.parents) or any(not _is_discardable(each) for each in folder.rglob("*")):
+        return
+    shutil.rmtree(folder)
+    for parent in folder.parents:  # `logs/train/runs`, if this was the first run
+        if here not in parent.parents or any(parent.iterdir()):
+            break
+        parent.rmdir()
+
+
+def _is_discardable(path: Path) -> bool:
+    """Return whether a path is a folder, or a file that Hydra or a logger writes before a run begins."""
+    return path.is_dir() or path.suffix in (".yaml", ".log") or path.name.startswith("events.out.tfevents.")
+
+
+def _resumption(words: Sequence[str], checkpoint: str | None = None) -> str:
+    """Return what to say after Ctrl-C: the command line that resumes from a checkpoint, if there is one."""
+    if not checkpoint:
+        return "interrupted"
+    path = os.path.relpath(checkpoint)
+    if {"-m", "--multirun"} & {*words}:
+        return f"interrupted; a sweep cannot resume, but the run can that ckpt_path={path} is of"
+    again = [word for word in words if not word.lstrip("+").startswith("ckpt_path=")]
+    return f"interrupted; to resume: revlib {shlex.join([*again, f'ckpt_path={path}'])}"
+
+
+def _fail(message: str, status: int = 1) -> int:
     """Print an error and return its exit status."""
     print(f"revlib: {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _full_error() -> bool:

@@ -46,6 +46,14 @@ def never_compile(*functions: Callable[..., Any]) -> None:
         skip_code(function.__code__)
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export or torch.jit.trace records the call, to which stacks are ordinary ones.
+
+    While torch.compile runs, `torch.compiler.is_exporting()` is True before torch 2.13 (pytorch#176347).
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
+
+
 def graph_task() -> int:
     """Return the number of the backward that runs in this thread, -1 if none does. No public twin."""
     return torch._C._current_graph_task_id()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import lightning as L
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint
 
 RECIPE, DATA = "revlib_recipe", "revlib_data"  # the keys under which a checkpoint names its classes
 
@@ -29,10 +32,14 @@ def read(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.exists():
         raise ValueError(f"ckpt_path={path} does not exist{_hint(file)}")
-    if file.is_dir():
-        raise ValueError(f"ckpt_path={path} is a folder{_hint(file / 'best.ckpt')}")
+    if file.is_dir() and not is_sharded(file):
+        within = sorted(file.rglob("*.ckpt"), key=lambda each: each.stat().st_mtime)
+        hint = f"; take ckpt_path={within[-1]}" if within else ", and holds no checkpoint"
+        raise ValueError(f"ckpt_path={path} is a folder{hint}")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = (
+            merge_checkpoint(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # unpickling raises errors of many types
         raise ValueError(f"ckpt_path={path} is not a checkpoint: torch.load cannot read it") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
@@ -54,18 +61,26 @@ def load_module(cfg: DictConfig) -> L.LightningModule:
     recipe = _named(checkpoint[RECIPE], cfg)
     if not issubclass(recipe, L.LightningModule):
         raise ValueError(f"ckpt_path={cfg.ckpt_path} names {checkpoint[RECIPE]}, which is not a LightningModule")
-    return recipe.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
+    return _load(recipe, checkpoint)
 
 
 def load_data(cfg: DictConfig) -> L.LightningDataModule:
     """Return `cfg.data` or, if it is null, the data on which the module of `cfg.ckpt_path` was trained."""
     if cfg.get("data") is not None:
         return instantiate(cfg.data)
-    name = read(cfg.ckpt_path).get(DATA)
+    checkpoint = read(cfg.ckpt_path)
+    name = checkpoint.get(DATA)
     if name is None:
         raise ValueError(f"ckpt_path={cfg.ckpt_path} does not say on what data it was trained; add data=...")
-    data: Any = _named(name, cfg)
-    return data.load_from_checkpoint(cfg.ckpt_path, map_location="cpu", weights_only=True)
+    return _load(_named(name, cfg), checkpoint)
+
+
+def _load(cls: Any, checkpoint: dict[str, Any]) -> Any:
+    """Return a module or data of a checkpoint that has been read, which may have been a folder of shards."""
+    file = BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
 
 
 def _named(name: Any, cfg: DictConfig) -> type:

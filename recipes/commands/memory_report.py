@@ -74,20 +74,17 @@ def measure(module: Any, depth: Any, batch_size: int) -> Point:
 def activations(module: nn.Module, inputs: Any, ways: Sequence[str] = WAYS) -> Bytes:
     """Return the bytes of one forward and backward, without inputs, parameters and their gradients.
 
-    The module is in ordinary execution afterwards, with gradients and running statistics that mean nothing. Raises
-    ValueError if it has no stack.
+    A module that is swapped already is measured as it is for "reversible", with its options and memory plan. It is in
+    ordinary execution afterwards, with gradients and running statistics that mean nothing. Raises ValueError if it has
+    no stack.
     """
-    restore(module)
     counts = {path: len(module.get_submodule(path)) for path in swap(module)}  # type: ignore[arg-type]
-    restore(module)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     found = {}
-    for way in ways:
+    for way in sorted(ways, key=("reversible", "checkpointed", "plain").index):
         if way == "checkpointed":
             swap(module, {path: {"treatments": ["checkpoint"] * count} for path, count in counts.items()})
-        elif way == "reversible":
-            swap(module)
         with torch.enable_grad(), MemoryMeter() as meter:
             output = module(inputs)
             held = meter.live

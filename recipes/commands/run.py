@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_revlib.callbacks.monitors import DriftMonitor
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.nn.convert.swap import stacks
 from lightning_revlib.recipes.commands.checkpoint import SignCheckpoint, load_data, load_module, read, same_architecture
@@ -29,26 +30,26 @@ def train(cfg: DictConfig) -> float:
     _seed(cfg.seed)
     data: L.LightningDataModule = instantiate(cfg.data)
     module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
-    if cfg.ckpt_path is not None:
-        same_architecture(read(cfg.ckpt_path), module, cfg.ckpt_path)
+    start = _first_step(cfg, module)
     trainer = make_trainer(cfg, [SignCheckpoint()])
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
-    start = time.perf_counter()
-    with _threads(cfg.threads):
+    begin = time.perf_counter()
+    with _threads(cfg.threads), interruptible(trainer, cfg.ckpt_path):
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begin
     reversible = stacks(module)
     plans = {str(stack.plan).splitlines()[0] for stack in reversible.values() if stack.plan is not None}
-    drift = trainer.callback_metrics.get("drift/worst")
+    drift = _describe_drift(trainer, list(reversible.values()), trainer.global_step > start)
 
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if isinstance(trainer.progress_bar_callback, RichProgressBar):
         trainer.progress_bar_callback.disable()
         trainer.progress_bar_callback.progress = None  # each further stop would leave an empty line
     options: Any = {"datamodule": data, "ckpt_path": best, "verbose": False, "weights_only": True}
-    metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
+    with interruptible(trainer, cfg.ckpt_path):
+        metrics = {**trainer.validate(module, **options)[0], **trainer.test(module, **options)[0]}
     if trainer.is_global_zero:
         found, measured = None, None
         # One process of several cannot run a model whose parameters are sharded.
@@ -57,8 +58,9 @@ def train(cfg: DictConfig) -> float:
             few = few_samples(inputs, module)
             measured = None if few is inputs else " x ".join(map(str, few.shape))
             found = activations(module.train(), few, ("plain", "reversible"))
-        details = {"reversible": bool(reversible), "plans": sorted(plans), "measured": measured}
-        show_training(metrics, found, drift, seconds, cfg.paths.output_dir, best, **details)
+        show_training(
+            metrics, found, drift, seconds, cfg.paths.output_dir, best, plans=sorted(plans), measured=measured
+        )
         draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:
         raise ValueError(f"optimized_metric={cfg.optimized_metric} is none of {', '.join(sorted(metrics))}")
@@ -68,14 +70,16 @@ def train(cfg: DictConfig) -> float:
 def evaluate(cfg: DictConfig) -> None:
     """Test a checkpoint on the held-out data."""
     data, module, trainer = _restore(cfg)
-    metrics = trainer.test(module, data, verbose=False)[0]
+    with interruptible(trainer):
+        metrics = trainer.test(module, data, verbose=False)[0]
     show("revlib eval", [*((k, f"{v:.4f}") for k, v in metrics.items()), ("checkpoint", str(cfg.ckpt_path))])
 
 
 def predict(cfg: DictConfig) -> None:
     """Run a checkpoint on the held-out data, and show the predictions by the module's `present(batches, cfg)`."""
     data, module, trainer = _restore(cfg)
-    batches: Any = trainer.predict(module, data)
+    with interruptible(trainer):
+        batches: Any = trainer.predict(module, data)
     present: Any = getattr(module, "present", None)
     if present is None:
         raise ValueError(
@@ -94,6 +98,42 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
         if isinstance(value := cfg.trainer.get(key), str):
             raise ValueError(f"trainer.{key}={value}: pass a whole number, such as trainer.{key}=30")
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+
+
+@contextmanager
+def interruptible(trainer: L.Trainer, resumed: str | None = None) -> Iterator[None]:
+    """Raise KeyboardInterrupt for the SystemExit with which Lightning answers Ctrl-C.
+
+    Its argument is the checkpoint from which the run can resume: the last one, or the one that it `resumed` from.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(getattr(trainer.checkpoint_callback, "last_model_path", "") or resumed) from None
+
+
+def _first_step(cfg: DictConfig, module: L.LightningModule) -> int:
+    """Return the number of steps done before this run; ValueError for a checkpoint from which it cannot resume."""
+    if cfg.ckpt_path is None:
+        return 0
+    checkpoint = read(cfg.ckpt_path)
+    same_architecture(checkpoint, module, cfg.ckpt_path)
+    return checkpoint["global_step"]
+
+
+def _describe_drift(trainer: L.Trainer, reversible: list[Any], trained: bool) -> str:
+    """Return the largest drift of the last step, or why there is none."""
+    if (drift := trainer.callback_metrics.get("drift/worst")) is not None:
+        return f"{float(drift):.1e}, relative"
+    if not reversible:
+        return "none: ordinary autograd rebuilds nothing"
+    if not trained:
+        return "not measured: no epoch was left to train"
+    if not any(isinstance(callback, DriftMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return "not measured: no callbacks.drift"
+    return "not measured: on_drift=ignore" if reversible[0].on_drift == "ignore" else "none: no block was rebuilt"
 
 
 def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule, L.Trainer]:

@@ -103,10 +103,12 @@ class ImageData(L.LightningDataModule):
         index = torch.arange(len(labels))
         return train_test_split(index, test_size=size, random_state=self.hparams["split_seed"], stratify=labels)
 
-    def on_after_batch_transfer(self, batch: Sequence[Tensor], dataloader_idx: int) -> list[Tensor]:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        dtype = torch.get_default_dtype() if self.trainer is None else self.trainer.lightning_module.dtype
+        if isinstance(batch, Tensor):  # a module's example_input_array, for Lightning's summary or a logger's graph
+            return batch.to(dtype)
         images, labels = batch
         if not images.is_floating_point():
-            dtype = torch.get_default_dtype() if self.trainer is None else self.trainer.lightning_module.dtype
             images = images.to(dtype) / 255
         images = self.fit(images, training := self.trainer is not None and bool(self.trainer.training))
         if training:

@@ -27,6 +27,7 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
         for stage, points in sorted(stages.items(), key=lambda item: STAGES.index(item[0])):
             axis.plot(*zip(*points, strict=True), label=stage, marker="o" if len(points) == 1 else None)
         axis.set(xlabel="epoch", title=metric)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path := folder / "curves.png", dpi=120)
@@ -34,7 +35,11 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
 
 
 def read_curves(table: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return the points (epoch, value) of a table of Lightning's CSVLogger, by metric and stage."""
+    """Return the points (epoch, value) of a table of Lightning's CSVLogger, by metric and stage.
+
+    After the training, the best checkpoint is validated and tested in an epoch of its own. The validation is left out,
+    since it is there already, and the test stands at the last epoch.
+    """
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -42,4 +47,10 @@ def read_curves(table: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
                 stage, _, metric = name.partition("/")
                 if value and row.get("epoch") and stage in STAGES:
                     curves.setdefault(metric, {}).setdefault(stage, []).append((float(row["epoch"]), float(value)))
+    trained = [epoch for stages in curves.values() for epoch, _ in stages.get("train", [])]
+    for stages in curves.values():
+        if trained and "val" in stages:
+            stages["val"] = [point for point in stages["val"] if point[0] <= max(trained)]
+        if trained and "test" in stages:
+            stages["test"] = [(min(epoch, max(trained)), value) for epoch, value in stages["test"]]
     return {metric: stages for metric, stages in curves.items() if set(stages) != {"test"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.panel import Panel
@@ -34,12 +34,11 @@ def show(title: str, rows: Sequence[Row]) -> None:
 def show_training(
     metrics: Mapping[str, float],
     found: Bytes | None,
-    drift: Any,
+    drift: str,
     seconds: float,
     logs: str,
     best: str | None,
     *,
-    reversible: bool,
     plans: Sequence[str] = (),
     measured: str | None = None,
 ) -> None:
@@ -49,13 +48,12 @@ def show_training(
     the batch that was used, None for the whole batch.
     """
     best = best and os.path.relpath(best)
-    none, unknown = "none: ordinary autograd rebuilds nothing", "not measured: no callbacks.drift, or on_drift=ignore"
     rows = [
         *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
         *([] if found is None else _activations(found)),
         *([] if found is None or measured is None else [("both measured on", f"the first of a batch: {measured}")]),
         *(("memory plan", plan.removeprefix("memory plan: ")) for plan in plans),
-        ("drift", (unknown if reversible else none) if drift is None else f"{float(drift):.1e}, relative"),
+        ("drift", drift),
         ("training", f"{seconds:.1f} s"),
         ("logs", os.path.relpath(logs)),
         ("best checkpoint", best or "none kept"),

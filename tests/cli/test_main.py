@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from lightning_revlib.cli.main import COMMANDS, main
 from lightning_revlib.nn import CoupledSequential
@@ -82,20 +87,35 @@ def test_training_closes_with_the_panel(tmp_path, monkeypatch, capsys):
     assert "Warning" not in out and "treespec" not in out
 
 
+@pytest.mark.parametrize(("recipe", "precision"), [("irevnet", "64-true"), ("momentumnet", "32-true")])
+def test_lightnings_summary_and_a_loggers_graph(recipe, precision, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_epochs=1", "depth=2", *[f"+trainer.limit_{p}_batches=1" for p in ("train", "val", "test")]]
+    shown = ["trainer.enable_model_summary=true", "logger=tensorboard", "+logger.tensorboard.log_graph=true"]
+    chosen = [f"recipe={recipe}", f"experiment={recipe}_digits", f"+trainer.precision={precision}"]
+    assert main(["train", *short, *shown, *chosen]) == 0
+    assert "Trainable params" in capfd.readouterr().out
+
+
 def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=2", "logger=csv"]
-    assert main(["train", "strategy.memory_budget=0.9", *short]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "memory plan" in line]
+    assert main(["train", "strategy.memory_budget=1.0", *short]) == 0  # which stores all that autograd does
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if "memory plan" in line]
     assert " of " in row and "at least" in row
+    (peak,) = [line for line in out.splitlines() if "peak in backward" in line]
+    assert "1.0 x less" in peak  # the bytes are those of the plan
 
 
 def test_large_batches_are_measured_in_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lightning_revlib.recipes.commands.run.few_samples", lambda inputs, module: inputs[:2])
-    assert main(["train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=1", "logger=csv"]) == 0
+    short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "depth=1", "logger=csv"]
+    assert main(["train", *short, "+strategy.targets={net.stack: {on_drift: ignore}}"]) == 0
     out = capsys.readouterr().out
     assert "both measured on" in out and "2 x 1 x 8 x 8" in out
+    assert "not measured: on_drift=ignore" in out
 
 
 @pytest.mark.parametrize(
@@ -138,11 +158,67 @@ def test_prediction_draws_images_beside_their_reconstruction(best, tmp_path, mon
 def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     last = trained / "checkpoints/last.ckpt"
-    assert main(["train", "trainer.max_epochs=2", f"ckpt_path={last}"]) == 0  # nothing is left to do
+    assert main(["train", "trainer.max_epochs=2", f"ckpt_path={last}"]) == 0
+    assert "not measured: no epoch was left to train" in capsys.readouterr().out
     assert main(["train", "depth=2", f"ckpt_path={last}"]) == 1
     assert "was trained with depth=3 (now 2)" in capsys.readouterr().err
     assert main(["train", "trainer.max_epochs=3", f"ckpt_path={last}"]) == 1
     assert "planned for 40 steps, and this run has 60" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_shards(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    dcp.save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id="shards.ckpt", no_dist=True)
+    torch.save(checkpoint, "shards.ckpt/meta.pt")
+    assert main(["eval", "ckpt_path=shards.ckpt"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+    assert main(["train", "trainer.max_epochs=2", "ckpt_path=shards.ckpt"]) == 0
+    assert main(["train", "depth=2", "ckpt_path=shards.ckpt"]) == 1
+    assert "was trained with depth=3 (now 2)" in capsys.readouterr().err
+
+
+class PressOnce(L.Callback):
+    """Press Ctrl-C in the second epoch, once."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1 and not (pressed := Path("pressed")).exists():
+            pressed.touch()
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_with_the_line_to_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    short = ["trainer.max_epochs=2", "+trainer.limit_train_batches=2", "depth=1", "logger=csv", "ckpt_path=null"]
+    try:
+        assert main(["train", *short, f"+callbacks.press._target_={__name__}.PressOnce"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores further ones
+    (line,) = capsys.readouterr().err.splitlines()
+    told, _, command = line.partition(": revlib ")
+    assert told == "revlib: interrupted; to resume" and "last.ckpt" in command and "null" not in command
+    assert main(shlex.split(command)) == 0
+    with next(Path("logs/train/runs").glob("*/csv/metrics.csv")).open() as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} <= {"1", "2"}
+
+
+def test_ctrl_c_outside_of_the_training(monkeypatch, capsys):
+    def press(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_revlib.recipes.commands.catalogue.show_list", press)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "revlib: interrupted\n"
+
+
+@pytest.mark.parametrize("argv", [["list"], ["train", "--help"]], ids=str)
+def test_a_reader_that_closes_the_pipe(argv, tmp_path):
+    words = [sys.executable, "-m", "lightning_revlib.cli.main", *argv]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("recipe", ["irevnet", "momentumnet"])
@@ -210,7 +286,6 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "couplng=momentum"], "couplng: no such key (did you mean coupling?)"),
         (["train", "recipe.dropuot=0"], "recipe.dropuot: no such key (did you mean recipe.dropout?); recipe has"),
         (["train", "coupling=momentum", "coupling.gama=1"], "(did you mean coupling.gamma?); coupling has name, gamma"),
-        (["train", "coupling.gamma=0.5"], "coupling.gamma: no such key; coupling has name; coupling=momentum has it"),
         (
             ["bench", "study=ovrhead"],
             "no such study (did you mean overhead?); studies are attention, correctness, drift",
@@ -254,14 +329,26 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
             ["eval", "ckpt_path=hostile.ckpt"],
             "names the class hostile.Trap, which is not revlib's, and was not import",
         ),
-        (["predict", "ckpt_path=folder"], "ckpt_path=folder is a folder"),
+        (
+            ["predict", "ckpt_path=folder"],
+            "ckpt_path=folder is a folder; take ckpt_path=folder/one/checkpoints/last.ckpt",
+        ),
+        (["train", "ckpt_path=empty"], "ckpt_path=empty is a folder, and holds no checkpoint"),
+        (
+            ["train", "coupling.gamma=0.5"],
+            "coupling.gamma: no such key; coupling has name; add coupling=momentum, which",
+        ),
+        (["train", "strategy=auto", "strategy.stage=3"], "add strategy=reversible_deepspeed, which has stage"),
+        (["train", "recipe.attention=[lsh]"], "add recipe=reformer, which has attention"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "best.ckpt").write_text("no checkpoint")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/one/checkpoints").mkdir(parents=True)
+    (tmp_path / "folder/one/checkpoints/last.ckpt").touch()
+    (tmp_path / "empty").mkdir()
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     torch.save({"state_dict": {}, "revlib_recipe": "hostile.Trap"}, tmp_path / "hostile.ckpt")
@@ -270,6 +357,7 @@ def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, c
     assert main(argv) == 1
     err = capsys.readouterr().err
     assert err.startswith("revlib: ") and message in err and "Traceback" not in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,19 @@ def test_adapters_on_a_frozen_base(after: bool) -> None:
     assert len([p for p in model.parameters() if p.grad is not None]) == 8
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_trace(grad: bool) -> None:
+    """TensorBoardLogger(log_graph=True) traces with gradients on, and checks by a trace without."""
+    model, x = swapped(), torch.randn(2, 5, 8)
+    expected = model(x)
+    torch.backends.mha.set_fastpath_enabled(False)  # which makes a transformer's two traces differ
+    try:
+        with torch.set_grad_enabled(grad):
+            traced = torch.jit.trace(model, (x,))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.allclose(traced(x), expected, atol=1e-6)
+    model(x).sum().backward()
+    assert model.stack.drift is not None  # reversible as before

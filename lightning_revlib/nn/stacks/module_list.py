@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import graph_task, in_transform, set_compiler
+from lightning_revlib.nn.internals import graph_task, in_transform, is_exporting, set_compiler
 from lightning_revlib.nn.stacks.build import steps_of
 from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
 from lightning_revlib.nn.stacks.options import StackOptions
-from lightning_revlib.nn.stacks.reversible import Reversible
+from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
 from lightning_revlib.nn.steps.outputs import replace_first, split_output
 from lightning_revlib.nn.steps.step import Step
 
@@ -42,7 +42,7 @@ class LayerProxy:
         forward = vars(self.module).get("forward")
         if not isinstance(self.owner, Layerwise) or (isinstance(forward, LayerProxy) and forward is not self):
             return self.original()(*args, **kwargs)  # what has wrapped this proxy outlived a restore or another swap
-        call = self.owner.call if torch.compiler.is_exporting() else self.owner.call_eagerly
+        call = self.owner.call if is_exporting() else self.owner.call_eagerly
         return call(self, args, kwargs)
 
     def original(self) -> Any:
@@ -121,7 +121,7 @@ class Layerwise(Reversible):
         finally:
             set_compiler(compiler)
 
-    call_eagerly = torch.compiler.disable(call, recursive=False)
+    call_eagerly = run_eagerly(call)
 
     def name_of(self, layer: nn.Module) -> str:
         key = next(key for key, m in self._modules.items() if m is layer)
@@ -168,7 +168,7 @@ class Layerwise(Reversible):
         if torch.is_grad_enabled():
             self._check_recording(layer)
         a, b = self.split(x)
-        ordinary = not torch.is_grad_enabled() or torch.compiler.is_exporting() or has_cache(call, self.path)
+        ordinary = not torch.is_grad_enabled() or is_exporting() or has_cache(call, self.path)
         return ListForward(self.options.ordinary, a, b, None if ordinary else self.new_run(None, compiler))
 
     def _check_recording(self, layer: nn.Module) -> None:

@@ -20,6 +20,13 @@ from lightning_revlib.nn.stacks.stack import Stack
 from lightning_revlib.nn.treatments.forward import Forward, OnEntrance
 from lightning_revlib.nn.treatments.run import Run
 
+run_eagerly = partial(
+    torch.compiler.disable,
+    recursive=False,
+    reason="fullgraph=True: a reversible stack is no part of a graph, and compiles each of its blocks by itself; leave"
+    " fullgraph out",
+)
+
 
 class DriftHistory:
     """What the last backward of a stack has rebuilt, and whether a user was warned of its drift.

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.registry import CouplingFunction, CouplingSpec
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.internals import in_transform, set_compiler
+from lightning_revlib.nn.internals import in_transform, is_exporting, set_compiler
 from lightning_revlib.nn.plan.limit import MemoryBudget
 from lightning_revlib.nn.stacks.build import arguments_of, build_steps
 from lightning_revlib.nn.stacks.options import OnDrift, StackOptions
-from lightning_revlib.nn.stacks.reversible import Reversible
+from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
 from lightning_revlib.nn.stacks.stack import Stack, fresh_budget
 from lightning_revlib.nn.steps.branches import BranchSpec
 from lightning_revlib.nn.steps.step import Arguments, Step
@@ -189,11 +189,11 @@ class ReversibleSequential(Reversible, CoupledSequential):
     def forward(  # type: ignore[override]
         self, x: Tensor, *args: Any, layerwise: Sequence[Arguments] | None = None, **kwargs: Any
     ) -> Any:
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)
         return self._forward(x, args, kwargs, layerwise)
 
-    @torch.compiler.disable(recursive=False)
+    @run_eagerly
     def _forward(self, x: Tensor, args: Any, kwargs: Any, layerwise: Sequence[Arguments] | None) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(x, *args, layerwise=layerwise, **kwargs)

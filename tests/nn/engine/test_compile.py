@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_revlib as revlib
 from tests.nn.fake_device import Device
@@ -45,3 +45,56 @@ def test_compile_gives_the_same_gradients_and_compiles_once(what: str, options: 
     for expected, got in zip(results[0][0], results[1][0], strict=True):
         assert torch.allclose(expected, got, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
     assert all(torch.allclose(v, results[1][2][k]) for k, v in results[0][2].items())
+
+
+def stack_and_model(kind: str) -> tuple[Any, nn.Module]:
+    """Return a reversible stack and the model that runs it: a sequence, or a list that its model walks through."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(2)]
+    if kind == "sequence":
+        stack: Any = revlib.ReversibleSequential(*blocks)
+        return stack, nn.Sequential(nn.Linear(16, 16), stack)
+    model = Walk(revlib.ReversibleModuleList(blocks, coupling="momentum"))
+    return model.layers, model
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+class Walk(nn.Module):
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(16, 8), layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["sequence", "list"])
+def test_releases_of_torch_that_take_compiling_for_exporting(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo took `is_exporting()` for True up to torch 2.12 (pytorch#176347): nothing was rebuilt then."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_compiling())
+    stack, model = stack_and_model(kind)
+    torch.compile(model, backend="aot_eager")(torch.randn(4, 16)).sum().backward()
+    assert stack.drift is not None  # backward has rebuilt the entrance
+
+
+@pytest.mark.parametrize("kind", ["sequence", "list"])
+def test_a_full_graph_is_refused_with_the_way_out(kind: str) -> None:
+    stack, model = stack_and_model(kind)
+    x = torch.randn(4, 16)
+    with pytest.raises(Exception, match=r"fullgraph=True: .* leave fullgraph out"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager")(x).sum().backward()
+    assert stack.drift is not None
