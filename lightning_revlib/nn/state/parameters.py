@@ -109,13 +109,13 @@ class Parameters(State):
                         lent.append((m, name, p, copy))
                     else:
                         _put(undo, m, name, p, requires_grad)
-            yield
-        for m, name, p, copy in lent:
-            if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
-                raise RuntimeError(
-                    f"parameter {name!r} of {m} is moved by its block's call, and a second run moves it on; have it"
-                    " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
-                )
+            try:
+                yield
+            except Exception:  # of the block; a second run that ends early raises another
+                lent = []
+                raise
+            finally:
+                _check_lent(lent)
 
     def _by_module(self) -> dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]]:
         if not self.index:
@@ -137,6 +137,16 @@ class Parameters(State):
             raise modified(f"an argument of shape {list(t.shape)}")
         for m, name, _ in compress(self.checked, changed):
             raise modified(f"parameter {name!r} of {m}")
+
+
+def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> None:
+    """Raise RuntimeError if a second run has not set a parameter to what the first one did."""
+    for m, name, p, copy in lent:
+        if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
+            raise RuntimeError(
+                f"parameter {name!r} of {m} is moved by its block's call, and a second run moves it on; have it"
+                " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
+            )
 
 
 def _put(undo: ExitStack, m: nn.Module, name: str, p: nn.Parameter, requires_grad: bool) -> None:
