@@ -264,7 +264,6 @@ def _budget(program: Program, x: Tensor | None = None) -> float:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield
