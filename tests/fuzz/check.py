@@ -256,10 +256,12 @@ def _budget(program: Program, x: Tensor | None = None) -> float:
     """
     if "memory_budget" not in program.options:
         return 1.0
-    runner = Runner(program, True)
-    runner.call(runner.input().requires_grad_() * 1.0 if x is None else x)
-    plan = runner.model.layers.plan  # type: ignore[union-attr]
-    return 1.0 if plan is None else int(plan.minimum + program.options["memory_budget"] * (plan.plain - plan.minimum))
+    runner, budgets = Runner(program, True), [1.0]
+    for given in (runner.input(), runner.input().requires_grad_() * 1.0) if x is None else (x,):
+        runner.call(given)
+        if (plan := runner.model.layers.plan) is not None:  # type: ignore[union-attr]
+            budgets.append(int(plan.minimum + program.options["memory_budget"] * (plan.plain - plan.minimum)))
+    return max(budgets)
 
 
 @contextmanager
