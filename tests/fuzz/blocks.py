@@ -83,8 +83,8 @@ class Cube(torch.autograd.Function):
 
 def force(x: Tensor) -> Tensor:
     """Return the gradient of an energy, by autograd inside the block."""
+    position = x if x.requires_grad and torch.is_grad_enabled() else x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        position = x if x.requires_grad else x.detach().requires_grad_()
         return torch.autograd.grad(position.tanh().square().sum(), position, create_graph=True)[0]
 
 
