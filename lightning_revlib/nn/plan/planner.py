@@ -86,8 +86,9 @@ class PlannedRun(Run):
             least = (3 if last else 2) * (a.nbytes + b.nbytes)
             costs = {name: cost._replace(backward=max(cost.backward, least)) for name, cost in costs.items()}
         if "reversible" in costs and (not last or options.split_dim is not None):
-            # The streams after the step are held, too: they are the next step's, or the output.
-            costs["reversible"] = costs["reversible"]._replace(held=costs["reversible"].held - a.nbytes - b.nbytes)
+            # The streams after the step, which are held, too, are the next step's or the output. Without grad none are.
+            held = max(costs["reversible"].held - a.nbytes - b.nbytes, 0)
+            costs["reversible"] = costs["reversible"]._replace(held=held)
         return costs
 
     def _cost(self, step: Step, treatment: str, a: Tensor, b: Tensor, last: bool) -> StepCost:

@@ -178,3 +178,16 @@ def test_gradients_of_arguments_are_counted(depth: int, leaf: bool) -> None:
             y = stack(x, given)
             y.backward(torch.ones_like(y))
         assert stack.plan is not None and meter.peak <= stack.plan.limit
+
+
+def test_frozen_first_blocks_are_counted() -> None:
+    blocks = [mlp(16).requires_grad_(k > 2) for k in range(6)]
+    x = torch.randn(256, 32)
+    first = revlib.ReversibleSequential(*blocks, memory_budget=1.0)
+    first(x)
+    assert first.plan is not None
+    for fraction in (0, 0.3, 0.7):
+        budget = int(first.plan.minimum + fraction * (first.plan.plain - first.plan.minimum))
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=budget)
+        stack(x).sum().backward()
+        assert peak(stack, x)[0] <= budget
