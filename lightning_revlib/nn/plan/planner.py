@@ -71,7 +71,7 @@ class PlannedRun(Run):
     def _measure(self, step: Step, a: Tensor, b: Tensor) -> StepCosts:
         """Return the step's costs; those of a step that agrees in all they depend on are not measured again."""
         last = self.index == len(self.treatments) - 1
-        kind = (last, *[(t.shape, t.stride(), t.requires_grad) for t in (a, b)], *describe_step(step))
+        kind = (self.index == 0, last, *[(t.shape, t.stride(), t.requires_grad) for t in (a, b)], *describe_step(step))
         if kind not in self._known:
             self._known[kind] = self._costs(step, a, b, last)
         return StepCosts(a.nbytes + b.nbytes, Sentinel.bytes(a), self._known[kind])
@@ -87,9 +87,13 @@ class PlannedRun(Run):
                 if allowed.get(name, True) and treatment.is_possible(step, a.device)
             }
         costs = {name: TREATMENTS[name].cost(cost, alone["store"]) for name, cost in alone.items()}
+        if self.index == 0 and b.requires_grad:  # gradients: of both streams, of the input, and of the output if last
+            least = (3 if last else 2) * (a.nbytes + b.nbytes)
+            costs = {name: cost._replace(backward=max(cost.backward, least)) for name, cost in costs.items()}
         if "reversible" in costs and (not last or options.split_dim is not None):
-            # The streams after the step are held, too: they are the next step's, or the output.
-            costs["reversible"] = costs["reversible"]._replace(held=costs["reversible"].held - a.nbytes - b.nbytes)
+            # The streams after the step, which are held, too, are the next step's or the output. Without grad none are.
+            held = max(costs["reversible"].held - a.nbytes - b.nbytes, 0)
+            costs["reversible"] = costs["reversible"]._replace(held=held)
         return costs
 
     def _cost(self, step: Step, treatment: str, a: Tensor, b: Tensor, last: bool) -> StepCost:
@@ -110,7 +114,12 @@ class PlannedRun(Run):
 
     def _run_alone(self, step: Step, treatment: str, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         """Run the step as the only one of a stack if it is the last, else as one with steps after it."""
-        run, stack = Run([treatment], Forward([step.module], context_fn=self.forward.context_fn)), self.stack
+        held: list[Tensor] = []  # the rebuilt streams: other steps' frames need them until backward comes to the entry
+        entry, stack = a.grad_fn or b.grad_fn, self.stack
+        if entry is not None:
+            entry.register_prehook(lambda grads: held.clear())
+        watch = None if entry is None else lambda *before: lambda *rebuilt: held.extend(rebuilt)
+        run = Run([treatment], Forward([step.module], context_fn=self.forward.context_fn, watch=watch))
         clear_autocast_cache()
         a, b = run.step(step, a, b)
         if last and stack.options.split_dim is not None:

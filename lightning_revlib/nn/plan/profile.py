@@ -36,6 +36,7 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
     """
     module = step.module
     parameters = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
+    arguments = [t for t in step.arguments() if t.requires_grad]
     hooks = [p.register_hook(_shrunk) for p in parameters]
     try:
         seed = torch.zeros((), device=a.device, requires_grad=True)
@@ -48,10 +49,12 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
             meter.reset_peak()
             if end.requires_grad:
                 with torch.autocast(meter.kind, enabled=False):  # backward is called outside of it
-                    torch.autograd.grad(end, [seed, *parameters], allow_unused=True)
+                    torch.autograd.grad(end, [seed, *parameters, *arguments], allow_unused=True)
             given.clear()
             work = meter.work(TREATMENTS[treatment].dispatches_in_python)
-            return StepCost(held, forward, meter.peak, work, meter.live - end.nbytes)
+            # Of the arguments' gradients, those of later steps wait for these.
+            backward = meter.peak + (0 if last else sum(t.nbytes for t in arguments))
+            return StepCost(held, forward, backward, work, meter.live - end.nbytes)
     finally:
         for hook in hooks:
             hook.remove()

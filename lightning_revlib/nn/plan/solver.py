@@ -24,6 +24,7 @@ from lightning_revlib.nn.plan.limit import BudgetError, MemoryBudget, limit_in_b
 
 FRONT = 1024  # points that are kept of a front; of more, of those close to each other the one with the fewest bytes
 REVERSIBLE = "reversible"
+DRIFT = 8  # bytes of a drift, which is left of a sentinel after its step's backward
 Steps: TypeAlias = Sequence[tuple[StepCosts, int]]  # of all stacks, each with the bytes that live outside of it
 Point: TypeAlias = tuple[int, int, Any]  # bytes held, work, and the treatments that lead there as (last, (..., None))
 
@@ -96,7 +97,8 @@ def steps_with_outside(stacks: Mapping[str, StackCosts]) -> Steps:
     """Return the steps of all stacks, each with the bytes that live outside of it while it is undone.
 
     Outside are all outputs; the gradient of its stack's output, which the costs of the last step contain already; and
-    what later steps keep: for their further outputs, or when they are undone, since their frames refer to each other.
+    what later steps keep: a drift, further outputs, and what is left when they are undone, since frames refer to each
+    other.
     """
     outside = sum(stack.output for stack in stacks.values())
     steps: list[tuple[StepCosts, int]] = []
@@ -108,7 +110,7 @@ def steps_with_outside(stacks: Mapping[str, StackCosts]) -> Steps:
             if (cost := step.costs.get(REVERSIBLE)) is not None:
                 has_output = is_last and cost.held >= step.streams
                 kept.append(cost.held - step.streams if has_output else cost.held)
-            outside += max(kept)
+            outside += max(kept) + DRIFT
     return steps[::-1]
 
 
@@ -121,21 +123,20 @@ def uniform_choices(steps: Steps) -> dict[str, list[str]]:
 def peak_and_work(steps: Steps, treatments: Sequence[str]) -> tuple[int, int]:
     """Return the peak bytes and the work of one choice of treatments."""
     peak = held = work = 0
-    boundaries = list(map(_boundary, [step for step, _ in steps], [None, *treatments], treatments))
-    later = sum(sentinel for _, sentinel in boundaries)  # sentinels of later parts, which backward has then compared
-    for (step, outside), treatment, (streams, sentinel) in zip(steps, treatments, boundaries, strict=True):
+    boundaries = map(_boundary, [step for step, _ in steps], [None, *treatments[:-1]], treatments)
+    for (step, outside), treatment, boundary in zip(steps, treatments, boundaries, strict=True):
         cost = step.costs[treatment]
-        held += streams + sentinel
-        later -= sentinel
-        peak = max(peak, held + cost.forward, outside + held + later + cost.backward)
+        held += boundary
+        peak = max(peak, held + cost.forward, outside + held + cost.backward)
         held, work = held + cost.held, work + cost.work
     return peak, work
 
 
-def _boundary(step: StepCosts, before: str | None, treatment: str) -> tuple[int, int]:
-    """Return the bytes kept before a step: the streams where reversible steps end, a sentinel where they begin."""
-    ends, begins = before == REVERSIBLE != treatment, before != REVERSIBLE == treatment
-    return step.streams * ends, step.sentinel * begins
+def _boundary(step: StepCosts, before: str | None, treatment: str) -> int:
+    """Return the bytes kept before a step: the streams if reversible steps end there, a sentinel if they begin."""
+    if before == REVERSIBLE != treatment:
+        return step.streams
+    return step.sentinel if before != REVERSIBLE == treatment else 0
 
 
 def choose_treatments(steps: Steps, limit: int) -> Sequence[str]:
@@ -149,16 +150,12 @@ def choose_treatments(steps: Steps, limit: int) -> Sequence[str]:
 
 
 def _search(steps: Steps, limit: int) -> list[list[str]]:
-    """Return the choice with the least work whose peak is within the limit, if there is one.
-
-    Sentinels are counted on the safe side: in each step those of the largest possible number of reversible parts.
-    """
-    limit -= max(step.sentinel for step, _ in steps) * ((len(steps) + 1) // 2)
+    """Return the choice with the least work whose peak is within the limit, if there is one."""
     fronts: dict[str | None, list[Point]] = {None: [(0, 0, None)]}  # by the treatment before, if it is reversible
     for step, outside in steps:
         grown: dict[str | None, list[Point]] = {}
         for (treatment, cost), (before, front) in product(step.costs.items(), fronts.items()):
-            extra = sum(_boundary(step, before, treatment))
+            extra = _boundary(step, before, treatment)
             room = limit - max(cost.forward, outside + cost.backward) - extra
             grown.setdefault(treatment if treatment == REVERSIBLE else None, []).extend(
                 (held + extra + cost.held, work + cost.work, (treatment, way))

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.coupling.base import Streams
-from lightning_revlib.nn.engine.drift import Sentinel, take
+from lightning_revlib.nn.engine.drift import Sentinel
 from lightning_revlib.nn.plan.planner import PlannedRun
 from lightning_revlib.nn.plan.solver import Plan
 from lightning_revlib.nn.stacks.options import StackOptions
@@ -37,35 +36,41 @@ class DriftHistory:
     def __init__(self) -> None:
         self.backwards = 0  # how many have rebuilt an entrance
         self.warned = False
-        self.rebuilt: dict[Sentinel, Streams] = {}  # samples of the last one's streams, by what they should be
+        self.drifts: list[Tensor | None] = []  # of the last forward's reversible parts, None until backward was there
 
     def forget(self) -> None:
-        self.rebuilt = {}
+        self.drifts = []
 
     def measure(self) -> Tensor | None:
         """Return the drift without waiting for the device, the largest of all parts'; None if nothing was rebuilt."""
-        if not self.rebuilt:
-            return None
-        return torch.stack([sentinel.error(sample) for sentinel, sample in self.rebuilt.items()]).max()
+        drifts = [drift for drift in self.drifts if drift is not None]
+        return torch.stack(drifts).max() if drifts else None
 
     def compare(
-        self, sentinel: Sentinel, parts: dict[Sentinel, Streams], options: StackOptions, path: str, a: Tensor, b: Tensor
+        self,
+        sentinel: Sentinel,
+        drifts: list[Tensor | None],
+        part: int,
+        options: StackOptions,
+        path: str,
+        a: Tensor,
+        b: Tensor,
     ) -> None:
         """Compare the streams that backward has rebuilt of one reversible part with those of forward.
 
-        `parts` are those of the same forward. Warns or raises as the options say.
+        `drifts` are those of all parts of the same forward. Warns or raises as the options say.
         """
-        if not parts:
+        if all(drift is None for drift in drifts):
             self.backwards += 1
-        parts[sentinel] = take(a, b)
-        self.rebuilt = parts
+        drifts[part] = sentinel.error(a, b)
+        self.drifts = drifts
         once = options.on_drift == "warn_once"
         if once and not self._is_due(a):
             return
         drift = self.measure()
         if drift is None or (size := drift.item()) <= options.drift_tolerance:
             return
-        if once and math.isnan(size) and not torch.stack(sentinel.sample).isfinite().all():
+        if once and math.isnan(size) and not sentinel.sums.isfinite().all():
             return  # the input itself was not finite
         message = (
             f"{path or 'the model'}: backward rebuilt the input with a relative error of {size:.1e}, more than"
@@ -121,7 +126,7 @@ class Reversible(Stack):
             compiler=compiler,
             context_fn=options.context_fn,
             overlap=options.overlap,
-            watch=partial(self._watch, {}),
+            watch=partial(self._watch, []),
         )
         if budget is not None and set(treatments) == {"reversible"}:
             return PlannedRun(self, treatments, forward)
@@ -146,7 +151,9 @@ class Reversible(Stack):
         if not run.forward.is_watched:
             self.history.forget()  # backward will measure nothing
 
-    def _watch(self, parts: dict[Sentinel, Streams], a: Tensor, b: Tensor) -> OnEntrance | None:
+    def _watch(self, drifts: list[Tensor | None], a: Tensor, b: Tensor) -> OnEntrance | None:
         if self.on_drift == "ignore":
             return None
-        return partial(self.history.compare, Sentinel(a.detach(), b.detach()), parts, self.options, self.path)
+        drifts.append(None)
+        sentinel = Sentinel(a.detach(), b.detach())
+        return partial(self.history.compare, sentinel, drifts, len(drifts) - 1, self.options, self.path)

@@ -206,16 +206,17 @@ class ReversibleSequential(Reversible, CoupledSequential):
         compiler = set_compiler(None)  # the engine is not compiled; its blocks are
         steps: list[Step] = []
         try:
-            a, b = self.split(x, views=True)
+            streams = [*self.split(x, views=True)]
             steps = build_steps(self, x.dtype, args, kwargs, layerwise)
-            y = self._run(a, b, steps, compiler)
+            y = self._run(streams, steps, compiler)
             return _with_extras(y if y.dtype is x.dtype else y.to(x.dtype), steps)
         finally:
             set_compiler(compiler)
             for step in steps:
                 step.take_extra()
 
-    def _run(self, a: Tensor, b: Tensor, steps: Sequence[Step], compiler: Any) -> Tensor:
+    def _run(self, streams: list[Tensor], steps: Sequence[Step], compiler: Any) -> Tensor:
+        b, a = streams.pop(), streams.pop()  # nothing else is to hold them
         run = self.new_run(list(dict.fromkeys(step.module for step in steps)), compiler)
         for step in steps:
             a, b = run.step(step, a, b)

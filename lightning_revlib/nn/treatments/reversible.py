@@ -24,10 +24,10 @@ from lightning_revlib.nn.treatments.streams import has_streams
 class Reversible(Treatment):
     """Keep nothing but the streams after the last step; rebuild the others in backward."""
 
+    tape: Tape  # from the first step on
+
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
         super().__init__(forward, a, b)
-        schedule = Prefetch(a.device) if forward.overlap and has_streams(a.device) else None
-        self.tape = Tape(forward.compiler, forward.context_fn, schedule, forward.watch(a, b))
         self.last: Frame | None = None
 
     @classmethod
@@ -44,6 +44,9 @@ class Reversible(Treatment):
             a, b = dense(a), dense(b)
             if a.is_inference():  # such a tensor would not count its changes
                 a, b = a.clone(), b.clone()
+            forward = self.forward
+            schedule = Prefetch(a.device) if forward.overlap and has_streams(a.device) else None
+            self.tape = Tape(forward.compiler, forward.context_fn, schedule, forward.watch(a, b))
         return step.each(a, b, partial(self._record, step, ChunkedUndo()))
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,3 +115,79 @@ def test_layers_that_a_model_calls() -> None:
         y = run()
         y.backward(torch.ones_like(y))
     assert meter.peak <= layers.plan.limit  # type: ignore[union-attr]
+
+
+LIGHT: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(64, 64),
+    "no bias": lambda: nn.Linear(64, 64, bias=False),
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+    "norm": lambda: nn.LayerNorm(64),
+    "two linear": lambda: nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64)),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("rows", [48, 512])
+@pytest.mark.parametrize("depth", [1, 2, 8])
+@pytest.mark.parametrize("kind", LIGHT)
+def test_blocks_that_save_little_stay_within_the_least_budget(
+    kind: str, depth: int, rows: int, requires_grad: bool
+) -> None:
+    blocks, x = [LIGHT[kind]() for _ in range(depth)], torch.randn(rows, 128, requires_grad=requires_grad)
+    for options in ({}, {"split_dim": None, "coupling": "momentum"}, {"coupling": "leapfrog"}):
+        options["split_dim"] = options.get("split_dim", 1)
+        x_in = x if options["split_dim"] else x.detach()[:, :64].clone().requires_grad_(requires_grad)
+        first = revlib.ReversibleSequential(*blocks, memory_budget=1.0, **options)
+        if not first(x_in).requires_grad:
+            continue
+        assert first.plan is not None
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=first.plan.minimum, **options)
+        stack(x_in).sum().backward()  # measures
+        x_in.grad = torch.zeros_like(x_in)
+        assert stack.plan is not None and peak(stack, x_in)[0] <= stack.plan.limit, options
+
+
+class CrossAttends(nn.Module):
+    """Its argument is as large as a stream, and gets a gradient from each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.query(x), self.key(memory), memory)
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_of_arguments_are_counted(depth: int, leaf: bool) -> None:
+    blocks = [CrossAttends() for _ in range(depth)]
+    x, memory = torch.randn(8, 32, 32), torch.randn(8, 64, 16, requires_grad=True)
+    for fraction in (0.0, 0.5, 1.0):
+        first = revlib.ReversibleSequential(*blocks, split_dim=2, memory_budget=1.0)
+        first(x, memory)
+        assert first.plan is not None
+        budget = int(first.plan.minimum + fraction * (first.plan.plain - first.plan.minimum))
+        stack = revlib.ReversibleSequential(*blocks, split_dim=2, memory_budget=budget)
+        stack(x, memory).sum().backward()
+        for t in (memory, *stack.parameters()):
+            t.grad = torch.zeros_like(t)
+        given = memory if leaf else memory * 1
+        with revlib.MemoryMeter() as meter:
+            y = stack(x, given)
+            y.backward(torch.ones_like(y))
+        assert stack.plan is not None and meter.peak <= stack.plan.limit
+
+
+def test_frozen_first_blocks_are_counted() -> None:
+    blocks = [mlp(16).requires_grad_(k > 2) for k in range(6)]
+    x = torch.randn(256, 32)
+    first = revlib.ReversibleSequential(*blocks, memory_budget=1.0)
+    first(x)
+    assert first.plan is not None
+    for fraction in (0, 0.3, 0.7):
+        budget = int(first.plan.minimum + fraction * (first.plan.plain - first.plan.minimum))
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=budget)
+        stack(x).sum().backward()
+        assert peak(stack, x)[0] <= budget

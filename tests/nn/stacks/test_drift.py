@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,3 +154,70 @@ def test_a_drift_that_is_no_number_is_raised() -> None:
     loss = stack(torch.randn(64, 8)).sum()
     with pytest.raises(RuntimeError, match="relative error of nan"):
         loss.backward()
+
+
+def _spoiled(place: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a coupling's inverse that adds to one element of what it returns."""
+
+    def inverse(out: Tensor, f: Tensor) -> Tensor:
+        a = out - f
+        a.view(-1)[place] += change(a)
+        return a
+
+    return inverse
+
+
+def _drift(x: Tensor, inverse: Any, **options: Any) -> float:
+    stack = revlib.ReversibleSequential(nn.Tanh(), coupling_forward=torch.add, coupling_inverse=inverse, **options)
+    stack(x.requires_grad_()).sum().backward()
+    assert stack.drift is not None
+    return stack.drift
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (1, 6), (3, 10, 7), (1000, 258)])
+def test_a_change_of_any_element_is_seen(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    count = x.numel() // 2
+    places = range(count) if count < 300 else torch.randint(0, count, (50,)).tolist()
+    for place in places:
+        drift = _drift(x, _spoiled(place, lambda a: 0.009 * x.detach().norm()))
+        assert drift == pytest.approx(0.009, rel=0.5)
+
+
+def test_a_change_of_one_element_in_ten_million_is_told() -> None:
+    x = torch.randn(2, 10_000_000)
+    for size in (x[0, 777].abs(), 1e-3 * x.norm()):
+        drift = _drift(x, _spoiled(777, lambda a, size=size: size), split_dim=0)
+        assert drift == pytest.approx((size / x.norm()).item(), rel=0.1)
+
+
+ERRORS = {
+    "everywhere the same": lambda x: torch.ones_like(x),
+    "of a bias": lambda x: torch.randn(x.shape[-1]).expand_as(x),
+    "of a sample": lambda x: torch.randn(len(x), 1).expand_as(x),
+    "of one channel": lambda x: (torch.arange(x.shape[-1]) == 3).to(x).expand_as(x),
+    "alternating": lambda x: (1 - 2.0 * (torch.arange(x.shape[-1]) % 2)).expand_as(x),
+    "random": torch.randn_like,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("error", ERRORS)
+def test_drift_is_the_error_in_the_2_norm_whatever_the_error(error: str, dtype: torch.dtype) -> None:
+    for shape in ((64, 32), (256, 128), (1024, 384)):
+        x = torch.randn(shape)
+        wrong = ERRORS[error](x[:, : shape[1] // 2])
+        wrong = (wrong * 0.05 * x.norm() / wrong.norm()).to(dtype)
+        drift = _drift(x.to(dtype), lambda out, f, wrong=wrong: out - f + wrong, stream_dtype=dtype, drift_tolerance=1)
+        assert drift == pytest.approx(0.05, rel=0.4), shape
+
+
+def test_drift_is_measured_in_any_layout() -> None:
+    last, block = torch.channels_last, nn.Conv2d(4, 4, 3, padding=1)
+    x = torch.randn(4, 8, 6, 6).to(memory_format=last)
+    turned = {"coupling_forward": torch.add, "coupling_inverse": lambda out, f: (out - f).contiguous()}
+    for options in ({"grid_bits": 12}, {}, turned):
+        for start in (x, x.clone().requires_grad_(), x[:1], torch.randn(4, 8, 6, 6)):
+            stack = revlib.ReversibleSequential(block, block, **options).to(memory_format=last)
+            stack(start).sum().backward()
+            assert stack.drift is not None and stack.drift <= (0 if "grid_bits" in options else 1e-6)
