@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -180,9 +181,7 @@ def tune(way: Way, steps: int, tokens: int, rate: float = 1e-4) -> tuple[list[fl
     optimizers = [torch.optim.AdamW([p], rate) for p in trained]
     if way.in_backward:
         for p, optimizer in zip(trained, optimizers, strict=True):
-            p.register_post_accumulate_grad_hook(
-                lambda p, optimizer=optimizer: (optimizer.step(), optimizer.zero_grad())
-            )
+            p.register_post_accumulate_grad_hook(partial(_step_at_once, optimizer))
 
     def evaluate() -> float:
         model.eval()
@@ -201,6 +200,11 @@ def tune(way: Way, steps: int, tokens: int, rate: float = 1e-4) -> tuple[list[fl
         losses.append(loss.item())
     after = evaluate()
     return losses, before, after, measure(model.train(), lambda: loss_of(model, text[0]))
+
+
+def _step_at_once(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def print_fine_tuning(ways: Mapping[str, Way], steps: int, tokens: int) -> None:

@@ -56,7 +56,8 @@ class Parameters(State):
 
     shared = True
     __slots__ = (
-        "arguments", "before", "checked", "flags", "index", "modules", "moved", "named", "requires_grad", "versions",
+        "arguments", "before", "changed", "checked", "flags", "index", "modules", "moved", "named", "requires_grad",
+        "versions",
     )  # fmt: skip
 
     def __init__(self, call: Call) -> None:
@@ -81,8 +82,13 @@ class Parameters(State):
         return True
 
     def is_current(self) -> bool:
-        if self._versions() != self.versions:
-            self._complain()
+        if (versions := self._versions()) != self.versions:
+            changed = [now != then for now, then in zip(versions, self.versions, strict=True)]
+            for t in compress(self.arguments, changed[len(self.checked) :]):
+                raise modified(f"an argument of shape {list(t.shape)}")
+            self.changed = {(m, name) for m, name, _ in compress(self.checked, changed)}
+            return False  # an error for the blocks of these parameters only: others may have been stepped in backward
+        self.changed = set()
         if self.moved:
             return False
         now = [p for m in self.modules for p in m._parameters.values() if p is not None]
@@ -103,6 +109,8 @@ class Parameters(State):
                     undo.callback(setattr, m, "training", m.training)
                     m.training = training
                 for name, p, requires_grad in parameters:
+                    if (m, name) in self.changed:
+                        raise modified(f"parameter {name!r} of {m}")
                     if p in self.moved and type(p) in ORDINARY:
                         undo.callback(m._parameters.__setitem__, name, m._parameters[name])
                         m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
@@ -129,14 +137,6 @@ class Parameters(State):
             return [p._version for _, _, p in self.checked] + [t._version for t in self.arguments]
         except RuntimeError:  # inference tensors do not count their changes
             return [version(p) for _, _, p in self.checked] + [version(t) for t in self.arguments]
-
-    def _complain(self) -> None:
-        """Raise RuntimeError about a tensor that has been modified in place."""
-        changed = [now != then for now, then in zip(self._versions(), self.versions, strict=True)]
-        for t in compress(self.arguments, changed[len(self.checked) :]):
-            raise modified(f"an argument of shape {list(t.shape)}")
-        for m, name, _ in compress(self.checked, changed):
-            raise modified(f"parameter {name!r} of {m}")
 
 
 def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> None:

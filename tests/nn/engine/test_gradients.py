@@ -92,3 +92,24 @@ def test_autocast_ends_before_backward() -> None:
         loss = revlib.ReversibleSequential(Watch(), Watch())(torch.randn(2, 8)).sum()
     loss.backward()
     assert seen == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("treatments", [["reversible"] * 3 + ["store"], ["store", "reversible", "reversible", "store"]])
+def test_an_optimizer_in_backward_steps_stored_blocks_first(treatments: list[str]) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double() for _ in range(4)]
+    x, results = torch.linspace(-1, 1, 16, dtype=torch.float64).view(2, 8), []
+    for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
+        stack = cls(*copy.deepcopy(blocks), treatments=treatments)
+        for p in stack.parameters():
+            p.register_post_accumulate_grad_hook(step_at_once)
+        for _ in range(2):
+            stack(x).square().sum().backward()
+        results.append(list(stack.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def step_at_once(p: Tensor) -> None:
+    assert p.grad is not None
+    with torch.no_grad():
+        p -= 0.1 * p.grad
+    p.grad = None

@@ -141,7 +141,7 @@ def test_conversion_errors():
         ({"velocity": "learned", "coupling": "additive"}, "only coupling=momentum with split_dim=null"),
         ({"velocity": "learned", "split_dim": 1}, "only coupling=momentum with split_dim=null"),
         ({"coupling": {"name": "momentum", "gamma": 1.5}}, "gamma=1.5"),
-        ({"grid_bits": 12}, "grid_bits=12: momentum cannot be exact"),
+        ({"grid_bits": 12}, "on the grid it must be a power of two"),
     ],
     ids=str,
 )
