@@ -150,6 +150,10 @@ class LazyLogits:
     def shape(self) -> torch.Size:
         return torch.Size((*self.hidden.shape[:-1], self.classes))
 
+    @property
+    def device(self) -> torch.device:  # to which losses move the labels
+        return self.hidden.device
+
     def view(self, *shape: Any) -> Any:
         if shape in ((-1, self.classes), (self.hidden.shape[:-1].numel(), self.classes)):
             return self._of_rows(self.hidden.reshape(-1, self.hidden.shape[-1]))
@@ -194,13 +198,11 @@ class LazyLogits:
         kwargs = kwargs or {}
         if func is torch.tanh and isinstance(args[0], cls):
             return args[0]._and_then(torch.tanh)
-        if (
-            func is functional.cross_entropy
-            and args
-            and isinstance(args[0], cls)
-            and args[0]._has_chunks(*args[1:], **kwargs)
-        ):
-            return chunked_cross_entropy(args[0].hidden, args[0].compute, *args[1:], tokens=args[0].tokens, **kwargs)
+        if func is functional.cross_entropy and isinstance(args[0], cls):
+            logits, *rest = args
+            options = {name: x for name, x in kwargs.items() if x is not None}  # torch passes all, None for most
+            if logits._has_chunks(*rest, **options):
+                return chunked_cross_entropy(logits.hidden, logits.compute, *rest, tokens=logits.tokens, **options)
         args, kwargs = pytree.tree_map_only(cls, attrgetter("whole"), (args, kwargs))
         return func(*args, **kwargs)
 
