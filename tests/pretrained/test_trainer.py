@@ -164,7 +164,7 @@ def test_sft_trainer(tmp_path: Path, loss: str) -> None:
 
     rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in examples()])
     options = arguments(
-        tmp_path, trl.SFTConfig, gradient_checkpointing=False, loss_type="nll", bf16=False, pad_token="<0>"
+        tmp_path, trl.SFTConfig, gradient_checkpointing=False, loss_type=loss, bf16=False, pad_token="<0>"
     )
     callback = revlib.ReversibleTrainerCallback(MOMENTUM)
     trainer = Ordered(model(), options, train_dataset=rows, processing_class=tokenizer(), callbacks=[callback])
