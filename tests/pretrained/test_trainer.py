@@ -207,5 +207,5 @@ def test_bad_input_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         InOrder(model(), arguments(tmp_path), callbacks=[revlib.ReversibleTrainerCallback({"model.lay": None})])
     with pytest.raises(TypeError, match=r"targets='model\.layers': pass a mapping"):
         revlib.ReversibleTrainerCallback("model.layers")
-    with pytest.raises(ValueError, match="every_n_steps=-1: measure each step with 1"):
+    with pytest.raises(ValueError, match="every_n_steps=-1: pass n to measure each n-th step"):
         revlib.ReversibleTrainerCallback(every_n_steps=-1)
