@@ -57,7 +57,10 @@ class CouplingAnnealing(Callback):
         self._stacks = {p: stack for p, stack in found.items() if any(type(c) in ANNEALED for c in stack.couplings)}
         if not self._stacks:
             couplings = ", ".join(f"{path}: {c}" for path, stack in found.items() for c in stack.couplings)
-            raise ValueError(f"CouplingAnnealing is for momentum and scaled, and the stacks have {couplings or 'none'}")
+            raise ValueError(
+                "CouplingAnnealing is for momentum and scaled without grid_bits, and the stacks have"
+                f" {couplings or 'none'}"
+            )
         for path, stack in self._stacks.items():
             if stack.budget is not None:
                 raise ValueError(

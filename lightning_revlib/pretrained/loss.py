@@ -1,8 +1,8 @@
 """Cross-entropy by chunks: the logits of a language model, which are larger than all else, are never whole.
 
-After a reversible body, what a training step holds is the logits: 8,192 tokens of a vocabulary of 49,152 take 1.6 GB in
-float32, and their gradient as much again. Here the head runs on one chunk of tokens after another, and again in
-backward. That costs the head's forward a second time.
+If the body is reversible, the logits are most of what a training step holds: 8,192 tokens of a vocabulary of 49,152
+take 1.6 GB in float32, and their gradient as much again. Here the head runs on one chunk of tokens after another, and
+again in backward. The cost is a second forward of the head.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ def chunk_loss(model: nn.Module, tokens: int | None = TOKENS) -> None:
     >>> chunk_loss(model)
     >>> model(input_ids=ids, labels=ids).loss.backward()
 
-    What the model returns as logits is computed when something reads it. In evaluation, and with gradients off, nothing
-    changes. Factors, casts and softcaps between head and loss are kept; `None` for `tokens` undoes it. It works for any
-    loss that is `F.cross_entropy` of the logits, with the tokens shifted and flattened in any of the usual ways.
+    It works for any loss that is `F.cross_entropy` of the logits, with the tokens shifted and flattened in any of the
+    usual ways. Factors, casts and softcaps between head and loss are kept. The logits that the model returns are
+    computed when something reads them. In evaluation, and with gradients off, nothing changes.
+    ``chunk_loss(model, tokens=None)`` undoes it.
 
     Raises TypeError if the model does not say which module is its head.
     """
@@ -107,7 +108,7 @@ class ChunkedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.model.training and torch.is_grad_enabled()):
             return self.__wrapped__(*args, **kwargs)
-        head = self.model.get_output_embeddings()  # type: ignore[operator]  # it may be another by now, as of PEFT
+        head = self.model.get_output_embeddings()  # type: ignore[operator]  # PEFT may have replaced it
         former = vars(head).get("forward")
         head.forward = partial(
             LazyLogits, former or partial(type(head).forward, head), head.weight.shape[0], self.tokens
@@ -121,10 +122,10 @@ class ChunkedForward:
 
 
 class LazyLogits:
-    """Logits that nobody has computed yet, as the head of a model with `chunk_loss` returns them in training.
+    """Stands in for the logits that the head of a model with `chunk_loss` returns in training.
 
-    `F.cross_entropy` of them runs by chunks. What a model does to each logit before (a factor, a softcap, a cast) is
-    noted, and done to each chunk. Anything else computes them: they are the logits then, as a tensor.
+    `F.cross_entropy` of it runs by chunks. What a model does to each logit before (a factor, a softcap, a cast) is
+    noted in `then`, and done to each chunk. Any other use computes the logits as a tensor, `whole`.
     """
 
     def __init__(
@@ -149,6 +150,10 @@ class LazyLogits:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.hidden.shape[:-1], self.classes))
+
+    @property
+    def device(self) -> torch.device:  # to which losses move the labels
+        return self.hidden.device
 
     def view(self, *shape: Any) -> Any:
         if shape in ((-1, self.classes), (self.hidden.shape[:-1].numel(), self.classes)):
@@ -194,13 +199,11 @@ class LazyLogits:
         kwargs = kwargs or {}
         if func is torch.tanh and isinstance(args[0], cls):
             return args[0]._and_then(torch.tanh)
-        if (
-            func is functional.cross_entropy
-            and args
-            and isinstance(args[0], cls)
-            and args[0]._has_chunks(*args[1:], **kwargs)
-        ):
-            return chunked_cross_entropy(args[0].hidden, args[0].compute, *args[1:], tokens=args[0].tokens, **kwargs)
+        if func is functional.cross_entropy and isinstance(args[0], cls):
+            logits, *rest = args
+            options = {name: x for name, x in kwargs.items() if x is not None}  # torch passes all, None for most
+            if logits._has_chunks(*rest, **options):
+                return chunked_cross_entropy(logits.hidden, logits.compute, *rest, tokens=logits.tokens, **options)
         args, kwargs = pytree.tree_map_only(cls, attrgetter("whole"), (args, kwargs))
         return func(*args, **kwargs)
 

@@ -24,9 +24,9 @@ class ReversibleTrainerCallback(TrainerCallback):
     >>> callback = ReversibleTrainerCallback({"model.layers": momentum}, chunked_loss=True)
     >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
 
-    Each log gets `drift`, the largest of all stacks, and after a measured step `activation_held_bytes` and
-    `activation_peak_bytes`, with what `ActivationMemoryMonitor` counts. They are in `trainer.state.log_history`, and
-    reach the loggers whose callbacks come after this one.
+    Each log gets `drift`, the largest of all stacks. After a measured step it gets `activation_held_bytes` and
+    `activation_peak_bytes`, counted as by `ActivationMemoryMonitor`. All are in `trainer.state.log_history`, and reach
+    the loggers whose callbacks come after this one.
 
     Args:
         targets: as in `swap`; a glob such as "*.layers" fits a model of PEFT's, too.
@@ -36,7 +36,9 @@ class ReversibleTrainerCallback(TrainerCallback):
             is two to four times slower.
 
     Raises:
-        ValueError: when the Trainer is made, as by `swap`, or if its arguments ask for gradient checkpointing.
+        TypeError: for targets that are no mapping.
+        ValueError: when the Trainer is made, for targets that `swap` refuses, or if its arguments ask for gradient
+            checkpointing.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class ReversibleTrainerCallback(TrainerCallback):
                 f"targets={targets!r}: pass a mapping, such as {{'model.layers': {{'coupling': 'midpoint'}}}}"
             )
         if not isinstance(every_n_steps, int) or every_n_steps < 0:
-            raise ValueError(f"every_n_steps={every_n_steps!r}: measure each step with 1, fewer with more, none with 0")
+            raise ValueError(f"every_n_steps={every_n_steps!r}: pass n to measure each n-th step, or 0 for none")
         self.targets, self.chunked_loss, self.every_n_steps = targets, chunked_loss, every_n_steps
         self.budget = None if memory_budget is None else Budget(memory_budget)
         self._swapped: nn.Module | None = None
@@ -64,8 +66,9 @@ class ReversibleTrainerCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
             raise ValueError(
-                "gradient_checkpointing=True would run the layers of a reversible list a second time; they hold nothing"
-                " already: leave it out, or name the layers to checkpoint by the targets' treatments"
+                "gradient_checkpointing=True would run the layers of a reversible list a second time, and they hold"
+                " nothing that it could free: pass gradient_checkpointing=False; to checkpoint some layers, take the"
+                " option `treatments` of their target"
             )
         if model is None or model is self._swapped:
             return

@@ -1,7 +1,7 @@
 """What a module's stacks compute, saved in its checkpoints as targets for `swap`, and compared when one is loaded.
 
-The class in the checkpoint's code does not say it: a module that was trained with targets computes another function
-without them.
+A module that was trained with targets computes another function without them, and neither its class nor its state dict
+tells.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def save_targets(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 
 def take_targets(module: nn.Module, saved: Mapping[str, Any], targets: Targets | None, budget: Budget | None) -> None:
-    """Swap what a checkpoint's module had swapped, if nothing else is targeted, and warn of other differences."""
+    """Swap as a checkpoint's module was swapped, if `module` has no targets of its own; warn if they still differ."""
     own = describe_stacks(module)
     if targets_of(module, targets) is None:
         swap_module(module, {path: saved[path] for path in saved.keys() - own.keys()}, budget, strict=False)

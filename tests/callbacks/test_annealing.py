@@ -88,7 +88,9 @@ def test_the_first_step_is_the_original_networks() -> None:
 
 
 def test_nothing_to_anneal_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"is for momentum and scaled, and the stacks have layers: Midpoint"):
+    with pytest.raises(
+        ValueError, match=r"is for momentum and scaled without grid_bits, and the stacks have layers: Midpoint"
+    ):
         fit(Module(), [revlib.CouplingAnnealing(steps=8)], "midpoint", max_epochs=1)
     with pytest.raises(ValueError, match="steps=0: take at least one"):
         revlib.CouplingAnnealing(0)

@@ -164,7 +164,7 @@ def test_sft_trainer(tmp_path: Path, loss: str) -> None:
 
     rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in examples()])
     options = arguments(
-        tmp_path, trl.SFTConfig, gradient_checkpointing=False, loss_type="nll", bf16=False, pad_token="<0>"
+        tmp_path, trl.SFTConfig, gradient_checkpointing=False, loss_type=loss, bf16=False, pad_token="<0>"
     )
     callback = revlib.ReversibleTrainerCallback(MOMENTUM)
     trainer = Ordered(model(), options, train_dataset=rows, processing_class=tokenizer(), callbacks=[callback])
@@ -207,5 +207,5 @@ def test_bad_input_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         InOrder(model(), arguments(tmp_path), callbacks=[revlib.ReversibleTrainerCallback({"model.lay": None})])
     with pytest.raises(TypeError, match=r"targets='model\.layers': pass a mapping"):
         revlib.ReversibleTrainerCallback("model.layers")
-    with pytest.raises(ValueError, match="every_n_steps=-1: measure each step with 1"):
+    with pytest.raises(ValueError, match="every_n_steps=-1: pass n to measure each n-th step"):
         revlib.ReversibleTrainerCallback(every_n_steps=-1)

@@ -39,6 +39,8 @@ COUPLINGS: list[tuple[str, dict[str, Any]]] = [
     *[(f"midpoint {h}", {"coupling": {"name": "midpoint", "h": h}, **RESIDUAL}) for h in (0.25, 0.5, 1.0)],
     *[(f"leapfrog {h}", {"coupling": {"name": "leapfrog", "h": h}, **RESIDUAL}) for h in (0.5, 1.0)],
     ("additive", {"coupling": "additive", **RESIDUAL}),
+    *[(f"momentum 2^-{k}, `grid_bits=12`",
+       {"coupling": {"name": "momentum", "gamma": 2.0**-k}, "grid_bits": 12, **RESIDUAL}) for k in (2, 3, 4, 5, 6)],
     ("bdia, `grid_bits=12`, eval", {"coupling": "bdia", "grid_bits": 12, **RESIDUAL}),
 ]  # fmt: skip
 THIRDS = {"treatments": ["reversible", "reversible", "checkpoint"] * 2}

@@ -16,11 +16,11 @@ from lightning_revlib.nn.stacks.sequential import CoupledSequential
 
 KEY = "reversible_targets"
 STACKS: tuple[Any, ...] = (CoupledSequential, Layerwise)
-OPTIONS = ("split_dim", "residual", "grid_bits", "ordinary")  # that change what a stack computes, besides two others
+OPTIONS = ("split_dim", "residual", "grid_bits", "ordinary")  # which change the function, as coupling and branches do
 
 
 def note_in_configs(model: nn.Module) -> None:
-    """Write into the config of each pretrained model of transformers what its stacks compute, or nothing any more."""
+    """Write what its stacks compute into each config of a pretrained model of transformers; clear it if it has none."""
     for _, pretrained in _pretrained(model):
         if found := describe_stacks(pretrained):
             setattr(pretrained.config, KEY, found)

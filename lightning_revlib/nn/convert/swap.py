@@ -60,8 +60,8 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     Raises:
         ValueError: for a target that matches nothing, an invalid option, or nothing to swap at all.
         TypeError: for a target that is no container of blocks.
-        ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, layers called
-            out of order or twice, hidden states that are read in between.
+        ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, and layers called
+            out of order, twice, or with something else than the layer before returned.
         In either case `model` is left as it was.
     """
     found = find(model, targets, strict=strict)

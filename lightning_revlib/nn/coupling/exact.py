@@ -5,8 +5,8 @@
 v' = g (v - r) + Q((1 - g) f(x)), x' = x + v'                 ExactMomentum
 x+ = g (x- + r) + Q((1 - g) x + (1 + g) f(x))                 BDIA
 
-Q rounds to the grid. A factor of 2^-k forgets the last k bits of a number: they are the remainder r, of the division of
-a by 2^k u, and a step keeps them.
+Q rounds to the grid. 2^-k times a number on the grid is on the grid only if the number's last k bits are zero. These
+bits are r, the remainder of the number divided by 2^k u. A step takes r off (BDIA adds it), and keeps it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Exact(Alternating):
 
 
 class Remembering(Coupling):
-    """A coupling on the grid that multiplies stream a by a factor of +-2^-k, and keeps the k bits that this forgets.
+    """A coupling on the grid that multiplies stream a by a factor of +-2^-k, and keeps the k bits that are lost.
 
     `bind` returns the coupling of one step, with the bits of that step. `limit` leaves room for the sum of two streams.
     """
@@ -90,7 +90,8 @@ class Remembering(Coupling):
 
     def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
         raise ValueError(
-            f"coupling {self} has no inverse from its output alone: that takes the bits which its forward has kept"
+            f"coupling {self} has no inverse from its output alone, which lacks the bits that forward kept; for"
+            " stack.inverse take another coupling, such as additive"
         )
 
     def inverse(self, a_out: Tensor, b_out: Tensor, b: Tensor, f: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Remembering(Coupling):
 
 @dataclass(unsafe_hash=True)
 class ExactScaling(Remembering):
-    """A coupling `inner` that multiplies stream a by `factor`, on the grid; each step is of the class `step`."""
+    """The coupling `inner`, which multiplies stream a by `factor`, on the grid. Its steps are of the class `step`."""
 
     inner: Coupling
     factor: float

@@ -1,4 +1,4 @@
-"""Numbers on the grid of multiples of 2^-bits: rounding to it, its limit, and the last bits that a division forgets."""
+"""Numbers on the grid of multiples of 2^-bits: rounding to it, its limit, and the last bits that a factor forgets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def forgotten_bits(name: str, factor: float) -> int:
     lower = min(max(exponent - 1, -MOST_FORGOTTEN), -1)
     near = [math.copysign(2.0**power, factor) for power in (lower, lower + 1)]
     raise ValueError(
-        f"{name}={factor!r}: on the grid it must be a power of two; the nearest are {near[0]} and {near[1]}"
+        f"{name}={factor!r}: on the grid it must be a power of two; the nearest are {near[0]} and {near[1]}, and"
+        f" 2^-{MOST_FORGOTTEN} is the least"
     )
 
 
