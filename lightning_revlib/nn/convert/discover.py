@@ -15,34 +15,53 @@ from torch import Tensor, nn
 from lightning_revlib.nn.convert.swap import CONTAINERS
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
+from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 from lightning_revlib.nn.stacks.list_forward import same_memory
 from lightning_revlib.nn.steps.outputs import split_output
 
 TOLERANCE = 1e-3
 GAMMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+EXACT = {"coupling": {"name": "momentum", "gamma": 2.0**-4}, "grid_bits": "auto"}
 
 
-def discover(model: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Watch `run()`, a forward of the model, and return options for `swap` by path, and why other paths cannot be.
+class Discovery(NamedTuple):
+    """What `discover` has found, by path.
+
+    `targets` are options for `swap`. `branches` are those in which the parts of a block are called: each begins with a
+    part that is not called with what the part before returned. `others` say why the rest cannot be swapped.
+    """
+
+    targets: dict[str, dict[str, Any]]
+    branches: dict[str, list[list[str]]]
+    others: dict[str, str]
+
+
+def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
+    """Watch `run()`, a forward of the model, and return what could be swapped.
 
     A residual network's function is least changed by momentum with a small gamma. The smallest is taken whose expected
-    drift in float32 stays below `TOLERANCE`.
+    drift in float32 stays below `TOLERANCE`; for blocks in which shapes depend on values, as in those with a router,
+    an exact one, since a value that is rebuilt up to rounding may be sent elsewhere.
     """
-    watched = {path: _Watched(path, m) for path, m in model.named_modules() if isinstance(m, CONTAINERS) and len(m) > 1}
-    with ExitStack() as hooks, torch.no_grad():
+    shapes = _DynamicShapes()
+    watched = {
+        path: _Watched(path, m, shapes) for path, m in model.named_modules() if isinstance(m, CONTAINERS) and len(m) > 1
+    }
+    with ExitStack() as hooks, torch.no_grad(), shapes:
         for each in watched.values():
             each.watch(hooks)
         run()
-    targets: dict[str, dict[str, Any]] = {}
-    others: dict[str, str] = {}
+    found = Discovery({}, {}, {})
     for path, each in watched.items():
-        if any(path.startswith(f"{above}.") or not above for above in targets):
+        if any(path.startswith(f"{above}.") or not above for above in found.targets):
             continue  # a part of a block
         if reason := each.reason_against():
-            others[path] = reason
+            found.others[path] = reason
         elif any(p.requires_grad for p in each.container.parameters()):
-            targets[path] = each.options()
-    return targets, others
+            found.targets[path] = each.options()
+            if len(each.branches) > 1:
+                found.branches[path] = each.branches
+    return found
 
 
 def with_larger_gamma(options: Any) -> dict[str, Any] | None:
@@ -58,6 +77,20 @@ class _Call(NamedTuple):
     before: Any  # the shape of its first input
     after: Any  # the shape of its first output
     is_chained: bool  # its first input is the first output of the call before
+    dynamic_shapes: int  # that the model had computed by its end
+
+
+class _DynamicShapes(TorchDispatchMode):
+    """Counts the operations whose output has a shape that depends on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_dynamic = torch.Tag.dynamic_output_shape in func.tags
+        if is_dynamic and func is torch.ops.aten.index.Tensor:  # by numbers, or by a mask
+            is_dynamic = any(isinstance(i, Tensor) and i.dtype is torch.bool for i in pytree.tree_leaves(args[1]))
+        self.count += is_dynamic
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -66,13 +99,18 @@ class _Watched:
 
     path: str
     container: Any
+    shapes: _DynamicShapes
     calls: list[_Call] = field(default_factory=list)
     is_called: bool = False  # by the model, as a whole
     last: Any = None  # first output of the last call
+    branches: list[list[str]] = field(default_factory=list)  # of the last block
+    last_part: Any = None  # first output of the last call of one of its parts
 
     def watch(self, hooks: ExitStack) -> None:
-        """Add hooks to the container and its blocks."""
+        """Add hooks to the container, its blocks, and the parts of the last one."""
         hooks.callback(self.container.register_forward_hook(self._on_container).remove)
+        for name, part in self.container[-1].named_children():
+            hooks.callback(part.register_forward_hook(partial(self._on_part, name), with_kwargs=True).remove)
         for index, block in enumerate(self.container):
             hook = block.register_forward_hook(partial(self._on_block, index), with_kwargs=True)
             hooks.callback(hook.remove)
@@ -88,7 +126,9 @@ class _Watched:
         ordinary = self._count_ordinary()
         steps = len(self.container) - ordinary
         gamma = next((g for g in GAMMAS if expected_drift(Momentum(g), steps, torch.float32) < TOLERANCE), GAMMAS[-1])
-        options: dict[str, Any] = {"coupling": {"name": "momentum", "gamma": gamma}, "residual": True}
+        has_router = self.calls[-1].dynamic_shapes > self.calls[0].dynamic_shapes
+        options: dict[str, Any] = EXACT if has_router else {"coupling": {"name": "momentum", "gamma": gamma}}
+        options = {**options, "residual": True}
         if isinstance(self.container, nn.Sequential):
             options |= {"split_dim": None} if self.is_called else {"iterated": True}
         return options | ({"ordinary": ordinary} if ordinary else {})
@@ -114,7 +154,7 @@ class _Watched:
         kinds = list(dict.fromkeys(type(block).__name__ for block in self.container))
         if len(kinds) > 1:
             return f"its blocks are of different kinds: {', '.join(kinds)}"
-        i, before, after, _ = [call for call in self.calls if call.before != call.after][-1]
+        i, before, after, *_ = [call for call in self.calls if call.before != call.after][-1]
         return f"{self._name(i)} ({kinds[0]}) changes the shape from {before} to {after}"
 
     def _count_ordinary(self) -> int:
@@ -130,8 +170,16 @@ class _Watched:
         x = args[0] if args else next(iter(kwargs.values()), None)
         y = out if isinstance(out, Tensor) else split_output(out)[0]
         is_chained = not self.calls or (isinstance(x, Tensor) and same_memory(x, self.last))
-        self.calls.append(_Call(block, _shape(x), _shape(y), is_chained))
+        self.calls.append(_Call(block, _shape(x), _shape(y), is_chained, self.shapes.count))
         self.last = y
+
+    def _on_part(self, name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if isinstance(self.last_part, Tensor) and any(same_memory(x, self.last_part) for x in given):
+            self.branches[-1].append(name)
+        else:
+            self.branches.append([name])
+        self.last_part = out if isinstance(out, Tensor) else split_output(out)[0]
 
     def _on_container(self, *args: Any) -> None:
         self.is_called = True

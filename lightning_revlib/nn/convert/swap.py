@@ -73,7 +73,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     before = record(found)
     try:
         for path, module, options in found:
-            _swap_one(path, module, options)
+            swap_one(path, module, options)
         if inputs is not None:
             _try(model, inputs)
     except Exception:
@@ -184,7 +184,8 @@ def _options_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name in ("options", "resolved")}
 
 
-def _swap_one(path: str, module: Any, options: Mapping[str, Any] | None) -> None:
+def swap_one(path: str, module: Any, options: Mapping[str, Any] | None) -> None:
+    """Make one of the stacks that `find` has found reversible. Raises TypeError or ValueError."""
     original = type(module)
     if not _is_swappable(module):
         raise TypeError(
