@@ -47,7 +47,10 @@ class Program:
 
 
 def draw(seed: int) -> Program:
-    """Return the program of a seed."""
+    """Return the program of a seed.
+
+    Leapfrog has no autocast without a grid: its streams grow, and a last bit of bfloat16 with them.
+    """
     rng = random.Random(seed)
     layout, kind = rng.choice(list(SHAPES)), rng.choice(["sequential", "sequential", "list"])
     options = _options(rng, layout, kind)
@@ -61,7 +64,7 @@ def draw(seed: int) -> Program:
         options,
         tuple(name for name in ("shift", "memory") if rng.random() < 0.4),
         rng.choice(["leaf", "leaf", "computed", "without grad", "transposed"]),
-        rng.random() < 0.15,
+        rng.random() < 0.15 and not ("leapfrog" in str(options["coupling"]) and "grid_bits" not in options),
         rng.random() < 0.85,
         tuple(rng.choice(uses) for _ in range(rng.choice([1, 1, 2, 3]))),
     )
