@@ -28,34 +28,33 @@ TARGETS: list[dict[str, Any]] = [
     },
 ]
 LOADED = """
-import sys, torch, transformers, lightning_revlib as revlib
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-print(revlib.swap(model))
-ids = torch.load(sys.argv[1] + "/ids.pt")
-with torch.no_grad():
-    logits = model(input_ids=ids).logits
-torch.save((logits, model.generate(ids, max_new_tokens=4, do_sample=False)), sys.argv[1] + "/out.pt")
+import pathlib, sys, torch, transformers, lightning_revlib as revlib
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert revlib.swap(model) == ["model.layers"]
+    ids = torch.load(folder / "ids.pt")
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    torch.save((logits, model.generate(ids, max_new_tokens=4, do_sample=False)), folder / "out.pt")
 """
 
 
-@pytest.mark.parametrize("options", TARGETS, ids=str)
-def test_saved_and_swapped_again_in_another_process(options: dict[str, Any], tmp_path: Path) -> None:
-    model: Any = make("Llama").float().eval()
-    revlib.swap(model, {"model.layers": options})
-    ids = inputs()[0]
-    with torch.no_grad():
-        model(input_ids=ids)  # chooses the grid
-        logits = model(input_ids=ids).logits
-    words = model.generate(ids, max_new_tokens=4, do_sample=False)
-    model.save_pretrained(tmp_path)
-    torch.save(ids, tmp_path / "ids.pt")
-    saved = json.loads((tmp_path / "config.json").read_text())["reversible_targets"]["model.layers"]
-    assert saved.get("grid_bits") == model.model.layers.grid_bits != "auto"
-    done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['model.layers']"
-    again = torch.load(tmp_path / "out.pt")
-    assert torch.equal(again[0], logits)
-    assert torch.equal(again[1], words)
+def test_saved_and_swapped_again_in_another_process(tmp_path: Path) -> None:
+    ids, expected = inputs()[0], {}
+    for number, options in enumerate(TARGETS):
+        model: Any = make("Llama").float().eval()
+        revlib.swap(model, {"model.layers": options})
+        folder = tmp_path / str(number)
+        with torch.no_grad():
+            model(input_ids=ids)  # chooses the grid
+            expected[folder] = model(input_ids=ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+        model.save_pretrained(folder)
+        torch.save(ids, folder / "ids.pt")
+        saved = json.loads((folder / "config.json").read_text())["reversible_targets"]["model.layers"]
+        assert saved.get("grid_bits") == model.model.layers.grid_bits != "auto"
+    subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], check=True)
+    for folder, tensors in expected.items():
+        assert all(map(torch.equal, tensors, torch.load(folder / "out.pt")))
 
 
 def test_a_model_within_a_model_and_a_restored_one() -> None:

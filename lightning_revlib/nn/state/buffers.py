@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,7 @@ class Buffers(State):
 
     def __init__(self, call: Call) -> None:
         self.values = call.former
+        _tell_of_threads(call.modules)
         self.met: list[tuple[nn.Module, str, Tensor, Tensor, int, bool]] = []  # with a copy, version and training flag
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []  # with its version
         self.former: list[tuple[nn.Module, str, Tensor]] = []
@@ -85,11 +88,29 @@ class Buffers(State):
         lent += [(m._buffers, name, b.clone()) for m, name, b in self.former]
         lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
+        _tell_of_threads(modules)
+        _LENT.update(dict.fromkeys(modules, threading.get_ident()) if lent else {})
         _set(lent)
         try:
             yield
         finally:
             _set(reversed(now))
+            for m in modules:
+                _LENT.pop(m, None)
+
+
+_LENT: dict[nn.Module, int] = {}  # modules with other buffers at the moment, by the thread that runs them again
+
+
+def _tell_of_threads(modules: Sequence[nn.Module]) -> None:
+    """Warn if another thread runs one of the modules again, whose buffers are others meanwhile."""
+    for m in modules if _LENT else ():
+        if _LENT.get(m, threading.get_ident()) != threading.get_ident():
+            warnings.warn(
+                f"{m} runs in two threads at once, and its buffers are others while a block runs again: what this call"
+                " writes into them may be lost; give each thread a copy of the model, or take processes",
+                stacklevel=2,
+            )
 
 
 _SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()

@@ -94,3 +94,36 @@ def test_trainings_that_take_turns() -> None:
 
     in_threads(train)
     assert len(drifts) == 20 and all(drift is not None and drift < 1e-10 for drift in drifts)
+
+
+class Meets(nn.Module):
+    """A batch norm of which the second call waits while another thread calls the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.calls, self.other = nn.BatchNorm1d(4), [0], threading.Thread()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        if self.calls[0] == 2:
+            self.other.start()
+            self.other.join()
+        y: Tensor = self.norm(x)
+        return y
+
+
+def test_a_norm_that_two_threads_share_is_told() -> None:
+    block, x = Meets(), torch.randn(6, 8)
+    stack = revlib.ReversibleSequential(block)
+    told: list[Any] = []
+
+    def call() -> None:
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            stack(x)
+        told.extend(shown)
+
+    block.other = threading.Thread(target=call)
+    stack(x).sum().backward()
+    assert any("runs in two threads at once" in str(each.message) for each in told)
+    assert block.calls == [3]
