@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,16 +44,15 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
     an exact one, since a value that is rebuilt up to rounding may be sent elsewhere.
     """
     shapes = _DynamicShapes()
-    watched = {
-        path: _Watched(path, m, shapes) for path, m in model.named_modules() if isinstance(m, CONTAINERS) and len(m) > 1
-    }
+    containers = {path: m for path, m in model.named_modules() if isinstance(m, CONTAINERS)}
+    watched = {path: _Watched(path, m, shapes) for path, m in containers.items() if len(m) > 1}
     with ExitStack() as hooks, torch.no_grad(), shapes:
         for each in watched.values():
             each.watch(hooks)
         run()
     found = Discovery({}, {}, {})
     for path, each in watched.items():
-        if any(path.startswith(f"{above}.") or not above for above in found.targets):
+        if _is_within(path, found.targets):
             continue  # a part of a block
         if reason := each.reason_against():
             found.others[path] = reason
@@ -62,6 +61,10 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
             if len(each.branches) > 1:
                 found.branches[path] = each.branches
     return found
+
+
+def _is_within(path: str, others: Iterable[str]) -> bool:
+    return any(path.startswith(f"{above}.") or not above for above in others)
 
 
 def with_larger_gamma(options: Any) -> dict[str, Any] | None:

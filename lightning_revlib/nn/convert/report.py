@@ -79,6 +79,19 @@ class Report:
         return best(self.candidates, self.max_change)
 
     def __str__(self) -> str:
+        lines = self._stack_lines()
+        if self.candidates:
+            lines += table(self.candidates)
+        if self.untried:
+            lines += ["not measured:", *[f"  {name}: {reason}" for name, reason in self.untried]]
+        for aim, candidate in self.best.items():
+            lines += [f"# {aim}: {candidate.name}", paste(candidate.targets)]
+        if self.targets:
+            lines += ["# the options measured at the top:"] * bool(self.candidates) + [paste(self.targets)]
+        return "\n".join(lines or ["no stack of blocks was found"])
+
+    def _stack_lines(self) -> list[str]:
+        """Return the lines about the stacks, all of them together, and what is none."""
         lines = []
         for stack in self.stacks:
             lines.append(str(stack))
@@ -91,19 +104,10 @@ class Report:
                 lines.append("    alone: " + "; ".join(self._compare(stack)))
         if self.others:
             lines += ["not to be swapped:", *[f"  {path or '(the model)'}: {reason}" for path, reason in self.others]]
-        if self.stacks:
-            after = Costs(self.held_after, self.peak_after, self.flops_after)
-            head = f"reversible stacks in {self.precision} (drift differs in others: call report under torch.autocast):"
-            lines = [head, *lines, *self._compare(after)]
-        if self.candidates:
-            lines += table(self.candidates)
-        if self.untried:
-            lines += ["not measured:", *[f"  {name}: {reason}" for name, reason in self.untried]]
-        for aim, candidate in self.best.items():
-            lines += [f"# {aim}: {candidate.name}", paste(candidate.targets)]
-        if self.targets:
-            lines += ["# the options measured at the top:"] * bool(self.candidates) + [paste(self.targets)]
-        return "\n".join(lines or ["no stack of blocks was found"])
+        if not self.stacks:
+            return lines
+        head = f"reversible stacks in {self.precision} (drift differs in others: call report under torch.autocast):"
+        return [head, *lines, *self._compare(Costs(self.held_after, self.peak_after, self.flops_after))]
 
     def _compare(self, after: Costs | Stack) -> list[str]:
         def compare(before: int, after: int) -> str:
@@ -166,17 +170,9 @@ def report(
     others = discovery.others
     found = find(model, targets)
     before = _costs_with(call, found, {})
-    stacks: list[Stack] = []
-    swapped: dict[str, Any] = {}
-    tolerance, tolerated = (math.inf, ()) if is_given else (TOLERANCE, FAILURES)
     tell = progress or _show_on_terminal
-    for path, _, options in found:
-        tell(f"{path or 'the model'}: forward and backward")
-        try:
-            stack, swapped[path] = _measure_alone(call, path, options, outputs, tolerance)
-            stacks.append(stack)
-        except tolerated as error:
-            others[path] = str(error)
+    stacks, swapped, failures = _measure_each(call, found, outputs, is_given, tell)
+    others.update(failures)
     suitable = [match for match in found if match[0] in swapped]
     after: Costs | Stack = stacks[0] if len(stacks) == 1 else before
     if len(stacks) > 1:
@@ -203,6 +199,22 @@ def _costs_with(call: Call, found: list[Match], targets: Targets) -> Costs:
     """Return the costs with the targets swapped, and the other stacks that were found run by ordinary autograd."""
     with call.swapped(found, targets):
         return call.costs()[0]
+
+
+def _measure_each(
+    call: Call, found: list[Match], outputs: list[Tensor], is_given: bool, tell: Callable[[str], Any]
+) -> tuple[list[Stack], dict[str, Any], dict[str, str]]:
+    """Return the stacks, each swapped alone, their options, and why others cannot run; what is given must run."""
+    stacks, swapped, failures = [], {}, {}
+    tolerance, tolerated = (math.inf, ()) if is_given else (TOLERANCE, FAILURES)
+    for path, _, options in found:
+        tell(f"{path or 'the model'}: forward and backward")
+        try:
+            stack, swapped[path] = _measure_alone(call, path, options, outputs, tolerance)
+            stacks.append(stack)
+        except tolerated as error:
+            failures[path] = str(error)
+    return stacks, swapped, failures
 
 
 def _measure_alone(

@@ -137,21 +137,23 @@ def stacks(model: nn.Module) -> dict[str, Any]:
 def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[Match]:
     """Return what `swap` would swap: the path, the module and the options of each stack."""
     modules = dict(model.named_modules())
-    if targets is None:
-        built: list[Match] = [(path, m, None) for path, m in modules.items() if isinstance(m, STACKS)]
-        return built or [(path, modules[path], options) for path, options in noted_in_configs(model).items()]
     found: dict[str, Mapping[str, Any] | None] = {}
-    for target, options in targets.items():
+    if targets is None:
+        found.update((path, None) for path, m in modules.items() if isinstance(m, STACKS))
+        found = found or noted_in_configs(model)
+    for target, options in (targets or {}).items():
         paths = _paths_of(model, target)
         if strict and not paths:
-            containers = [path for path, m in modules.items() if _is_swappable(m)]
-            near = difflib.get_close_matches(target, containers, cutoff=0.4) or containers[:5]
-            hint = f"near it: {', '.join(map(repr, near))}" if near else "and has none at all"
-            raise ValueError(
-                f"target {target!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}"
-            )
+            raise _no_match(model, target)
         found.update(dict.fromkeys(paths, _read_options(target, options)))
     return [(path, modules[path], options) for path, options in found.items()]
+
+
+def _no_match(model: nn.Module, target: str) -> ValueError:
+    containers = [path for path, m in model.named_modules() if _is_swappable(m)]
+    near = difflib.get_close_matches(target, containers, cutoff=0.4) or containers[:5]
+    hint = f"near it: {', '.join(map(repr, near))}" if near else "and has none at all"
+    return ValueError(f"target {target!r} matches no nn.Sequential or nn.ModuleList of {type(model).__name__}; {hint}")
 
 
 def _read_options(target: str, options: Any) -> Mapping[str, Any] | None:

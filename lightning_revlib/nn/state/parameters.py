@@ -82,14 +82,8 @@ class Parameters(State):
         return True
 
     def is_current(self) -> bool:
-        if (versions := self._versions()) != self.versions:
-            changed = [now != then for now, then in zip(versions, self.versions, strict=True)]
-            for t in compress(self.arguments, changed[len(self.checked) :]):
-                raise modified(f"an argument of shape {list(t.shape)}")
-            self.changed = {(m, name) for m, name, _ in compress(self.checked, changed)}
-            return False  # an error for the blocks of these parameters only: others may have been stepped in backward
-        self.changed = set()
-        if self.moved:
+        self.changed = self._find_changed()
+        if self.changed or self.moved:
             return False
         now = [p for m in self.modules for p in m._parameters.values() if p is not None]
         return (
@@ -124,6 +118,16 @@ class Parameters(State):
                 raise
             finally:
                 _check_lent(lent)
+
+    def _find_changed(self) -> set[tuple[nn.Module, str]]:
+        """Return the parameters that were modified in place since: an error for the blocks that have them.
+
+        An optimizer in backward may have stepped those of other blocks. Raises RuntimeError for an argument.
+        """
+        changed = [now != then for now, then in zip(self._versions(), self.versions, strict=True)]
+        for t in compress(self.arguments, changed[len(self.checked) :]):
+            raise modified(f"an argument of shape {list(t.shape)}")
+        return {(m, name) for m, name, _ in compress(self.checked, changed)}
 
     def _by_module(self) -> dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]]:
         if not self.index:
