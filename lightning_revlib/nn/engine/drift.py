@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Coupling
+from lightning_revlib.nn.state.base import is_fake
+
+SIGNS = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(1025)], device="cpu")  # see `_signs`
 
 
 class Sentinel:
@@ -69,7 +72,9 @@ def _signs(length: int, like: Tensor) -> Tensor:
     s(n) = (-1)^(number of "11" in n, in binary). The first 4^k of them add up to 2^k, as large a sum as of random
     signs, and no periodic pattern of numbers has a sum beyond 3.42 times that.
     """
-    n = torch.arange(length, dtype=torch.int16, device=like.device)
+    if like.is_cpu and not is_fake(like):
+        return SIGNS[:length].to(like.dtype) / math.isqrt(length)
+    n = torch.arange(length, dtype=torch.int16, device=like.device)  # a copy to the device would wait for it
     odd = n & n >> 1
     for shift in (8, 4, 2, 1):  # the lowest bit becomes the parity of all
         odd ^= odd >> shift
