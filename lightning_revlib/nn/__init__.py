@@ -3,7 +3,7 @@
 from lightning_revlib.nn.convert.report import Report, report
 from lightning_revlib.nn.convert.swap import restore, swap
 from lightning_revlib.nn.coupling.base import Alternating, Coupling
-from lightning_revlib.nn.coupling.exact import BDIA
+from lightning_revlib.nn.coupling.bdia import BDIA
 from lightning_revlib.nn.coupling.invertible import Invertible, Orthogonal, Permutation, SpaceToDepth
 from lightning_revlib.nn.coupling.registry import (
     COUPLINGS,

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Alternating, Coupling
-from lightning_revlib.nn.coupling.exact import BDIA
+from lightning_revlib.nn.coupling.bdia import BDIA
 from lightning_revlib.nn.coupling.standard import Additive, Affine, Leapfrog, Midpoint, Momentum, Scaled
 
 CouplingSpec: TypeAlias = str | Coupling | Mapping[str, Any]
