@@ -36,7 +36,7 @@ _MODULES = {
     "ActivationMemoryMonitor": "callbacks.monitors",
     "DriftMonitor": "callbacks.monitors",
     "CouplingAnnealing": "callbacks.annealing",
-    "chunk_loss": "pretrained.loss",
+    "chunk_loss": "pretrained.lazy_logits",
     "chunked_cross_entropy": "pretrained.loss",
 }
 _OPTIONAL = {"ReversibleTrainerCallback": "pretrained.trainer"}  # those that need transformers, which is no dependency

@@ -14,7 +14,7 @@ from lightning_revlib.nn import MemoryMeter, swap
 from lightning_revlib.nn.convert.swap import Targets, stacks
 from lightning_revlib.nn.plan.budget import Budget, share_budget
 from lightning_revlib.nn.plan.limit import MemoryBudget
-from lightning_revlib.pretrained.loss import chunk_loss
+from lightning_revlib.pretrained.lazy_logits import chunk_loss
 
 
 class ReversibleTrainerCallback(TrainerCallback):

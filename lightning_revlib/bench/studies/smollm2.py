@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_revlib import nn as library
 from lightning_revlib.nn import MemoryMeter, swap
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.pretrained.loss import chunk_loss
+from lightning_revlib.pretrained.lazy_logits import chunk_loss
 
 PATH, FILE = "model.layers", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BRANCHES = {"branches": [["input_layernorm", "self_attn"], ["post_attention_layernorm", "mlp"]]}
