@@ -17,6 +17,8 @@ from lightning_revlib.nn.stacks.module_list import Layerwise
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.state.snapshot import preserve_state
 
+SILENT = {"on_drift": "warn_once", "drift_tolerance": math.inf}  # options of a stack whose drift the report tells
+
 
 class Costs(NamedTuple):
     """Bytes held after forward, peak bytes in backward, and FLOPs."""
@@ -76,7 +78,7 @@ class Call:
     def swapped(self, found: Iterable[Match], targets: Targets) -> Iterator[None]:
         """Have the targets swapped inside, and the other stacks that were found run by ordinary autograd.
 
-        A grid that the first forward chooses is chosen.
+        A grid that the first forward chooses is chosen. Stacks measure their drift and do not warn of it.
         """
         records = record(list(found))
         for module, _, _ in records:
@@ -89,7 +91,7 @@ class Call:
                 elif path not in targets and isinstance(module, Layerwise):
                     module.treatments = ("store",) * len(module)
             for path, module, options in find(self.model, targets):
-                swap_one(path, module, options)
+                swap_one(path, module, {**(options or {}), **SILENT})
             if any(getattr(self.model.get_submodule(path), "grid_bits", None) == "auto" for path in targets):
                 self.forward(floating)
             yield

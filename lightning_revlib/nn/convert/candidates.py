@@ -137,8 +137,6 @@ class Trials:
         try:
             with self.call.swapped(self.found, targets):
                 stacks: list[Any] = [self.call.model.get_submodule(path) for path in targets]
-                for stack in stacks:
-                    stack.on_drift, stack.drift_tolerance = "warn_once", math.inf
                 costs, outputs = self.call.costs() if backward else (None, self.call.forward(judged))
                 drift = max((stack.drift for stack in stacks if stack.drift is not None), default=None)
                 kept_bits = max((c.kept_bits for stack in stacks for c in stack.couplings), default=0)
