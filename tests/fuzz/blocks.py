@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+
+from tests.nn.conditions.blocks import Checkpointed
 
 WIDTH, TOKENS, SIDE, BATCH = 6, 4, 4, 4
 SHAPES = {"rows": (BATCH, WIDTH), "tokens": (BATCH, TOKENS, WIDTH), "images": (BATCH, WIDTH, SIDE, SIDE)}
@@ -57,15 +58,6 @@ class Counter(nn.Module):
         self.calls += 1
         self.mean = 0.9 * self.mean + 0.1 * x.detach().mean().to(self.mean.dtype)
         return out.to(x.dtype)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.module, x, use_reentrant=False)
 
 
 class Cube(torch.autograd.Function):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -12,3 +13,11 @@ def device() -> Iterator[Device]:
     """Yield the CPU, played as a device with streams; active, it finds races."""
     with play(Device()) as device:
         yield device
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Leave what is freed to reference counts."""
+    gc.disable()
+    yield
+    gc.enable()

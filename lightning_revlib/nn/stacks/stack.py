@@ -73,6 +73,10 @@ class Stack:
         resolved = options.resolve(self._modules)
         self.options, self.resolved = options, resolved
 
+    def keep_described(self, described: dict[str, Any]) -> None:
+        """Keep up to date what the config of a pretrained model says of the stack: its grid, once it is chosen."""
+        self.noted = described
+
     def extra_repr(self) -> str:
         couplings = self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)
         return f"split_dim={self.options.split_dim}, coupling={couplings}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -85,13 +84,6 @@ class Records(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.last: Tensor | None = self.layer(x).softmax(-1)
         return self.last * x
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.parametrize("differentiate", [True, False])

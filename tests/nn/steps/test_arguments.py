@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,13 +32,6 @@ class Model(nn.Module):
         for layer in self.layers:
             x, bias, scale = layer(x, (None, bias), scale=scale)
         return x
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.parametrize("differentiate", [True, False])
