@@ -56,7 +56,7 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
     >>> get_coupling("momentum", gamma=0.9) == get_coupling({"name": "momentum", "gamma": 0.9})
     True
 
-    Raises ValueError for an unknown name or option.
+    Raises ValueError for an unknown name or option, and for a number's option that is none.
     """
     if isinstance(coupling, Coupling):
         return coupling
@@ -71,15 +71,21 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
         raise ValueError(
             f"coupling={coupling!r} is unknown; {hint}There is {', '.join(COUPLINGS)}, or your own Coupling"
         )
-    cls = COUPLINGS[coupling]
-    known = inspect.signature(cls).parameters
+    _check_options(coupling, options)
+    return COUPLINGS[coupling](**options)
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the coupling of that name does not have, or that has to be a number."""
+    known = inspect.signature(COUPLINGS[name]).parameters
     if unknown := sorted(set(options) - set(known)):
         owners = [name for name, other in COUPLINGS.items() if unknown[0] in inspect.signature(other).parameters]
         hint = f"; {', '.join(owners)} has it" if owners else ""
-        raise ValueError(
-            f"coupling {coupling!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}{hint}"
-        )
-    return cls(**options)
+        raise ValueError(f"coupling {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}{hint}")
+    for option, value in options.items():
+        usual = known[option].default
+        if isinstance(usual, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"coupling {name!r}: {option}={value!r} is no number; take one, such as {usual}")
 
 
 def read_couplings(

@@ -112,6 +112,12 @@ def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dt
         ({"grid_bits": 24}, ValueError, "grid_bits=24: .* from 0 to 23"),
         ({"grid_bits": 12, "coupling": "affine"}, ValueError, "affine cannot be exact"),
         ({"grid_bits": 12, "coupling": "momentum"}, ValueError, "gamma=0.9: on the grid it must be a power of two"),
+        (
+            {"coupling": {"name": "momentum", "gamma": "abc"}},
+            ValueError,
+            "coupling 'momentum': gamma='abc' is no number; take one, such as 0.9",
+        ),
+        ({"coupling": {"name": "midpoint", "h": True}}, ValueError, "h=True is no number; take one, such as 0.5"),
         ({"coupling": "bdia"}, ValueError, "coupling 'bdia' works on the exact grid only; set grid_bits"),
     ],
 )
