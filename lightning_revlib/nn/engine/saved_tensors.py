@@ -41,7 +41,7 @@ class SavedTensors(ABC):
 
     __slots__ = ("__weakref__", "changed", "recomputed", "rerun", "retain", "saved", "sizes", "state", "step")
 
-    is_rebuilt = False  # the input of the second run, by the coupling's inverse
+    is_rebuilt = False  # whether the second run's input was computed by the coupling's inverse
 
     def __init__(self, step: Step, state: CallState) -> None:
         self.step, self.state = step, state

@@ -25,8 +25,8 @@ class Random(State):
     """
 
     __slots__ = ("after", "before", "like", "replay")
-    replays = count()
-    last_replay = 0  # since when the states may be others without a draw
+    replays = count()  # one for each time that any thread sets the generators
+    last_replay = 0  # the number of the last time: if it grows during a call, new states do not mean that it drew
 
     def __init__(self, call: Call) -> None:
         stream, self.replay = call.stream, Random.last_replay

@@ -134,7 +134,7 @@ class Step:
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
     def end_first_run(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
-        """Keep of tensors among the arguments no graph, which may refer to a frame, and thus to this step.
+        """Detach the tensors among the arguments: their graph may refer to a frame, and the frame to this step.
 
         Raises RuntimeError if the block has changed an argument in place, given its version before the call.
         """
