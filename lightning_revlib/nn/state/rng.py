@@ -26,7 +26,7 @@ class Random(State):
 
     __slots__ = ("after", "before", "like", "replay")
     replays = count()  # one for each time that any thread sets the generators
-    last_replay = 0  # the number of the last time: if it grows during a call, new states do not mean that it drew
+    last_replay = 0  # the number of the last time: if it grows in a call, equal states may hide a draw
 
     def __init__(self, call: Call) -> None:
         stream, self.replay = call.stream, Random.last_replay
