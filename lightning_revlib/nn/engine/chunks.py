@@ -41,6 +41,7 @@ class ChunkFrame(Frame):
     """One chunk of a step. `undoing` is shared by the step's chunks."""
 
     __slots__ = ("chunk", "undoing")
+    can_be_early = False
 
     def __init__(
         self, tape: Tape, step: Step, state: CallState, a: Tensor, b: Tensor, chunk: Chunk, undoing: ChunkedUndo

@@ -6,11 +6,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lightning_revlib.nn.coupling.base import Coupling
 from lightning_revlib.nn.state.base import is_fake
 
-SIGNS = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(1025)], device="cpu")  # see `_signs`
+MOST = 1025  # numbers in a row
+_ALL = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(MOST)], device="cpu")
+SIGNS = {4**k + 1: _ALL[: 4**k + 1] / 2**k for k in range(1, 6)} | {1: _ALL[:1]}  # by length, see `_signs`
 
 
 class Sentinel:
@@ -21,14 +24,13 @@ class Sentinel:
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        # Rebuilt streams may be laid out otherwise.
-        self.orders = [sorted(range(t.ndim), key=t.stride, reverse=True) for t in map(_values, (a, b))]
+        self.orders = [_order(t) for t in map(_values, (a, b))]
         self.sums = self._sums(a, b)
 
     def error(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the relative error of rebuilt streams in the 2-norm, on their device; absolute if all were zero."""
-        size = self.sums.norm()
-        return (self._sums(a, b) - self.sums).norm() / torch.where(size == 0, 1, size)
+        size = vector_norm(self.sums)
+        return vector_norm(self._sums(a, b) - self.sums) / (size + (size == 0))
 
     @staticmethod
     def bytes(stream: Tensor) -> int:
@@ -42,19 +44,24 @@ class Sentinel:
         signs = _signs(length, streams[0])
         sums = []
         for stream, order in zip(streams, self.orders, strict=True):
-            flat = stream.permute(order).reshape(-1)
-            count = len(flat) // length
-            rows, rest = flat[: count * length].view(count, length), flat[count * length :]
+            flat = (stream if order is None else stream.permute(order)).reshape(-1)
+            count = flat.numel() // length
+            rows, rest = flat.as_strided((count, length), (length, 1)), flat[count * length :]
             sums.append(each := flat.new_empty(count + 1))
             # Without `out`, autocast would cast the whole stream.
             torch.mv(rows, signs, out=each[:count])
-            torch.dot(rest, signs[: len(rest)], out=each[count])
+            torch.dot(rest, signs[: rest.numel()], out=each[count])
         return torch.cat(sums)
 
 
 def _values(stream: Tensor) -> Tensor:
     """Return the stream; of a nested one, which is of the jagged layout, the tensor of all its values."""
     return stream.values() if stream.is_nested else stream
+
+
+def _order(stream: Tensor) -> list[int] | None:
+    """Return the dimensions as they lie in memory, None if in order: a rebuilt stream may be laid out otherwise."""
+    return None if stream.is_contiguous() else sorted(range(stream.ndim), key=stream.stride, reverse=True)
 
 
 def _row_length(size: int) -> int:
@@ -73,7 +80,7 @@ def _signs(length: int, like: Tensor) -> Tensor:
     signs, and no periodic pattern of numbers has a sum beyond 3.42 times that.
     """
     if like.is_cpu and not is_fake(like):
-        return SIGNS[:length].to(like.dtype) / math.isqrt(length)
+        return SIGNS[length].to(like.dtype)
     n = torch.arange(length, dtype=torch.int16, device=like.device)  # a copy to the device would wait for it
     odd = n & n >> 1
     for shift in (8, 4, 2, 1):  # the lowest bit becomes the parity of all

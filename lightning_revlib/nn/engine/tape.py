@@ -7,7 +7,7 @@
    reads the last streams, and releases the output unless the graph is retained. Between the layers of a list it keeps
    the streams so far, as the model may leave the list there.
 3. The first number that autograd hands back to a frame makes the tape rewind to it. All frames on the way are undone,
-   also one that saved nothing and is never asked (`nn.Identity`).
+   also one that saved nothing and is never asked (`nn.Identity`); a `Schedule` may go on to frames below.
 4. To undo a step: recover the stream that its block saw; run the block once more, with the state of the first run, and
    catch what it saves, in the same order; find the other stream by the coupling's inverse. One evaluation serves
    inversion and gradient: 4/3 of the plain FLOPs in all.
@@ -105,6 +105,11 @@ class Frame(SavedTensors):
     def recompute(self) -> None:
         self.tape.rewind(self)
 
+    @property
+    def can_be_early(self) -> bool:
+        """Whether the step may be undone before autograd asks for it: a context of a user's may free what it reads."""
+        return bool(self.sizes) and self.rerun is NOTHING
+
     def _invert(self, out: Streams, b: Tensor, f: Tensor) -> Tensor:
         counts = out[0]._version, out[1]._version
         a = self.coupling.inverse(*out, b, f).detach()
@@ -186,6 +191,10 @@ class Tape:
             assert each is not None  # each frame keeps the next one
             self.undo(each)
             each.release_next()
+
+    def frame_below(self, frame: Frame) -> Frame | None:
+        """Return the frame of the step before the frame's, if there is one, and autograd may ask for it."""
+        return self.frames[frame.index - 1]() if frame.index else None
 
     def undo(self, frame: Frame) -> None:
         """Undo the last step that has not been undone yet, which is the frame's."""

@@ -126,6 +126,7 @@ class Reversible(Stack):
             compiler=compiler,
             context_fn=options.context_fn,
             overlap=options.overlap,
+            batched=budget is None,  # which would be overrun
             watch=partial(self._watch, []),
         )
         if budget is not None and set(treatments) == {"reversible"}:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State
+from lightning_revlib.nn.state.torch_layers import is_torch_layer
 
 PLAIN = (bool, int, float, str, type(None))
 ABSENT: Any = object()
@@ -43,13 +44,14 @@ class Snapshot:
 class Attributes(State):
     """The plain attributes that a block's call changes, adds or deletes, as they were before the call.
 
-    A container among the attributes stays as it is; `TensorAttributes` has the tensors.
+    A container among the attributes stays as it is; `TensorAttributes` has the tensors. Torch's own layers change none,
+    but the block that has them may set theirs.
     """
 
     __slots__ = ("before", "changed")
 
     def __init__(self, call: Call) -> None:
-        self.before: Snapshot | None = Snapshot(call.modules)
+        self.before: Snapshot | None = Snapshot(() if all(map(is_torch_layer, call.modules)) else call.modules)
         self.changed: Values = []
 
     def close(self) -> bool:

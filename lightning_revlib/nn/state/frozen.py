@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.state.base import Call, State, version
 from lightning_revlib.nn.state.buffers import changes_silently
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
+from lightning_revlib.nn.state.torch_layers import is_torch_layer
 
 
 class Frozen(State):
@@ -68,7 +69,5 @@ class Frozen(State):
 
 
 def may_move(m: nn.Module) -> bool:
-    """Return whether a call may move the module's parameters, as far as its class tells: it is no layer of torch's."""
-    forward = getattr(type(m), "forward", None)
-    is_layer = getattr(forward, "__module__", "").startswith("torch.") and forward is not nn.Module.forward
-    return not is_layer or isinstance(m, nn.Embedding)
+    """Return whether a call may move the module's parameters, as far as its class tells."""
+    return not is_torch_layer(m) or isinstance(m, nn.Embedding)  # with `max_norm`

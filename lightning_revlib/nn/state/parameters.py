@@ -9,7 +9,7 @@ from operator import is_not
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_revlib.nn.state.base import Call, Former, State, is_fake, version
 
@@ -41,7 +41,12 @@ def value_then(t: Any, count: int, former: Former, kind: str, name: str, m: nn.M
 
 def is_frozen(p: Any) -> TypeGuard[nn.Parameter]:
     """Return whether a parameter is left to `Frozen`: one without gradient, and not empty, as DeepSpeed shards it."""
-    return type(p) in ORDINARY and not p.requires_grad and p.numel() > 0
+    return p is not None and not p.requires_grad and type(p) in ORDINARY and p.numel() > 0
+
+
+def named_parameters(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return the parameters of modules, not of modules in them, with their names."""
+    return [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
 
 
 class Parameters(State):
@@ -62,23 +67,23 @@ class Parameters(State):
 
     def __init__(self, call: Call) -> None:
         self.modules, self.arguments = call.modules, call.arguments
-        named = [(m, name, p) for m in call.modules for name, p in m._parameters.items() if p is not None]
-        for m, name, _ in [each for each in named if hasattr(each[2], "grad_sample")]:
-            raise RuntimeError(
-                f"parameter {name!r} of {m} has gradients by sample, of Opacus or the like, whose forward hooks would"
-                " fire twice; name treatments=['store', ...] for the stack, or undo the swap by restore(model)"
-            )
-        self.before = {p: version(p) for _, _, p in named if not is_lazy(p)}
+        _refuse_sample_gradients(call.modules)
+        ready = [p for _, _, p in named_parameters(call.modules) if not isinstance(p, UninitializedParameter)]
+        self.before = [*zip(ready, map(version, ready), strict=True)]
         self.index: dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]] = {}  # made when it is needed
 
     def close(self) -> bool:
         self.arguments = [*{id(t): t for t in self.arguments}.values()]
         self.flags = [m.training for m in self.modules]
-        self.named = [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
+        self.named = named_parameters(self.modules)
         self.requires_grad = [p.requires_grad for _, _, p in self.named]
-        self.moved = {p for _, _, p in self.named if p.requires_grad and self.before.get(p, version(p)) != version(p)}
-        self.checked = [each for each in self.named if not is_frozen(each[2])]
-        self.before, self.versions = {}, self._versions()
+        self.checked = self.named
+        if not all(self.requires_grad):
+            self.checked = [each for each in self.named if not is_frozen(each[2])]
+        self.versions = self._versions()
+        before, self.before = {id(p): count for p, count in self.before}, []
+        counted = zip(self.checked, self.versions, strict=False)  # arguments follow
+        self.moved = {p for (_, _, p), count in counted if before.get(id(p), count) != count and p.requires_grad}
         return True
 
     def is_current(self) -> bool:
@@ -141,6 +146,16 @@ class Parameters(State):
             return [p._version for _, _, p in self.checked] + [t._version for t in self.arguments]
         except RuntimeError:  # inference tensors do not count their changes
             return [version(p) for _, _, p in self.checked] + [version(t) for t in self.arguments]
+
+
+def _refuse_sample_gradients(modules: Sequence[nn.Module]) -> None:
+    """Raise RuntimeError for layers that Opacus or the like has wrapped."""
+    for m, name, p in named_parameters([m for m in modules if m._forward_hooks]):
+        if hasattr(p, "grad_sample"):
+            raise RuntimeError(
+                f"parameter {name!r} of {m} has gradients by sample, of Opacus or the like, whose forward hooks would"
+                " fire twice; name treatments=['store', ...] for the stack, or undo the swap by restore(model)"
+            )
 
 
 def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> None:

@@ -23,6 +23,7 @@ class Forward:
         compiler: torch.compile's callback for the blocks, or None.
         context_fn: makes the contexts of a step's two runs, as in `torch.utils.checkpoint`.
         overlap: undo the step before on a stream of its own while a block's backward runs.
+        batched: undo steps that save next to nothing together, see `Batched`.
         watch: gets the streams before the first of reversible steps, and returns what to call when they are rebuilt.
     """
 
@@ -33,9 +34,11 @@ class Forward:
         compiler: Any = None,
         context_fn: ContextFunction | None = None,
         overlap: bool = False,
+        batched: bool = False,
         watch: Callable[[Tensor, Tensor], OnEntrance | None] | None = None,
     ) -> None:
-        self.blocks, self.compiler, self.context_fn, self.overlap = blocks, compiler, context_fn, overlap
+        self.blocks, self.compiler, self.context_fn = blocks, compiler, context_fn
+        self.overlap, self.batched = overlap, batched
         self.is_watched = False  # whether a drift will be measured
         self._watch = watch
         self._scope: Scope | None = None

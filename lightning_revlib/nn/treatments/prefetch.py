@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Streams
-from lightning_revlib.nn.engine.chunks import ChunkFrame
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.engine.tape import Frame, Tape
-from lightning_revlib.nn.state.base import NOTHING
 from lightning_revlib.nn.treatments.streams import device_module, side_stream
 
 
@@ -58,9 +56,9 @@ class Prefetch(Schedule):
 
     def _undo_ahead(self, tape: Tape, frame: Frame) -> None:
         """Begin to undo the step before the frame's, if autograd can ask for it."""
-        before = tape.frames[frame.index - 1]() if frame.index else None
+        before = tape.frame_below(frame)
         main = self.module.current_stream(self.device)
-        if before is None or not (_can_run_ahead(before) and _can_run_ahead(frame)) or main == self.side:
+        if before is None or not (before.can_be_early and frame.can_be_early) or main == self.side:
             return
         self.main, self.above = main, tape.streams
         self.side.wait_stream(main)
@@ -76,8 +74,3 @@ class Prefetch(Schedule):
 
     def __del__(self) -> None:
         self.wait()
-
-
-def _can_run_ahead(frame: Frame) -> bool:
-    """Return whether the frame's step is whole, is asked for, and has no context that frees what side reads."""
-    return not isinstance(frame, ChunkFrame) and bool(frame.sizes) and frame.rerun is NOTHING

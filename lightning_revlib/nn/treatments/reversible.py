@@ -12,6 +12,7 @@ from lightning_revlib.nn.coupling.base import Streams, dense
 from lightning_revlib.nn.coupling.standard import Additive
 from lightning_revlib.nn.engine import release
 from lightning_revlib.nn.engine.chunks import ChunkedUndo, ChunkFrame
+from lightning_revlib.nn.engine.schedule import Batched, Schedule
 from lightning_revlib.nn.engine.tape import Frame, Tape
 from lightning_revlib.nn.steps.chunks import Chunk
 from lightning_revlib.nn.steps.step import Step
@@ -45,9 +46,13 @@ class Reversible(Treatment):
             if a.is_inference():  # such a tensor would not count its changes
                 a, b = a.clone(), b.clone()
             forward = self.forward
-            schedule = Prefetch(a.device) if forward.overlap and has_streams(a.device) else None
-            self.tape = Tape(forward.compiler, forward.context_fn, schedule, forward.watch(a, b))
+            self.tape = Tape(forward.compiler, forward.context_fn, self._schedule(a.device), forward.watch(a, b))
         return step.each(a, b, partial(self._record, step, ChunkedUndo()))
+
+    def _schedule(self, device: torch.device) -> Schedule:
+        if self.forward.overlap and has_streams(device):
+            return Prefetch(device)
+        return Batched() if self.forward.batched else Schedule()
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
         state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs())

@@ -1,0 +1,18 @@
+"""Torch's own layers, of whose calls it is known that they change no attributes and, but for a few, no parameters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_LAYERS = [kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
+_FORWARDS = {kind: kind.forward for kind in _LAYERS if kind.forward is not nn.Module.forward}  # no containers
+
+
+def is_torch_layer(m: nn.Module) -> bool:
+    """Return whether a call of the module runs torch's code only: no subclass's, no hook's, no other `forward`."""
+    kind = type(m)
+    return (
+        kind in _FORWARDS
+        and kind.forward is _FORWARDS[kind]
+        and not (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
+    )
