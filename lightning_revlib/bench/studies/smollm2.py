@@ -48,7 +48,7 @@ COUPLINGS: dict[str, dict[str, Any]] = {
     "bdia": {"coupling": "bdia", "grid_bits": "auto", **RESIDUAL},
     "momentum 0, checkpointed": momentum(0.0, treatments=["checkpoint"] * 30, **RESIDUAL),
 }
-EXACT = momentum(2.0**-4, grid_bits="auto", **RESIDUAL)
+EXACT = momentum(2.0**-5, grid_bits="auto", **RESIDUAL)
 
 
 class Way(NamedTuple):
