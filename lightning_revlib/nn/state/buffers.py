@@ -125,11 +125,19 @@ def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, bu
         return False
     if getattr(type(m), "forward", None) in WRITES_STATISTICS and training:  # though it may not have been called
         return True
-    known = _SILENT.setdefault(m, {})
-    key = name, training, *[value for value in vars(m).values() if type(value) is bool]
+    known, key = _SILENT.setdefault(m, {}), _flags(m, name, training)
     if key not in known:
         known[key] = not torch.equal(before, buffer)
     return known[key]
+
+
+def is_known_to_keep(m: nn.Module, name: str) -> bool:
+    """Return whether a call of the module, with the same flags, was found to leave a tensor of its as it is."""
+    return _SILENT.get(m, {}).get(_flags(m, name, m.training)) is False
+
+
+def _flags(m: nn.Module, name: str, training: bool) -> tuple[Any, ...]:
+    return name, training, *[value for value in vars(m).values() if type(value) is bool]
 
 
 def _now(buffers: Any, name: str) -> Any:

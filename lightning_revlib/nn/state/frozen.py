@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State, version
-from lightning_revlib.nn.state.buffers import changes_silently
+from lightning_revlib.nn.state.buffers import changes_silently, is_known_to_keep
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
 from lightning_revlib.nn.state.torch_layers import is_torch_layer
 
@@ -17,7 +17,8 @@ from lightning_revlib.nn.state.torch_layers import is_torch_layer
 class Frozen(State):
     """The former values of parameters without gradient that a block's call moves. A second run moves copies of them.
 
-    Copies are made before the call. Torch's own layers move none, and may be large: theirs are not copied.
+    Copies are made before the call, but not of most torch layers', nor if an earlier call of the module with the same
+    flags has moved nothing: weights may be large.
     """
 
     __slots__ = ("former", "met", "read", "values")
@@ -27,7 +28,7 @@ class Frozen(State):
         for m in call.modules:
             for name, p in m._parameters.items():
                 if is_frozen(p):
-                    self.met.append((m, name, p, version(p), p.detach().clone() if may_move(m) else None))
+                    self.met.append((m, name, p, version(p), p.detach().clone() if may_move(m, name) else None))
         self.read: list[tuple[nn.Module, str, Any, int]] = []
         self.former: list[tuple[nn.Module, str, Tensor]] = []
         self.values = call.former
@@ -68,6 +69,9 @@ class Frozen(State):
                 m._parameters[name] = p
 
 
-def may_move(m: nn.Module) -> bool:
-    """Return whether a call may move the module's parameters, as far as its class tells."""
-    return not is_torch_layer(m) or isinstance(m, nn.Embedding)  # with `max_norm`
+def may_move(m: nn.Module, name: str) -> bool:
+    """Return whether a call may move the module's parameter, as far as its class and earlier calls tell."""
+    is_table = isinstance(m, nn.Embedding)  # which a vector quantiser moves from outside
+    if is_torch_layer(m) and not is_table:
+        return False
+    return (is_table and m.max_norm is not None) or not is_known_to_keep(m, name)

@@ -147,3 +147,36 @@ def test_a_layer_that_is_moved_is_named(treatment: Any) -> None:
     stack = revlib.ReversibleSequential(Averages(), treatments=[treatment])
     with pytest.raises(RuntimeError, match=r"parameter 'weight' of Linear\(.*is changed in place by its block's call"):
         stack(sample())
+
+
+class Scales(nn.Module):
+    """A layer of a library's, such as quantised weights; it may move its frozen weight from its second call on."""
+
+    def __init__(self, moves: bool = False) -> None:
+        super().__init__()
+        self.weight, self.moves, self.calls = nn.Parameter(torch.ones(4, 4000), requires_grad=False), moves, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.moves and self.calls > 1:
+            self.weight.mul_(0.9)
+        return (x @ self.weight).tanh()[:, :4]
+
+
+def test_weights_that_no_call_moves_are_copied_once() -> None:
+    stack, x = revlib.ReversibleSequential(*[Scales() for _ in range(3)]), torch.randn(2, 8, requires_grad=True)
+    peaks = []
+    for _ in range(2):
+        with revlib.MemoryMeter() as meter:
+            stack(x)
+        peaks.append(meter.peak)
+    assert peaks[0] - peaks[1] > 0.9 * stack[0].weight.nbytes  # type: ignore[union-attr]
+
+
+def test_a_weight_that_a_later_call_moves_is_named() -> None:
+    stack, x = revlib.ReversibleSequential(Scales(moves=True)), torch.randn(2, 8, requires_grad=True)
+    stack(x).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"parameter 'weight' of Scales\(\) requires no gradient .* make it a buffer"
+    ):
+        stack(x)
