@@ -54,7 +54,11 @@ class CouplingAnnealing(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = stacks(pl_module)
-        self._stacks = {p: stack for p, stack in found.items() if any(type(c) in ANNEALED for c in stack.couplings)}
+        self._stacks = {
+            path: stack
+            for path, stack in found.items()
+            if stack.grid_bits is None and any(type(c) in ANNEALED for c in stack.couplings)
+        }
         if not self._stacks:
             couplings = ", ".join(f"{path}: {c}" for path, stack in found.items() for c in stack.couplings)
             raise ValueError(

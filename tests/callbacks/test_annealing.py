@@ -96,6 +96,12 @@ def test_nothing_to_anneal_is_an_error() -> None:
         revlib.CouplingAnnealing(0)
 
 
+def test_a_grid_that_is_not_chosen_yet_is_an_error() -> None:
+    strategy = revlib.ReversibleStrategy(targets({"name": "momentum", "gamma": 0.5}, grid_bits="auto"))
+    with pytest.raises(ValueError, match=r"without grid_bits, and the stacks have layers: Momentum\(gamma=0\.5"):
+        fit(Module(), [revlib.CouplingAnnealing(steps=8)], strategy, max_epochs=1)
+
+
 def test_an_interrupted_run_goes_on() -> None:
     module, callback = Module(), revlib.CouplingAnnealing(steps=8)
     trainer = fit(module, [callback], {"name": "momentum", "gamma": 0.8}, max_steps=3)
