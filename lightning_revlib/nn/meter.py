@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -47,10 +46,11 @@ class MemoryMeter(TorchDispatchMode):
         given = {_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and (key := _key(tensor)) not in given and key not in self._known:
-                self._count(tensor.untyped_storage(), key)
+                self._count(tensor, key)
         return out
 
-    def _count(self, storage: torch.UntypedStorage, key: int) -> None:
+    def _count(self, tensor: Tensor, key: int) -> None:
+        storage = tensor.untyped_storage()
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)

@@ -17,6 +17,7 @@ from lightning_revlib.nn.plan.budget import Signature
 from lightning_revlib.nn.plan.cost import StackCosts, StepCosts
 from lightning_revlib.nn.plan.fingerprint import describe_step
 from lightning_revlib.nn.plan.unshard import unsharded
+from lightning_revlib.nn.state.context import autocast_kind
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
 from lightning_revlib.nn.treatments.forward import Forward
@@ -132,7 +133,7 @@ def signature_of(stack: Any, step: Step, a: Tensor, b: Tensor) -> Signature:
     """Return what the costs of the stack's steps depend on besides its modules, given its first step."""
     arguments = pytree.tree_leaves((step.args, step.kwargs))
     tensors = [a, b, *(t for t in arguments if isinstance(t, Tensor))]
-    device = a.device.type
+    device, kind = a.device.type, autocast_kind(a.device)
     return Signature(
         tuple(size for t in tensors for size in t.shape),
         (
@@ -142,7 +143,7 @@ def signature_of(stack: Any, step: Step, a: Tensor, b: Tensor) -> Signature:
             b.requires_grad,
             has_gaps(a) or has_gaps(b),
             device,
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             *[x for x in arguments if isinstance(x, (bool, str, type(None)))],  # a number may count steps
             *[(type(m).__qualname__, m.training) for m in stack.modules()],
             *[(p.shape, p.requires_grad) for p in stack.parameters()],

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.meter import CostMeter
 from lightning_revlib.nn.plan.cost import RunStep
+from lightning_revlib.nn.state.context import autocast_kind
 from lightning_revlib.nn.state.snapshot import preserve_state
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
@@ -48,7 +49,7 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
             held, forward = meter.live - end.nbytes, meter.peak
             meter.reset_peak()
             if end.requires_grad:
-                with torch.autocast(meter.kind, enabled=False):  # backward is called outside of it
+                with torch.autocast(autocast_kind(a.device), enabled=False):  # backward is called outside of it
                     torch.autograd.grad(end, [seed, *parameters, *arguments], allow_unused=True)
             given.clear()
             work = meter.work(TREATMENTS[treatment].dispatches_in_python)
@@ -80,11 +81,11 @@ class _Meter(CostMeter):
         started = self.operations * (prices.python_dispatch if in_python else prices.operation)
         return done + started if self.kind == "cpu" else max(done, started)  # a device works while the host starts
 
-    def _count(self, storage: torch.UntypedStorage, key: int) -> None:
-        if storage.device.type != self.kind:
+    def _count(self, tensor: Tensor, key: int) -> None:
+        if tensor.device.type != self.kind:
             return
-        super()._count(storage, key)
-        self.written += storage.nbytes()
+        super()._count(tensor, key)
+        self.written += tensor.untyped_storage().nbytes()
 
 
 class _Entry(torch.autograd.Function):

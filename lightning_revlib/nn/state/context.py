@@ -13,6 +13,11 @@ from lightning_revlib.nn.internals import function_modes, only_function_modes
 from lightning_revlib.nn.state.base import Call, State
 
 
+def autocast_kind(device: torch.device) -> str:
+    """Return the name by which autocast knows a device: it has no "meta"."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 class Context(State):
     """The default dtype, and autocast of the CPU and of a stream's device."""
 
@@ -20,8 +25,7 @@ class Context(State):
     __slots__ = ("kinds", "then")
 
     def __init__(self, call: Call) -> None:
-        device = call.stream.device.type
-        self.kinds = ("cpu",) if device in ("cpu", "meta") else ("cpu", device)
+        self.kinds = sorted({"cpu", autocast_kind(call.stream.device)})
         self.then = self._now()
 
     def is_current(self) -> bool:

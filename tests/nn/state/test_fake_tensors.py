@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -66,6 +67,22 @@ def test_offload_under_a_fake_mode(device: Device) -> None:
     train(FakeTensorMode, OPTIONS["offload"])
 
 
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name != "budget"])  # a budget measures a device
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_step_on_the_meta_device(option: str) -> None:
     assert all(grad.is_meta for grad in train(lambda: torch.device("meta"), OPTIONS[option]))
+
+
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_a_memory_plan_is_made_without_memory(where: str) -> None:
+    def plan(device: str) -> Any:
+        with torch.device(device):
+            blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.1)) for _ in range(8)]
+            stack, x = revlib.ReversibleSequential(*blocks, memory_budget=0.8), torch.randn(64, 16)
+        for _ in range(2):
+            stack(x).sum().backward()
+        return stack.plan
+
+    expected = plan("cpu")
+    with FakeTensorMode() if where == "fake" else contextlib.nullcontext():
+        found = plan("meta" if where == "meta" else "cpu")
+    assert (found.minimum, found.plain) == (expected.minimum, expected.plain)
