@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import sys
 import time
@@ -77,6 +78,9 @@ class Report:
     def best(self) -> dict[str, Candidate]:
         """The measured candidate with the least memory, for each aim."""
         return best(self.candidates, self.max_change)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         lines = self._stack_lines()

@@ -12,6 +12,7 @@ Tensor rematerialisation as a knapsack: Checkmate, https://arxiv.org/abs/1910.02
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ class Plan:
     minimum: int
     plain: int
     work: float
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         lines = [
