@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.convert.swap import CONTAINERS
+from lightning_revlib.nn.convert.swap import CONTAINERS, find
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
@@ -21,19 +21,22 @@ from lightning_revlib.nn.steps.outputs import split_output
 
 TOLERANCE = 1e-3
 GAMMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-EXACT = {"coupling": {"name": "momentum", "gamma": 2.0**-4}, "grid_bits": "auto"}
+GRID = {"grid_bits": "auto"}
+EXACT = {"coupling": {"name": "momentum", "gamma": 2.0**-4}, **GRID}
 
 
 class Discovery(NamedTuple):
     """What `discover` has found, by path.
 
     `targets` are options for `swap`. `branches` are those in which the parts of a block are called: each begins with a
-    part that is not called with what the part before returned. `others` say why the rest cannot be swapped.
+    part that is not called with what the part before returned. `others` say why the rest cannot be swapped. `routers`
+    are those with blocks in which shapes depend on values.
     """
 
     targets: dict[str, dict[str, Any]]
     branches: dict[str, list[list[str]]]
     others: dict[str, str]
+    routers: list[str]
 
 
 def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
@@ -43,6 +46,40 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
     drift in float32 stays below `TOLERANCE`; for blocks in which shapes depend on values, as in those with a router,
     an exact one, since a value that is rebuilt up to rounding may be sent elsewhere.
     """
+    found = Discovery({}, {}, {}, [])
+    for path, each in _watch(model, run).items():
+        if _is_within(path, found.targets):
+            continue  # a part of a block
+        if reason := each.reason_against():
+            found.others[path] = reason
+        elif any(p.requires_grad for p in each.container.parameters()):
+            found.targets[path] = each.options()
+            if each.has_router():
+                found.routers.append(path)
+            if len(each.branches) > 1:
+                found.branches[path] = each.branches
+    return found
+
+
+def discover_routers(model: nn.Module, run: Callable[[], Any]) -> Discovery:
+    """Watch `run()`, and return the grid as an option for stacks in which shapes depend on values, if there are any.
+
+    Other stacks are targets without options. A stack that is on a grid, or whose coupling cannot be, keeps its options.
+    """
+    found = Discovery({}, {}, {}, [])
+    for path, each in _watch(model, run).items():
+        options = getattr(each.container, "options", None)
+        if options is not None and options.grid_bits is None and each.has_router():
+            with suppress(ValueError):  # affine, say, cannot be exact
+                options.merged(GRID)
+                found.routers.append(path)
+    if found.routers:
+        found.targets.update({path: GRID if path in found.routers else {} for path, _, _ in find(model)})
+    return found
+
+
+def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, _Watched]:
+    """Return the containers of a model, by path, after `run()`."""
     shapes = _DynamicShapes()
     containers = {path: m for path, m in model.named_modules() if isinstance(m, CONTAINERS)}
     watched = {path: _Watched(path, m, shapes) for path, m in containers.items() if len(m) > 1}
@@ -50,17 +87,7 @@ def discover(model: nn.Module, run: Callable[[], Any]) -> Discovery:
         for each in watched.values():
             each.watch(hooks)
         run()
-    found = Discovery({}, {}, {})
-    for path, each in watched.items():
-        if _is_within(path, found.targets):
-            continue  # a part of a block
-        if reason := each.reason_against():
-            found.others[path] = reason
-        elif any(p.requires_grad for p in each.container.parameters()):
-            found.targets[path] = each.options()
-            if len(each.branches) > 1:
-                found.branches[path] = each.branches
-    return found
+    return watched
 
 
 def _is_within(path: str, others: Iterable[str]) -> bool:
@@ -129,12 +156,15 @@ class _Watched:
         ordinary = self._count_ordinary()
         steps = len(self.container) - ordinary
         gamma = next((g for g in GAMMAS if expected_drift(Momentum(g), steps, torch.float32) < TOLERANCE), GAMMAS[-1])
-        has_router = self.calls[-1].dynamic_shapes > self.calls[0].dynamic_shapes
-        options: dict[str, Any] = EXACT if has_router else {"coupling": {"name": "momentum", "gamma": gamma}}
+        options: dict[str, Any] = EXACT if self.has_router() else {"coupling": {"name": "momentum", "gamma": gamma}}
         options = {**options, "residual": True}
         if isinstance(self.container, nn.Sequential):
             options |= {"split_dim": None} if self.is_called else {"iterated": True}
         return options | ({"ordinary": ordinary} if ordinary else {})
+
+    def has_router(self) -> bool:
+        """Return whether shapes depend on values in the blocks."""
+        return bool(self.calls) and self.calls[-1].dynamic_shapes > self.calls[0].dynamic_shapes
 
     def _wrong_calls(self) -> str | None:
         """Return what is wrong with the order of the calls, or with their inputs."""

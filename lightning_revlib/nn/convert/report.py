@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.convert.call import Call, Costs, distance
 from lightning_revlib.nn.convert.candidates import FAILURES, Candidate, Trials, best, paste, table
-from lightning_revlib.nn.convert.discover import TOLERANCE, Discovery, discover, with_larger_gamma
+from lightning_revlib.nn.convert.discover import TOLERANCE, Discovery, discover, discover_routers, with_larger_gamma
 from lightning_revlib.nn.convert.swap import Match, Targets, find
 from lightning_revlib.nn.engine.drift import expected_drift
 from lightning_revlib.nn.meter import format_bytes
@@ -73,6 +73,7 @@ class Report:
     candidates: tuple[Candidate, ...] = ()
     untried: tuple[tuple[str, str], ...] = ()
     max_change: float = 0.0  # that "least memory" may have
+    routers: tuple[str, ...] = ()  # paths of stacks in whose blocks shapes depend on values
 
     @property
     def best(self) -> dict[str, Candidate]:
@@ -99,8 +100,7 @@ class Report:
         lines = []
         for stack in self.stacks:
             lines.append(str(stack))
-            options = (self.targets or {}).get(stack.path)
-            if self.candidates and isinstance(options, Mapping) and "grid_bits" in options:
+            if stack.path in self.routers:
                 lines.append(
                     "    shapes depend on values in its blocks, as in a router: inputs are rebuilt exactly by a grid"
                 )
@@ -165,12 +165,12 @@ def report(
     deadline = time.monotonic() + seconds
     call = Call(model, inputs, kwargs)
     outputs = call.try_inputs()
-    discovery = Discovery({}, {}, {})
+    discovery = Discovery({}, {}, {}, [])
     is_given = targets is not None or bool(find(model))
-    if not is_given:
+    if targets is None:
         with preserve_state(model):
-            discovery = discover(model, call.run)
-        targets = discovery.targets
+            discovery = (discover_routers if is_given else discover)(model, call.run)
+        targets = discovery.targets or (None if is_given else {})
     others = discovery.others
     found = find(model, targets)
     before = _costs_with(call, found, {})
@@ -196,6 +196,7 @@ def report(
         tuple(trials.tried.values()),
         tuple(trials.untried.items()),
         max_change,
+        tuple(discovery.routers),
     )
 
 

@@ -75,8 +75,8 @@ def computes_otherwise(
     ]
     if is_rebuilt and step.coupling.growth:
         lines.append(
-            "Its input is rebuilt up to rounding: if shapes follow from a near tie, as in a router, take grid_bits, to"
-            " rebuild it exactly, or treatment 'checkpoint' for this block."
+            "Its input is rebuilt up to rounding: if shapes follow from a near tie, as in a router, take the stack's"
+            " option grid_bits='auto', to rebuild it exactly, or treatment 'checkpoint' for this block."
         )
     if any(isinstance(m, torch.jit.ScriptModule) for m in step.module.modules()):
         lines.append("A scripted block is compiled after its first call with gradients; make one, as block(x).")
