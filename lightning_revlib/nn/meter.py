@@ -73,6 +73,18 @@ class CostMeter(MemoryMeter):
         return out
 
 
+class ColumnMeter(MemoryMeter):
+    """Counts tensors with a certain number of columns alone."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def _count(self, tensor: Tensor, key: int) -> None:
+        if tensor.shape[-1:] == (self.columns,):
+            super()._count(tensor, key)
+
+
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 

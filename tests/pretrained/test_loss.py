@@ -77,6 +77,7 @@ LOSSES: dict[str, Any] = {
     ),
     "shifted": shifted,
     "smoothed": lambda model: shifted(model, label_smoothing=0.1, reduction="sum"),
+    "ignoring a word": lambda model: shifted(model, ignore_index=3, label_smoothing=0.2),
     "of the logits": lambda model: model(input_ids=inputs()[0]).logits.square().mean(),
     "by token": lambda model: shifted(model, reduction="none").square().sum(),
     "weighted": lambda model: shifted(model, weight=torch.linspace(0, 1, 97, dtype=torch.float64)),
@@ -140,6 +141,23 @@ def test_logits_are_never_whole(classes: int) -> None:
     assert peaks[1] < 0.3 * logits  # three times a chunk's, and gradients of the weights
 
 
+@pytest.mark.parametrize("classes", [50_000, 150_000])
+def test_a_model_holds_no_logits(classes: int) -> None:
+    """What `report` counts of a step, with the layers swapped."""
+    config = transformers.LlamaConfig(**{**SIZES, "vocab_size": classes})
+    model, ids = transformers.LlamaForCausalLM(config).train(), torch.randint(1, classes, (2, 32))
+    call: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    targets = {"model.layers": {"coupling": "midpoint", "residual": True}}
+    plain = revlib.report(model, targets=targets, **call)
+    revlib.chunk_loss(model, tokens=8)
+    chunked = revlib.report(model, targets=targets, **call)
+    logits = 64 * classes * 4
+    assert logits < plain.logits < 3.1 * logits and "chunk_loss(model)" in str(plain)
+    assert chunked.logits == 0 and "chunk_loss" not in str(chunked)
+    assert plain.held_after - chunked.held_after > 0.99 * plain.logits
+    assert plain.peak_after > 2.9 * logits and chunked.peak_after < 0.8 * logits
+
+
 class Rows(TorchDispatchMode):
     """Notes the most rows that any tensor as wide as the vocabulary has."""
 
@@ -152,7 +170,7 @@ class Rows(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("loss", ["the model's", "of a whole accumulation", "shifted", "smoothed"])
+@pytest.mark.parametrize("loss", ["the model's", "of a whole accumulation", "shifted", "smoothed", "ignoring a word"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_a_model_are_never_whole(family: str, loss: str) -> None:
     model, found = make(family), []

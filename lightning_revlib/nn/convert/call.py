@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.convert.swap import Match, Targets, find, put_back, record, swap_one
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.meter import CostMeter
+from lightning_revlib.nn.meter import ColumnMeter, CostMeter
 from lightning_revlib.nn.stacks.module_list import Layerwise
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
 from lightning_revlib.nn.state.snapshot import preserve_state
@@ -97,6 +97,20 @@ class Call:
             yield
         finally:
             put_back(records)
+
+    def logits_held(self) -> int:
+        """Return the bytes that forward in training leaves in tensors with a column for each word of the vocabulary.
+
+        These are the logits of a language model that computes its loss, casts of them and their probabilities. It is
+        0 for other models, and with `chunk_loss`.
+        """
+        weight = getattr(getattr(self.model, "get_output_embeddings", lambda: None)(), "weight", None)
+        if weight is None:
+            return 0
+        meter = ColumnMeter(weight.shape[0])
+        with self.in_mode(True), preserve_state(self.model), torch.enable_grad(), meter:
+            out = self.run()
+            return meter.live if isinstance(getattr(out, "loss", None), Tensor) else 0
 
     def costs(self) -> tuple[Costs, list[Tensor]]:
         """Return the costs of one forward and backward, and the outputs that it is judged by."""

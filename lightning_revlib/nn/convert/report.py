@@ -74,6 +74,7 @@ class Report:
     untried: tuple[tuple[str, str], ...] = ()
     max_change: float = 0.0  # that "least memory" may have
     routers: tuple[str, ...] = ()  # paths of stacks in whose blocks shapes depend on values
+    logits: int = 0  # bytes of `held_after`, in training, of a language model's logits, casts and probabilities
 
     @property
     def best(self) -> dict[str, Candidate]:
@@ -111,7 +112,13 @@ class Report:
         if not self.stacks:
             return lines
         head = f"reversible stacks in {self.precision} (drift differs in others: call report under torch.autocast):"
-        return [head, *lines, *self._compare(Costs(self.held_after, self.peak_after, self.flops_after))]
+        lines += self._compare(Costs(self.held_after, self.peak_after, self.flops_after))
+        if self.logits:
+            lines.append(
+                f"outside of the stacks: logits and their probabilities hold {format_bytes(self.logits)} of that in"
+                " training; lightning_revlib.chunk_loss(model) computes the loss without them"
+            )
+        return [head, *lines]
 
     def _compare(self, after: Costs | Stack) -> list[str]:
         def compare(before: int, after: int) -> str:
@@ -197,6 +204,7 @@ def report(
         tuple(trials.untried.items()),
         max_change,
         tuple(discovery.routers),
+        call.logits_held(),
     )
 
 
