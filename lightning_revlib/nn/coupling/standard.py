@@ -1,4 +1,7 @@
-"""The couplings by name, each with its equation, its inverse and its paper. Their drift is in docs/measurements/figures.md."""
+"""The couplings by name, each with its equation, its inverse and its paper.
+
+Their drift is in docs/measurements/figures.md.
+"""
 
 from __future__ import annotations
 
