@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test versions lint typecheck format wheel clean
+.PHONY: train test docs versions lint typecheck format wheel clean
 
 train: .venv/installed
 	$(BIN)/revlib train
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+docs: .venv/installed-docs # the site, in build/site
+	$(BIN)/mkdocs build --strict --quiet
 
 versions: # the tests in fresh environments: on the minimums of pyproject.toml, and on the newest releases; gigabytes
 	.ci/versions "$(PYTHON)"
@@ -46,4 +49,8 @@ clean:
 
 .venv/installed-test: .venv/installed
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(INSTALL) --editable '.[docs]'
 	touch $@

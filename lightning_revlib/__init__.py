@@ -18,7 +18,7 @@ from lightning_revlib.strategies.registry import register_on_import
 if TYPE_CHECKING:
     from lightning_revlib.nn import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # public names outside of nn, and their modules
 _MODULES = {

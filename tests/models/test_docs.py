@@ -1,4 +1,4 @@
-"""The snippets of docs/models.md run."""
+"""The snippets of docs/guide/models.md run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # which transformers' Trainer needs
-TEXT = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "guide" / "models.md").read_text()
 
 
 @pytest.mark.slow

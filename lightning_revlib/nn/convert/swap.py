@@ -57,12 +57,13 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
             than one. What cannot run forward and backward reversibly is then an error at once. Without,
             it is one in the first run.
 
+    If anything is raised, `model` is left as it was.
+
     Raises:
         ValueError: for a target that matches nothing, an invalid option, or nothing to swap at all.
         TypeError: for a target that is no container of blocks.
         ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, and layers called
             out of order, twice, or with something else than the layer before returned.
-        In either case `model` is left as it was.
     """
     found = find(model, targets, strict=strict)
     if strict and not found:

@@ -1,4 +1,7 @@
-"""The couplings by name, each with its equation, its inverse and its paper. Their drift is in docs/figures.md."""
+"""The couplings by name, each with its equation, its inverse and its paper.
+
+Their drift is in docs/measurements/figures.md.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Momentum(Coupling):
 
     The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at
     `init(x)`, and the output is x. Each step of the inverse multiplies the error of v by 1 / gamma:
-    do not use a small gamma in a deep stack (the drift by depth is in docs/figures.md), or use it with
+    do not use a small gamma in a deep stack (the drift by depth is in docs/measurements/figures.md), or use it with
     `grid_bits` and gamma = 2^-k: a step keeps the k bits of each element that it would forget, and its
     inverse is exact. With gamma 0 it is the plain residual network, whose activations are stored.
     Momentum ResNet, https://arxiv.org/abs/2102.07870.

@@ -25,7 +25,7 @@ class Prices(NamedTuple):
 
 
 CPU = Prices(10, 100_000, 500_000)
-# A GPU in half precision: from what store, checkpoint and selective checkpointing took on one, docs/cuda.md.
+# A GPU in half precision: fitted to store, checkpoint and selective checkpointing, docs/measurements/cuda.md.
 DEVICE = Prices(500, 4 * 10**9, 14 * 10**9)
 
 
