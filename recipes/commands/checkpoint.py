@@ -78,7 +78,7 @@ def load_data(cfg: DictConfig) -> L.LightningDataModule:
 def _load(cls: Any, checkpoint: dict[str, Any]) -> Any:
     """Return a module or data of a checkpoint that has been read, which may have been a folder of shards."""
     file = BytesIO()
-    torch.save(checkpoint, file)
+    torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, file)
     file.seek(0)
     return cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
 

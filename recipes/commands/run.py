@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,15 @@ def train(cfg: DictConfig) -> float:
 
     begin = time.perf_counter()
     with _threads(cfg.threads), interruptible(trainer, cfg.ckpt_path):
+        original = _test_original(cfg, module, data) if trainer.world_size == 1 else {}
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     seconds = time.perf_counter() - begin
     reversible = stacks(module)
     plans = {str(stack.plan).splitlines()[0] for stack in reversible.values() if stack.plan is not None}
     drift = _describe_drift(trainer, list(reversible.values()), trainer.global_step > start)
 
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    kept: Any = trainer.checkpoint_callback  # a run that ends before its first validation has no best one
+    best = getattr(kept, "best_model_path", "") or getattr(kept, "last_model_path", "") or None
     if isinstance(trainer.progress_bar_callback, RichProgressBar):
         trainer.progress_bar_callback.disable()
         trainer.progress_bar_callback.progress = None  # each further stop would leave an empty line
@@ -59,7 +61,15 @@ def train(cfg: DictConfig) -> float:
             measured = None if few is inputs else " x ".join(map(str, few.shape))
             found = activations(module.train(), few, ("plain", "reversible"))
         show_training(
-            metrics, found, drift, seconds, cfg.paths.output_dir, best, plans=sorted(plans), measured=measured
+            metrics,
+            found,
+            drift,
+            seconds,
+            cfg.paths.output_dir,
+            best,
+            plans=sorted(plans),
+            measured=measured,
+            original=original,
         )
         draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:
@@ -112,6 +122,14 @@ def interruptible(trainer: L.Trainer, resumed: str | None = None) -> Iterator[No
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt(getattr(trainer.checkpoint_callback, "last_model_path", "") or resumed) from None
+
+
+def _test_original(cfg: DictConfig, module: L.LightningModule, data: L.LightningDataModule) -> Mapping[str, float]:
+    """Return the test metrics of a pretrained model before it is swapped and trained; none of another module."""
+    if not getattr(module, "is_pretrained", False):
+        return {}
+    silent = {"callbacks": [], "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    return instantiate(cfg.trainer, strategy="auto", **silent).test(module, data, verbose=False)[0]
 
 
 def _first_step(cfg: DictConfig, module: L.LightningModule) -> int:

@@ -1,4 +1,4 @@
-"""Text on which language models train; each byte is a token.
+"""Text on which language models train; each byte is a token, unless a tokenizer is given.
 
 Topics      Python's own manual, 466 kB of English, bundled with Python
 TextFile    a file of your own, compressed by gzip or not
@@ -17,6 +17,8 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_revlib.recipes.data.documents import read_json_lines, tokenize
 
 
 class SequenceData(L.LightningDataModule):
@@ -58,9 +60,9 @@ class SequenceData(L.LightningDataModule):
 
 
 class Windows(Dataset[list[Tensor]]):
-    """Pieces of one length from a row of bytes, one after the other.
+    """Pieces of one length from a row of tokens, one after the other.
 
-    With `shifted`, each piece begins later by a random number of bytes below the length. Processes that draw the same
+    With `shifted`, each piece begins later by a random number of tokens below the length. Processes that draw the same
     random numbers still get different pieces, since their samplers give them different indices.
     """
 
@@ -80,29 +82,45 @@ class Windows(Dataset[list[Tensor]]):
 
 
 class Text(SequenceData):
-    """A row of bytes, of which the first 90 % train, 5 % choose the checkpoint and the last 5 % are held out.
+    """A row of tokens, of which the first 90 % train, 5 % choose the checkpoint and the last 5 % are held out.
 
-    Training shifts each window at random; an epoch has as many windows as lie one after the other.
+    Training shifts each window at random; an epoch has as many windows as lie one after the other. Tokens are bytes
+    or, with `tokenizer`, those of the pretrained model that it names, as in `load_tokenizer`.
     """
 
-    def __init__(self, length: int = 512, batch_size: int = 16, num_workers: int = 0) -> None:
+    def __init__(
+        self, length: int = 512, batch_size: int = 16, num_workers: int = 0, tokenizer: str | None = None
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """Return the arguments of a network that depend on the data."""
+        if (tokenizer := self.hparams["tokenizer"]) is None:
+            return super().model_arguments
+        return {"tokenizer": tokenizer, "length": self.hparams["length"]}
 
     def read(self) -> Tensor:
         """Return all bytes as uint8."""
         raise NotImplementedError
 
+    def documents(self) -> list[str]:
+        """Return the texts that a tokenizer reads. Raises UnicodeDecodeError."""
+        return [self.read().numpy().tobytes().decode()]
+
     def setup(self, stage: str | None = None) -> None:
-        """Divide the bytes into windows, once."""
+        """Divide the tokens into windows, once."""
         if self.parts:
             return
-        data, length = self.read(), self.hparams["length"]
+        tokenizer, length = self.hparams["tokenizer"], self.hparams["length"]
+        data = self.read() if tokenizer is None else tokenize(self.documents(), tokenizer)
+        unit = "bytes" if tokenizer is None else "tokens"
         self.size = len(data)
         train, val = len(data) * 90 // 100, len(data) * 95 // 100
         if length < 1 or len(data) - val < length:
             raise ValueError(
-                f"length={length}: 5 % of {len(data)} bytes are held out, which is less than one sequence; take a"
+                f"length={length}: 5 % of {len(data)} {unit} are held out, which is less than one sequence; take a"
                 f" length from 1 to {max(1, len(data) // 20)}"
             )
         self.parts = {
@@ -136,23 +154,30 @@ class Topics(Text):
         if self.parts:
             return
         super().setup(stage)
-        train, val, test = (self.parts[part].data for part in ("train", "val", "test"))  # type: ignore[attr-defined]
-        frequency = (train.bincount(minlength=256) + 1) / (len(train) + 256)
-        whole = torch.cat((train, val, test)).numpy().tobytes()
-        self.known = {
-            "unigram": -frequency.log2()[test.long()].mean().item(),
-            "bz2": 8 * len(bz2.compress(whole)) / len(whole),
-        }
+        if self.hparams["tokenizer"] is None:
+            self.known = self._known()
         for logger in self.trainer.loggers if self.trainer else ():
             logger.log_hyperparams({"sha256": self.sha256})
 
+    def _known(self) -> dict[str, float]:
+        train, val, test = (self.parts[part].data for part in ("train", "val", "test"))  # type: ignore[attr-defined]
+        frequency = (train.bincount(minlength=256) + 1) / (len(train) + 256)
+        whole = torch.cat((train, val, test)).numpy().tobytes()
+        return {
+            "unigram": -frequency.log2()[test.long()].mean().item(),
+            "bz2": 8 * len(bz2.compress(whole)) / len(whole),
+        }
+
 
 class TextFile(Text):
-    """Any file, byte by byte.
+    """Any file, byte by byte, or in a pretrained model's tokens.
 
     >>> TextFile("book.txt", length=1024, batch_size=8)
+    >>> TextFile("chats.jsonl", length=1024, batch_size=8, tokenizer="my_model", key="content")
 
     The file is mapped into memory, so that a large file takes none. A file with the suffix .gz is read and unpacked.
+    With a tokenizer, each line of a file named .jsonl or .jsonl.gz is an object of JSON, whose text is under `key`; the
+    tokenizer's end-of-text token stands between the texts.
 
     Raises:
         ValueError: if the file does not exist, or is too short.
@@ -160,9 +185,27 @@ class TextFile(Text):
 
     source = ""  # the end of the error if the file does not exist
 
-    def __init__(self, path: str, length: int = 512, batch_size: int = 16, num_workers: int = 0) -> None:
-        super().__init__(length, batch_size, num_workers)
+    def __init__(
+        self,
+        path: str,
+        length: int = 512,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        tokenizer: str | None = None,
+        key: str = "text",
+    ) -> None:
+        super().__init__(length, batch_size, num_workers, tokenizer)
         self.save_hyperparameters()
+
+    def documents(self) -> list[str]:
+        """Return the file's text, or the text of each line of JSON; ValueError for other files."""
+        path = self.hparams["path"]
+        try:
+            texts = super().documents()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.path={path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        is_json = str(path).removesuffix(".gz").endswith(".jsonl")
+        return read_json_lines(texts[0], self.hparams["key"], path) if is_json else texts
 
     def read(self) -> Tensor:
         """Return the file's bytes."""

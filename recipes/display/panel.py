@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from rich.console import Console
@@ -41,22 +42,24 @@ def show_training(
     *,
     plans: Sequence[str] = (),
     measured: str | None = None,
+    original: Mapping[str, float] | None = None,
 ) -> None:
     """Print the results of `revlib train`.
 
     `found` are the bytes of one forward and backward of each kind on one batch; `measured` is the shape of the part of
-    the batch that was used, None for the whole batch.
+    the batch that was used, None for the whole batch. `original` are metrics of a pretrained model before training.
     """
     best = best and os.path.relpath(best)
     rows = [
         *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
+        *((f"the original's {name}", _format(name, value)) for name, value in _tested(original or {}).items()),
         *([] if found is None else _activations(found)),
         *([] if found is None or measured is None else [("both measured on", f"the first of a batch: {measured}")]),
         *(("memory plan", plan.removeprefix("memory plan: ")) for plan in plans),
         ("drift", drift),
         ("training", f"{seconds:.1f} s"),
         ("logs", os.path.relpath(logs)),
-        ("best checkpoint", best or "none kept"),
+        ("last checkpoint" if best and Path(best).stem == "last" else "best checkpoint", best or "none kept"),
     ]
     show("revlib train", rows)
     if best:  # outside the frame, so that it can be copied in one piece

@@ -265,6 +265,8 @@ class ReformerModule(LanguageModel):
                 f"{', '.join(images)}: the data are images, and a Reformer works on tokens; take data=topics,"
                 " text_file, enwik8, duplication or imagenet64"
             )
+        if "tokenizer" in net:
+            raise ValueError(f"data.tokenizer={net['tokenizer']}: a Reformer reads bytes; leave the tokenizer out")
         network = Reformer(**net)
         super().__init__(network, optimizer=optimizer, scheduler=scheduler)
         self.example_input_array = torch.zeros(1, network.length, dtype=torch.long)

