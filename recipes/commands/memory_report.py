@@ -32,7 +32,9 @@ def report_memory(cfg: DictConfig) -> None:
     """Measure `cfg.recipe` at each of `cfg.depths` on a batch of zeros; print a table and draw it."""
     depths = OmegaConf.to_container(cfg.depths) if OmegaConf.is_list(cfg.depths) else [cfg.depths]
     if "depth" not in cfg:
-        raise ValueError("depth: a pretrained model has its own; revlib report budget_sweep=true measures it by budgets")
+        raise ValueError(
+            "depth: a pretrained model has its own; revlib report budget_sweep=true measures it by budgets"
+        )
     if not isinstance(depths, list) or not depths:
         raise ValueError(f"depths={cfg.depths}: give one depth or more, such as depths=[2,4,8]")
     torch.manual_seed(cfg.seed)

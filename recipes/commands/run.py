@@ -35,9 +35,9 @@ def train(cfg: DictConfig) -> float:
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
-    begin = time.perf_counter()
     with _threads(cfg.threads), interruptible(trainer, cfg.ckpt_path):
         original = _test_original(cfg, module, data) if trainer.world_size == 1 else {}
+        begin = time.perf_counter()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     seconds = time.perf_counter() - begin
     reversible = stacks(module)

@@ -65,10 +65,12 @@ def test_every_option_composes_and_instantiates(choice, tmp_path):
     folder = [f"data.root={standin.images(tmp_path)}"] if choice in NEED_FOLDER else []
     if choice in TOKENS:
         folder = ["recipe=reformer", *["data.path=book.txt"] * (choice == "data=text_file")]
+    if is_pretrained := choice in ("recipe=finetune", "experiment=smollm2_topics"):
+        folder = [f"recipe.model={standin.language_model(tmp_path)}", "data.length=64"]
     cfg = configuration("train", choice, *["recipe.grid_bits=12"] * (choice == "coupling=bdia"), *folder)
     group = choice.split("=")[0]
     data = instantiate(cfg.data)
-    with torch.device("meta"):  # published networks have up to 125 M parameters
+    with torch.device("cpu" if is_pretrained else "meta"):  # published networks have up to 125 M parameters
         module = instantiate(cfg.recipe, **data.model_arguments)
     assert isinstance(module, lightning.LightningModule)
     if group in ("callbacks", "logger"):
@@ -90,7 +92,8 @@ def test_groups_are_those_documented():
 
 
 def test_every_coupling_has_its_file():
-    assert {p.stem for p in FILES if p.parent.name == "coupling"} == set(COUPLINGS)
+    files = {p.stem for p in FILES if p.parent.name == "coupling"}
+    assert files == {*COUPLINGS, "momentum_exact"}
 
 
 @pytest.mark.parametrize("name", COUPLINGS)

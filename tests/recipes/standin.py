@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import pickle
 
 import numpy as np
@@ -70,3 +71,27 @@ def arrays(folder, size):
     for part in ("train", "val"):
         np.save(folder / f"{part}.npy", RANDOM.integers(0, 256, (8, size, size, 3), dtype=np.uint8))
     return folder
+
+
+def language_model(folder, positions=128):
+    """Save a small Llama and its tokenizer as `save_pretrained` does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocab = {character: i for i, character in enumerate(["<end>", *sorted(bytewise.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytewise, decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(vocab), max_position_embeddings=positions, eos_token_id=0, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def json_lines(folder, count=40):
+    """Write documents, one in each line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": f"Document {i} of {count} says: {'over and over ' * (i % 7)}."}) for i in range(count)]
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    return folder / "documents.jsonl"

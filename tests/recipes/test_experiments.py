@@ -20,6 +20,7 @@ STANDIN = {
     "momentumnet_cifar100": lambda folder: [f"data.root={standin.cifar(folder, 100)}", "data.validation=100"],
     "reformer_enwik8": lambda folder: [f"data.path={standin.large(folder, 10**8)}"],
     "reformer_imagenet64": lambda folder: [f"data.folder={standin.arrays(folder, 16)}", "data.size=16"],
+    "smollm2_topics": lambda folder: [f"recipe.model={standin.language_model(folder)}", "data.length=64"],
     "irevnet_imagenet": lambda folder: [
         f"data.root={standin.images(folder)}",
         "data.validation=4",

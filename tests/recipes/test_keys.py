@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 import lightning_revlib as revlib
 from lightning_revlib.nn.convert.swap import stacks
 from tests.conf.test_config import configuration
+from tests.recipes import standin
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/recipe").glob("*.yaml"))
 
@@ -30,7 +31,8 @@ class Watch(L.Callback):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_keys_before_during_and_after(recipe: str, tmp_path: Path) -> None:
-    cfg = configuration("train", f"recipe={recipe}", "depth=2")
+    pretrained = [f"recipe.model={standin.language_model(tmp_path / 'model')}", "data.length=16", "data.batch_size=2"]
+    cfg = configuration("train", f"recipe={recipe}", *(pretrained if recipe == "finetune" else ["depth=2"]))
     data = instantiate(cfg.data)
     module = instantiate(cfg.recipe, **data.model_arguments)
     before, watch = list(module.state_dict()), Watch()
