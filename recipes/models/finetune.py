@@ -122,9 +122,7 @@ class FineTuneModule(RecipeModule):
         tokenizer, prompt = load_tokenizer(self.hparams["model"]), cfg.get("prompt")
         tokens = batches[0][:1, :64] if prompt is None else tokenizer(str(prompt), return_tensors="pt").input_ids.long()
         if not tokens.numel():
-            raise ValueError(
-                f"prompt={prompt!r} has no tokens; pass a word, or null for held-out text"
-            )
+            raise ValueError(f"prompt={prompt!r} has no tokens; pass a word, or null for held-out text")
         written = self.generate(tokens, cfg)[0, tokens.shape[1] :]
         return [("prompt", tokenizer.decode(tokens[0])), ("text written", tokenizer.decode(written))]
 
