@@ -106,7 +106,7 @@ class Stack:
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
-        options, views = self.options, views and x.is_leaf
+        options, given = self.options, x
         x = x.resolve_neg()
         if options.stream_dtype is not None or x.dtype in (torch.bfloat16, torch.float16):
             x = x.to(options.stream_dtype or torch.float32)
@@ -115,7 +115,8 @@ class Stack:
         if options.split_dim is None:
             return self.couplings[0].start(dense(x))
         _check_size(x, options.split_dim, what)
-        return x.chunk(2, options.split_dim) if views and x.is_leaf else self.halve(x)  # type: ignore[return-value]
+        is_held = views and x is given and x.is_leaf
+        return x.chunk(2, options.split_dim) if is_held else self.halve(x)  # type: ignore[return-value]
 
     def halve(self, x: Tensor, copy: bool = True) -> Streams:
         """Return the halves of x along `split_dim`, without gaps. Without `copy`, the second may be a view."""

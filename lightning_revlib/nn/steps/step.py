@@ -61,14 +61,17 @@ class Step:
     def evaluate(self, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Any:
         """Run the block on stream b the first time, and return its branch; what it returns besides is `extra`.
 
-        Raises TypeError, ValueError or RuntimeError if the block does what no coupling can undo.
+        Raises TypeError, ValueError or RuntimeError if the block does what no coupling can undo. A RuntimeError of the
+        block's gets its path.
         """
         count = None if torch.compiler.is_compiling() or b.is_inference() else b._version
         try:
             f, self.extra = (branch or self.branch)(b, compiler)
         except RuntimeError as error:
             if "support saved tensor hooks" not in str(error):
-                raise
+                if type(error) is not RuntimeError or b.is_nested:  # no running out of memory, for one
+                    raise
+                raise RuntimeError(f"{self.name}, called with a stream of shape {list(b.shape)}: {error}") from error
             raise RuntimeError(
                 f"{self.name} calls torch.func.grad, vjp, jacrev or hessian, which allow no saved-tensor hooks; give it"
                 " treatment 'store', or have it call torch.autograd.grad with create_graph=True"

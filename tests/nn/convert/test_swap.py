@@ -162,6 +162,17 @@ def test_errors_in_a_run_name_the_path_in_the_model() -> None:
         model.first(torch.randn(2, 8))
 
 
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "store"])
+def test_an_error_of_a_block_gets_its_path(treatment: str) -> None:
+    model = nn.ModuleDict({"body": nn.Sequential(*[nn.Sequential(nn.BatchNorm1d(8)) for _ in range(2)])})
+    message = r"body\.0 \(Sequential\), called with a stream of shape \[5, 4\]: running_mean should contain 4 elements"
+    with pytest.raises(RuntimeError, match=message):
+        revlib.swap(model, {"body": {"treatments": [treatment] * 2}})
+        model["body"](torch.randn(5, 8))
+    revlib.restore(model)
+    model["body"](torch.randn(5, 8))
+
+
 class Block(nn.Module):
     def __init__(self, i: int = 4, o: int = 4) -> None:
         super().__init__()

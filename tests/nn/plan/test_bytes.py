@@ -191,3 +191,17 @@ def test_frozen_first_blocks_are_counted() -> None:
         stack = revlib.ReversibleSequential(*blocks, memory_budget=budget)
         stack(x).sum().backward()
         assert peak(stack, x)[0] <= budget
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_an_input_without_grad_that_is_rounded_is_counted(depth: int) -> None:
+    """The caller holds the input, and the stack what it rounds of it."""
+    blocks = [nn.Sequential(nn.Tanh(), nn.Linear(16, 16)).double() for _ in range(depth)]
+    x = torch.randn(256, 32, dtype=torch.float64)
+    first = revlib.ReversibleSequential(*blocks, memory_budget=1.0, grid_bits=12)
+    first(x)
+    assert first.plan is not None
+    for budget in (first.plan.minimum, first.plan.plain):
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=budget, grid_bits=12)
+        stack(x).sum().backward()
+        assert peak(stack, x)[0] <= budget
