@@ -4,7 +4,7 @@
     trainer = lightning.Trainer(strategy="reversible")
 
 Names are imported on first use, so that the help and the completion of the command line import neither torch nor
-Lightning. Strategy names are registered as soon as Lightning is imported.
+Lightning. Strategy names are registered as soon as Lightning is imported, by a program that imports this package or not.
 """
 
 from __future__ import annotations
@@ -13,10 +13,29 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 from lightning_revlib.strategies.registry import register_on_import
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # all public names for type checkers and editors; tests/test_init.py compares them with those below
+    from lightning_revlib.callbacks.annealing import CouplingAnnealing as CouplingAnnealing
+    from lightning_revlib.callbacks.monitors import ActivationMemoryMonitor as ActivationMemoryMonitor
+    from lightning_revlib.callbacks.monitors import DriftMonitor as DriftMonitor
+    from lightning_revlib.callbacks.monitors import SpeedMonitor as SpeedMonitor
+    from lightning_revlib.callbacks.resume import ExactResume as ExactResume
+    from lightning_revlib.callbacks.swap import ReversibleCallback as ReversibleCallback
     from lightning_revlib.nn import *  # noqa: F403
+    from lightning_revlib.pretrained.lazy_logits import chunk_loss as chunk_loss
+    from lightning_revlib.pretrained.loss import chunked_cross_entropy as chunked_cross_entropy
+    from lightning_revlib.pretrained.trainer import ReversibleTrainerCallback as ReversibleTrainerCallback
+    from lightning_revlib.strategies.ddp import ReversibleDDPStrategy as ReversibleDDPStrategy
+    from lightning_revlib.strategies.ddp import ReversibleStrategy as ReversibleStrategy
+    from lightning_revlib.strategies.deepspeed import ReversibleDeepSpeedStrategy as ReversibleDeepSpeedStrategy
+    from lightning_revlib.strategies.fabric import ReversibleFabricDDPStrategy as ReversibleFabricDDPStrategy
+    from lightning_revlib.strategies.fabric import ReversibleFabricFSDPStrategy as ReversibleFabricFSDPStrategy
+    from lightning_revlib.strategies.fabric import ReversibleFabricStrategy as ReversibleFabricStrategy
+    from lightning_revlib.strategies.fsdp import ReversibleFSDPStrategy as ReversibleFSDPStrategy
+    from lightning_revlib.strategies.sharded_checkpoint import merge_checkpoint as merge_checkpoint
 
 __version__ = "0.2.0"
 
@@ -60,4 +79,11 @@ def __dir__() -> list[str]:
     return [*globals(), *__getattr__("__all__"), *_OPTIONAL]
 
 
+def _import_classes(cli: Any) -> None:
+    """Import all classes: LightningCLI finds a short name, such as DriftMonitor, among those that are imported."""
+    for module in _MODULES.values():
+        importlib.import_module(f"lightning_revlib.{module}")
+
+
 register_on_import()
+wrapt.register_post_import_hook(_import_classes, "lightning.pytorch.cli")

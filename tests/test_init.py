@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
+from pathlib import Path
+
+import lightning_revlib as revlib
 
 
 def test_names_are_imported_when_they_are_used():
@@ -15,3 +20,13 @@ def test_names_are_imported_when_they_are_used():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_type_checker_sees_the_names_that_the_package_has():
+    body = ast.parse(Path(revlib.__file__).read_text()).body
+    (block,) = [node for node in body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    imported = {(alias.name, node.module) for node in block.body for alias in node.names}
+    names = {name for name, _ in imported - {("*", "lightning_revlib.nn")}} | {*revlib.nn.__all__}
+    assert names == {*revlib.__all__, "ReversibleTrainerCallback"}
+    for name, module in imported - {("*", "lightning_revlib.nn")}:
+        assert getattr(importlib.import_module(module), name) is getattr(revlib, name)

@@ -42,6 +42,7 @@ class DriftMonitor(Callback):
 class ActivationMemoryMonitor(Callback):
     """Log the bytes that activations take: `activation/held_bytes` after forward, `activation/peak_bytes` in backward.
 
+    The progress bar shows them as `activation/held_MiB` and `activation/peak_MiB`.
     `MemoryMeter` counts them at dispatch, so that they are exact and the same on every device. Parameters, the
     optimizer's state, the batch and parameter gradients do not count. A measured step is two to four times
     slower; therefore only some steps are measured.
@@ -89,7 +90,9 @@ class ActivationMemoryMonitor(Callback):
     ) -> None:
         self._stop()  # a training_step that returned None has had no backward
         for name, value in self._measured.items():
-            pl_module.log(name, float(value), prog_bar=True, on_step=True, on_epoch=False, reduce_fx="max")
+            options: Any = {"on_step": True, "on_epoch": False, "reduce_fx": "max"}
+            pl_module.log(name, float(value), **options)
+            pl_module.log(name.replace("bytes", "MiB"), value / 2**20, prog_bar=True, logger=False, **options)
         self._measured = {}
 
     @override

@@ -28,6 +28,7 @@ class Command(NamedTuple):
     module: str
     function: str
     summary: str
+    usage: str = ""  # of a command without a configuration, which its help is made from
 
     def load(self) -> Callable[[Any], Any]:
         """Import the command's function."""
@@ -47,10 +48,25 @@ COMMANDS = {  # with a configuration of the same name
 BUDGET_SWEEP = Command("bench.command", "sweep_recipe", "measure a recipe under memory budgets")
 OTHERS = {  # without a configuration
     "list": Command(
-        CATALOGUE, "show_list", "list recipes, experiments and data, a line for each: revlib list [GROUP ...]"
+        CATALOGUE,
+        "show_list",
+        "list recipes, experiments and data, a line for each: revlib list [GROUP ...]",
+        """usage: revlib list [GROUP ...]
+
+Prints the options of each group, a line about each; without a group, of recipe, experiment and data.
+  revlib list
+  revlib list coupling strategy""",
     ),
     "copy": Command(
-        CATALOGUE, "copy_out", "write a recipe's configuration and module to edit: revlib copy NAME [FOLDER]"
+        CATALOGUE,
+        "copy_out",
+        "write a recipe's configuration and module to edit: revlib copy NAME [FOLDER]",
+        """usage: revlib copy NAME [FOLDER]
+
+Writes the configuration of a recipe or an experiment, and a recipe's module, into a folder, by default this one, and
+prints the line that runs the copy. A file that exists is not overwritten.
+  revlib copy irevnet mine
+  revlib copy reformer_topics""",
     ),
 }
 HELP = f"""\
@@ -103,6 +119,12 @@ def _run_words(argv: list[str], *, own_process: bool) -> int:
         from lightning_revlib.bench.allocator import fix_allocator
 
         fix_allocator()
+    if command in ("-sc", "--shell-completion"):
+        return _run(*_read_completion(argv))
+    if command not in (known := [*COMMANDS, *OTHERS]):
+        return _fail(f"unknown command {command!r}{suggest(command, known)}; commands are {', '.join(known)}")
+    if {"-h", "--help"} & {*overrides}:
+        return _help(command, [word for word in overrides if "=" in word and not word.startswith("-")])
     if command in OTHERS:
         try:
             OTHERS[command].load()(overrides)
@@ -111,16 +133,27 @@ def _run_words(argv: list[str], *, own_process: bool) -> int:
         except (ValueError, OSError) as error:
             return _fail(str(error))
         return 0
-    if command in ("-sc", "--shell-completion"):
-        return _run(*_read_completion(argv))
-    if command not in COMMANDS:
-        known = [*COMMANDS, *OTHERS]
-        return _fail(f"unknown command {command!r}{suggest(command, known)}; commands are {', '.join(known)}")
-    if command == "bench" and {"-h", "--help"} & {*overrides}:
+    return _run(command, sorted(overrides, key=lambda word: word not in ("-m", "--multirun")))  # Hydra needs -m first
+
+
+def _help(command: str, overrides: list[str]) -> int:
+    """Print the help of one command, with the groups that `overrides` choose, and return the exit status."""
+    if command in OTHERS:
+        print(OTHERS[command].usage)
+        return 0
+    from hydra.errors import HydraException
+
+    from lightning_revlib.cli.help import show_help
+
+    try:
+        show_help(command, overrides)
+    except HydraException as error:
+        return _fail(explain(error, command, overrides))
+    if command == "bench":
         from lightning_revlib.bench.studies import listing
 
-        print(f"{listing()}\n")
-    return _run(command, sorted(overrides, key=lambda word: word not in ("-m", "--multirun")))  # Hydra needs -m first
+        print(f"\n{listing()}")
+    return 0
 
 
 def _read_completion(argv: list[str]) -> tuple[str, list[str]]:
@@ -147,7 +180,7 @@ def _run(command: str, overrides: list[str]) -> int:
         print(" ".join([*COMMANDS, *OTHERS]))
         return 0
     try:
-        _compose_and_run(command, overrides)
+        _compose_and_run(command, _with_settings(command, overrides))
     except _UserError as error:
         return _fail(str(error))
     except (HydraException, ValueError) as error:
@@ -155,6 +188,20 @@ def _run(command: str, overrides: list[str]) -> int:
             raise
         return _fail(explain(error, command, overrides))
     return 0
+
+
+def _with_settings(command: str, overrides: list[str]) -> list[str]:
+    """Return the overrides with those of the checkpoint that they name, which may be in the folder of a run."""
+    paths = {word: word.partition("=")[2].strip("'\"") for word in overrides if word.startswith("ckpt_path=")}
+    (word, path), *others = paths.items() or [("", "")]
+    if command == "bench" or others or path in ("", "null", "???") or "," in path:
+        return overrides
+    from lightning_revlib.recipes.commands.checkpoint import find, key_of, settings
+
+    file = find(path, command)
+    taken = settings(file, command, {key_of(each) for each in overrides})
+    quoted = f"ckpt_path='{file}'" if file != path else word
+    return [each if each != word else quoted for each in overrides] + taken
 
 
 def _compose_and_run(command: str, overrides: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
+from typing_extensions import Self
 
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 
@@ -31,6 +32,10 @@ class MemoryMeter(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self._known: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:  # torch's has no type
+        super().__enter__()
+        return self
 
     def reset_peak(self) -> None:
         """Set the peak to the bytes that are alive now."""

@@ -66,7 +66,13 @@ class ReversibleStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DeferredStra
     "reversible_find_unused_parameters_true".
 
     Args:
-        targets, memory_budget, optimizer_in_backward, restore: see `ReversibleStrategyMixin`.
+        targets: the modules to swap, by path, and the options of each, as in `swap`. Without, the attribute or method
+            `reversible_targets` of the LightningModule; without that, every CoupledSequential.
+        memory_budget: the most bytes that activations in stacks may take on each device: an int, a text such as
+            "2GiB", a fraction of ordinary autograd's peak, or "auto" (CUDA), all that is free. Without, as few as
+            possible.
+        optimizer_in_backward: step each parameter as soon as backward has its gradient, and free the gradient.
+        restore: undo the swap when the run ends, also if it fails.
         start_method: of the processes, if there are several; default "popen", in notebooks "fork".
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in
             any of Lightning's strategies; the Trainer sets them.

@@ -1,12 +1,17 @@
 """The strategies' names, for `Trainer(strategy=...)` and `Fabric(strategy=...)`.
 
 Registering a name imports no strategy. Its class is imported when a Trainer asks for it.
+
+Lightning has no entry point that is loaded before the Trainer looks up its strategy: `lightning.pytorch.callbacks_factory`
+comes after it. torch has: it loads each entry point of the group "torch.backends" at the end of `import torch`. That of
+this package, in pyproject.toml, imports the package, which registers the names once Lightning has been imported. A
+program that never imports lightning_revlib can therefore say strategy="reversible".
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import wrapt
@@ -19,6 +24,11 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "reversible_find_unused_parameters_true": ("ddp.ReversibleStrategy", {"find_unused_parameters": True}),
     "reversible_ddp": ("ddp.ReversibleDDPStrategy", {}),
     "reversible_fsdp": ("fsdp.ReversibleFSDPStrategy", {}),
+    # names of classes, as LightningCLI passes them on (`--trainer.strategy=ReversibleStrategy`) and the Trainer lowers them
+    "reversiblestrategy": ("ddp.ReversibleStrategy", {}),
+    "reversibleddpstrategy": ("ddp.ReversibleDDPStrategy", {}),
+    "reversiblefsdpstrategy": ("fsdp.ReversibleFSDPStrategy", {}),
+    "reversibledeepspeedstrategy": ("deepspeed.ReversibleDeepSpeedStrategy", {}),
     **{
         f"reversible_deepspeed_stage_{stage}": ("deepspeed.ReversibleDeepSpeedStrategy", {"stage": stage})
         for stage in (1, 2, 3)
@@ -45,8 +55,12 @@ REGISTRIES = {
 }
 
 
+@cache
 def register_on_import() -> None:
-    """Register all names, and what warns on load, now or as soon as Lightning is imported."""
+    """Register all names, and what warns on load, now or as soon as Lightning is imported.
+
+    torch calls this function again, by the entry point, and a second call does nothing.
+    """
     for module in REGISTRIES:
         wrapt.register_post_import_hook(register, module)
     wrapt.register_post_import_hook(warn_on_load, "lightning.pytorch.core.module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,62 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint
 
 RECIPE, DATA = "revlib_recipe", "revlib_data"  # the keys under which a checkpoint names its classes
+OVERRIDES = "revlib_overrides"  # and the overrides with which its training was started
+FILES = {"train": ("last.ckpt",), "report": ("best.ckpt", "last.ckpt")}  # which a command takes of a run's folder
 
 
 class SignCheckpoint(L.Callback):
-    """Write the classes of module and data into checkpoints, from which `revlib eval` reads them."""
+    """Write the classes of module and data, and the overrides of the run, into checkpoints.
+
+    `revlib eval` reads the classes, and the command line the overrides: see `settings`.
+    """
+
+    def __init__(self, overrides: Sequence[str] = ()) -> None:
+        self.overrides = [*overrides]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the names of both classes to the checkpoint."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         for key, named in ((RECIPE, pl_module), (DATA, data)):
             checkpoint[key] = f"{type(named).__module__}.{type(named).__qualname__}"
+        checkpoint[OVERRIDES] = self.overrides
+
+
+def find(path: str, command: str) -> str:
+    """Return the checkpoint that a command takes: `path`, or if that is the folder of a run, one of the run's."""
+    folder = Path(path)
+    names = FILES.get(command, ("best.ckpt", "last.ckpt"))
+    candidates = [folder / "checkpoints" / name for name in names] if folder.is_dir() else []
+    return str(next((file for file in candidates if file.exists()), path))
+
+
+def settings(path: str, command: str, given: Collection[str]) -> list[str]:
+    """Return the overrides with which a checkpoint was trained, as far as the command takes them.
+
+    Overrides of the keys in `given` are left out. `eval` and `predict` read the module and the data from the
+    checkpoint, and take the precision only. Raises ValueError for a path that is no checkpoint, and for an override
+    that names a class, since a checkpoint must not choose what code is run.
+    """
+    words: Any = read(path).get(OVERRIDES) or []
+    found = {key_of(str(word)): str(word) for word in words}
+    taken = {
+        key: word
+        for key, word in found.items()
+        if key not in {*given, "ckpt_path"}
+        and not key.startswith(("hydra.", "hydra/"))
+        and (command in ("train", "report") or key in ("precision", "trainer.precision", "trainer.accelerator"))
+    }
+    if classes := [word for word in taken.values() if "_target_" in word]:
+        raise ValueError(
+            f"ckpt_path={path} was trained with {classes[0]}, which names a class; if you trust it, repeat it on the"
+            " command line"
+        )
+    return [*taken.values()]
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override of Hydra's, without the signs that add or delete it."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def read(path: str | Path) -> dict[str, Any]:

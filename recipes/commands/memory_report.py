@@ -112,15 +112,15 @@ def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
     for axis, what, index in zip(
         figure.subplots(1, 2), ("held after forward", "peak in backward"), (0, 1), strict=True
     ):
-        for way in WAYS:
+        for way, marker, line in zip(WAYS, "osD", ("-", "--", ":"), strict=True):
             sizes = [point.bytes[way][index] / 2**20 for point in points]
-            axis.plot([point.steps for point in points], sizes, marker="o", label=way)
+            axis.plot([point.steps for point in points], sizes, marker=marker, linestyle=line, label=way)
         axis.set(xlabel="reversible steps", ylabel="activations, MiB", title=what, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, facecolor="white")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +26,8 @@ from lightning_revlib.recipes.commands.memory_report import activations
 from lightning_revlib.recipes.display.curves import draw_curves
 from lightning_revlib.recipes.display.panel import show, show_training
 
+RESULTS = "results.json"  # the metrics of the best checkpoint, in the folder of the run; a sweep's table reads it
+
 
 def train(cfg: DictConfig) -> float:
     """Fit, test the best checkpoint and print the panel; return that checkpoint's `optimized_metric`."""
@@ -31,7 +35,8 @@ def train(cfg: DictConfig) -> float:
     data: L.LightningDataModule = instantiate(cfg.data)
     module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
     start = _first_step(cfg, module)
-    trainer = make_trainer(cfg, [SignCheckpoint()])
+    overrides = [*HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+    trainer = make_trainer(cfg, [SignCheckpoint(overrides)])
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
 
@@ -60,6 +65,7 @@ def train(cfg: DictConfig) -> float:
             few = few_samples(inputs, module)
             measured = None if few is inputs else " x ".join(map(str, few.shape))
             found = activations(module.train(), few, ("plain", "reversible"))
+        what = f"{_name(module)} on {_name(data)}"
         show_training(
             metrics,
             found,
@@ -67,10 +73,12 @@ def train(cfg: DictConfig) -> float:
             seconds,
             cfg.paths.output_dir,
             best,
+            run=[("run", what), ("overrides", " ".join(overrides) or "none")],
             plans=sorted(plans),
             measured=measured,
             original=original,
         )
+        (Path(cfg.paths.output_dir) / RESULTS).write_text(json.dumps(metrics, indent=1))
         draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:
         raise ValueError(f"optimized_metric={cfg.optimized_metric} is none of {', '.join(sorted(metrics))}")
@@ -82,7 +90,7 @@ def evaluate(cfg: DictConfig) -> None:
     data, module, trainer = _restore(cfg)
     with interruptible(trainer):
         metrics = trainer.test(module, data, verbose=False)[0]
-    show("revlib eval", [*((k, f"{v:.4f}") for k, v in metrics.items()), ("checkpoint", str(cfg.ckpt_path))])
+    show("revlib eval", [("run", f"{_name(module)} on {_name(data)}"), *((k, f"{v:.4f}") for k, v in metrics.items()), ("checkpoint", str(cfg.ckpt_path))])
 
 
 def predict(cfg: DictConfig) -> None:
@@ -95,7 +103,8 @@ def predict(cfg: DictConfig) -> None:
         raise ValueError(
             f"{type(module).__name__} has no method `present(batches, cfg)`, which shows its predictions; define it"
         )
-    show("revlib predict", [*present(batches, cfg), ("checkpoint", str(cfg.ckpt_path))])
+    run = ("run", f"{_name(module)} on {_name(data)}")
+    show("revlib predict", [run, *present(batches, cfg), ("checkpoint", str(cfg.ckpt_path))])
 
 
 def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.Trainer:
@@ -159,6 +168,11 @@ def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule,
     _seed(cfg.seed)
     module = load_module(cfg)
     return load_data(cfg), module, make_trainer(cfg)
+
+
+def _name(part: object) -> str:
+    """Return the name of a module's or data's class, as the panel shows it."""
+    return type(part).__name__.removesuffix("Module")
 
 
 def _inputs(data: L.LightningDataModule, module: L.LightningModule) -> Any:

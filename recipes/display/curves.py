@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-STAGES = ("train", "val", "test")
+STAGES = {"train": ("C0", "-", "o"), "val": ("C1", "--", "s"), "test": ("C2", "", "D")}  # colour, line and marker
+UNITS = {"loss": "loss, nats", "acc": "share of right answers", "bpb": "bits per byte"}
 
 
 def draw_curves(loggers: Sequence[Any]) -> Path | None:
@@ -24,13 +25,15 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
     figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (metric, stages) in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True):
-        for stage, points in sorted(stages.items(), key=lambda item: STAGES.index(item[0])):
-            axis.plot(*zip(*points, strict=True), label=stage, marker="o" if len(points) == 1 else None)
-        axis.set(xlabel="epoch", title=metric)
+        for stage, points in sorted(stages.items(), key=lambda item: list(STAGES).index(item[0])):
+            color, line, marker = STAGES[stage]
+            shape = marker if len(points) == 1 else None
+            axis.plot(*zip(*points, strict=True), label=stage, color=color, linestyle=line, marker=shape)
+        axis.set(xlabel="epoch", ylabel=UNITS.get(metric, metric), title=metric)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path := folder / "curves.png", dpi=120)
+    figure.savefig(path := folder / "curves.png", dpi=120, facecolor="white")
     return path
 
 

@@ -40,17 +40,20 @@ def show_training(
     logs: str,
     best: str | None,
     *,
+    run: Sequence[Row] = (),
     plans: Sequence[str] = (),
     measured: str | None = None,
     original: Mapping[str, float] | None = None,
 ) -> None:
     """Print the results of `revlib train`.
 
-    `found` are the bytes of one forward and backward of each kind on one batch; `measured` is the shape of the part of
-    the batch that was used, None for the whole batch. `original` are metrics of a pretrained model before training.
+    `run` says which run it is. `found` are the bytes of one forward and backward of each kind on one batch; `measured`
+    is the shape of the part of the batch that was used, None for the whole batch. `original` are metrics of a pretrained
+    model before training.
     """
     best = best and os.path.relpath(best)
     rows = [
+        *run,
         *((f"held-out {NAMES.get(name, name)}", _format(name, value)) for name, value in _tested(metrics).items()),
         *((f"the original's {name}", _format(name, value)) for name, value in _tested(original or {}).items()),
         *([] if found is None else _activations(found)),

@@ -8,25 +8,46 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+RED = "#b00020"
 
-def draw(path: str | Path, images: Tensor, titles: Sequence[str], *, heading: str, columns: int = 6) -> Path:
-    """Write a PNG of images (N, C, H, W), C 1 or 3, in [0, 1]."""
+
+def draw(
+    path: str | Path,
+    images: Tensor,
+    predicted: Sequence[int],
+    true: Sequence[int] | None = None,
+    *,
+    heading: str,
+    notes: Sequence[str] = (),
+    columns: int = 6,
+) -> Path:
+    """Write a PNG of images (N, C, H, W), C 1 or 3, in [0, 1], on white, which is legible beside light and dark text.
+
+    The title of an image is the class predicted, a note such as its probability, and the true class. If they differ,
+    a cross and a red frame mark the error.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it is slow
     from matplotlib.figure import Figure
 
     rows, ratio = -(-len(images) // columns), images.shape[3] / images.shape[2]
-    figure = Figure(figsize=(1.05 * ratio * columns, 1.35 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(1.05 * ratio, 1.25) * columns, 1.6 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(heading)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
+    for axis in axes[len(images) :]:
         axis.axis("off")
-    for axis, image, title in zip(axes, images, titles, strict=False):
+    for i, (axis, image) in enumerate(zip(axes, images, strict=False)):
         axis.imshow(image.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        wrong = true is not None and true[i] != predicted[i]
+        lines = [" ".join([str(predicted[i]), *notes[i : i + 1], *(["\u2717"] if wrong else [])])]
+        lines += [] if true is None else [f"true {true[i]}"]
+        axis.set_title("\n".join(lines), fontsize=9, color=RED if wrong else "black")
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set(visible=wrong, color=RED, linewidth=2)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, facecolor="white")
     return path
 
 

@@ -187,14 +187,15 @@ class IRevNetModule(ImageClassifier):
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return the class of each image and the relative error of its reconstruction by `inverse`.
 
-        The first batch has the images and their reconstructions as well.
+        The first batch has the images, their reconstructions and, if there are any, their labels as well.
         """
         images = batch[0]
         logits, z = self.net(images, bijective=True)
         reconstruction = self.net.inverse(z)
         error = (reconstruction - images).flatten(1).norm(dim=1) / images.flatten(1).norm(dim=1).clamp_min(1e-12)
         first = {} if batch_idx else {"images": images.cpu(), "reconstruction": reconstruction.cpu()}
-        return {"error": error, "predicted": logits.argmax(1), **first}
+        labels = {"label": batch[1].cpu()} if len(batch) > 1 and not batch_idx else {}
+        return {"error": error, "predicted": logits.argmax(1), **first, **labels}
 
     def present(self, batches: list[dict[str, Tensor]], cfg: Any) -> list[Row]:
         """Draw images beside their reconstructions from the network's output, and return the rows to print."""
@@ -203,8 +204,12 @@ class IRevNetModule(ImageClassifier):
         path = draw(
             cfg.picture,
             pairs(to_unit(left), to_unit(right, like=left)),
-            [f"predicted {int(label)}" for label in first["predicted"]],
-            heading=f"original | reconstruction from the network's output (error at most {error.max():.1e})",
+            first["predicted"].tolist(),
+            first["label"].tolist() if "label" in first else None,
+            heading=(
+                "class predicted, true class: original | reconstruction from the network's output\n"
+                f"(relative error at most {error.max():.1e})"
+            ),
         )
         return [
             ("reconstruction", f"off by {error.max():.1e} at most, relative, over {len(error)} images"),

@@ -78,11 +78,14 @@ class ImageClassifier(RecipeModule):
             writer.writerow(["image", "label", "predicted", "probability"])
             writer.writerows(zip(range(len(label)), label, predicted, probability, strict=True))
         images = to_unit(batches[0]["images"][: cfg.images].float())
-        titles = [
-            f"{p} ({q:.0%})" + ("" if p == y else f", is {y}")
-            for p, q, y in zip(predicted, probability, label, strict=True)
-        ]
-        path = draw(cfg.picture, images, titles, heading="class predicted (its probability)")
+        path = draw(
+            cfg.picture,
+            images,
+            predicted,
+            label,
+            heading="class predicted (its probability), true class",
+            notes=[f"({q:.0%})" for q in probability],
+        )
         right = sum(p == y for p, y in zip(predicted, label, strict=True))
         return [
             ("right", f"{right} of {len(label)}, {right / len(label):.2%}"),

@@ -26,7 +26,9 @@ def test_monitors_reach_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
     _, run, csv = logged(tmp_path, strategy="reversible")
     names = {"drift/worst", "activation/held_bytes", "activation/peak_bytes"}
     assert names <= set(csv.splitlines()[0].split(","))
-    assert names <= set(run.progress_bar_metrics)
+    shown = run.progress_bar_metrics
+    assert {"drift/worst", "activation/held_MiB", "activation/peak_MiB"} <= set(shown) and "MiB" not in csv
+    assert shown["activation/held_MiB"] == pytest.approx(run.callback_metrics["activation/held_bytes"].item() / 2**20)
     assert 0 < run.callback_metrics["drift/worst"] < 1e-5
     assert run.callback_metrics["drift/net"] == run.callback_metrics["drift/worst"]
 

@@ -28,6 +28,36 @@ assert type(lightning.Fabric(**options).strategy) is lightning_revlib.Reversible
     assert done.returncode == 0, done.stderr
 
 
+def test_names_are_known_to_a_program_that_does_not_import_the_package() -> None:
+    code = """
+import lightning
+options = {"strategy": "reversible", "accelerator": "cpu", "devices": 1}
+assert type(lightning.Trainer(**options, logger=False).strategy).__name__ == "ReversibleStrategy"
+assert type(lightning.Fabric(**options).strategy).__name__ == "ReversibleFabricStrategy"
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lightning_cli_knows_short_names() -> None:
+    pytest.importorskip("jsonargparse")
+    code = """
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+given = ["--trainer.strategy=ReversibleStrategy", "--trainer.callbacks+=DriftMonitor"]
+given += ["--trainer.callbacks+=SpeedMonitor", "--trainer.callbacks.every_n_steps=7"]
+cpu = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+cli = LightningCLI(BoringModel, run=False, save_config_callback=None, args=given + cpu)
+assert type(cli.trainer.strategy).__name__ == "ReversibleStrategy"
+drift, speed = cli.trainer.callbacks[:2]
+assert type(drift).__name__ == "DriftMonitor" and speed.every_n_steps == 7
+options = ["--trainer.strategy.class_path=ReversibleStrategy", "--trainer.strategy.init_args.restore=true"]
+assert LightningCLI(BoringModel, run=False, save_config_callback=None, args=options + cpu).trainer.strategy.restore
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if "deepspeed" not in name])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_name_stands_for_a_class(tmp_path: Path, name: str, devices: int) -> None:
@@ -39,7 +69,7 @@ def test_a_name_stands_for_a_class(tmp_path: Path, name: str, devices: int) -> N
 
 
 def test_deepspeed_has_a_name_for_each_stage() -> None:
-    found = {name: arguments for name, (_, arguments) in NAMES.items() if "deepspeed" in name}
+    found = {name: arguments for name, (_, arguments) in NAMES.items() if "deepspeed_" in name}
     offload = {"offload_optimizer": True}
     assert found == {
         "reversible_deepspeed_stage_1": {"stage": 1},
