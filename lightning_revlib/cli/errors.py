@@ -23,7 +23,8 @@ def is_user_error(error: Exception) -> bool:
 
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     others = () if lightning is None else (lightning.MisconfigurationException,)
-    return isinstance(error, (ValueError, TypeError, InstantiationException, OmegaConfBaseException, *others))
+    kinds = (ValueError, TypeError, OSError, InstantiationException, OmegaConfBaseException, *others)
+    return isinstance(error, kinds) and not isinstance(error, BrokenPipeError)
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:
@@ -54,7 +55,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
             have = "has" if len(others) == 1 else "have"
             return f"{key}: no such key; {where}; add {' or '.join(others)}, which {have} {name}"
         return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
-    perhaps_bug = isinstance(error, TypeError)  # which the user's values may cause, or the program
+    perhaps_bug = isinstance(error, (TypeError, OSError))  # which the user's values may cause, or the program
     return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if perhaps_bug else "")
 
 

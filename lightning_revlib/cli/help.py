@@ -57,6 +57,10 @@ def show_help(command: str, overrides: Sequence[str] = ()) -> None:
         for option in [choice] if isinstance(choice, str) else choice or ():
             comments |= read(root / group / f"{option}.yaml", group).comments
     print("\nKeys, each with its value now:" if choices else "Keys, each with its value now:")
+    for key in values.get("recipe") or ():
+        if values.get(key) == "???":  # the recipe has its own
+            values[key] = cfg.recipe[key]
+            comments[key] = comments.get(f"recipe.{key}") or comments[key]
     for key, value in _leaves({k: v for k, v in values.items() if k not in hidden}):
         _print_row(f"{key}={value}", comments.get(key, ""))
     print(f"\n{FOOTER}")
@@ -108,4 +112,3 @@ def _as_override(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)
-

@@ -25,6 +25,7 @@ from lightning_revlib.recipes.commands.checkpoint import SignCheckpoint, load_da
 from lightning_revlib.recipes.commands.memory_report import activations
 from lightning_revlib.recipes.display.curves import draw_curves
 from lightning_revlib.recipes.display.panel import show, show_training
+from lightning_revlib.recipes.tasks.classifier import ImageClassifier
 
 RESULTS = "results.json"  # the metrics of the best checkpoint, in the folder of the run; a sweep's table reads it
 
@@ -38,7 +39,7 @@ def train(cfg: DictConfig) -> float:
     overrides = [*HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
     trainer = make_trainer(cfg, [SignCheckpoint(overrides)])
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        logger.log_hyperparams(_plain(cfg))
 
     with _threads(cfg.threads), interruptible(trainer, cfg.ckpt_path):
         original = _test_original(cfg, module, data) if trainer.world_size == 1 else {}
@@ -90,19 +91,23 @@ def evaluate(cfg: DictConfig) -> None:
     data, module, trainer = _restore(cfg)
     with interruptible(trainer):
         metrics = trainer.test(module, data, verbose=False)[0]
-    show("revlib eval", [("run", f"{_name(module)} on {_name(data)}"), *((k, f"{v:.4f}") for k, v in metrics.items()), ("checkpoint", str(cfg.ckpt_path))])
+    show(
+        "revlib eval",
+        [
+            ("run", f"{_name(module)} on {_name(data)}"),
+            *((k, f"{v:.4f}") for k, v in metrics.items()),
+            ("checkpoint", str(cfg.ckpt_path)),
+        ],
+    )
 
 
 def predict(cfg: DictConfig) -> None:
     """Run a checkpoint on the held-out data, and show the predictions by the module's `present(batches, cfg)`."""
     data, module, trainer = _restore(cfg)
+    _check_display(cfg, module)
     with interruptible(trainer):
         batches: Any = trainer.predict(module, data)
-    present: Any = getattr(module, "present", None)
-    if present is None:
-        raise ValueError(
-            f"{type(module).__name__} has no method `present(batches, cfg)`, which shows its predictions; define it"
-        )
+    present: Any = module.present
     run = ("run", f"{_name(module)} on {_name(data)}")
     show("revlib predict", [run, *present(batches, cfg), ("checkpoint", str(cfg.ckpt_path))])
 
@@ -141,6 +146,12 @@ def _test_original(cfg: DictConfig, module: L.LightningModule, data: L.Lightning
     return instantiate(cfg.trainer, strategy="auto", **silent).test(module, data, verbose=False)[0]
 
 
+def _plain(cfg: DictConfig) -> Any:
+    """Return the configuration as a dictionary, without keys that are not given because the recipe has its own."""
+    given = [key for key in cfg if not OmegaConf.is_missing(cfg, key)]
+    return OmegaConf.to_container(OmegaConf.masked_copy(cfg, given), resolve=True)
+
+
 def _first_step(cfg: DictConfig, module: L.LightningModule) -> int:
     """Return the number of steps done before this run; ValueError for a checkpoint from which it cannot resume."""
     if cfg.ckpt_path is None:
@@ -168,6 +179,30 @@ def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule,
     _seed(cfg.seed)
     module = load_module(cfg)
     return load_data(cfg), module, make_trainer(cfg)
+
+
+def _check_display(cfg: DictConfig, module: L.LightningModule) -> None:
+    """Raise ValueError for a module that cannot show its predictions, and for a key with a value that it cannot have.
+
+    A module of images has no use for a prompt.
+    """
+    if not hasattr(module, "present"):
+        raise ValueError(
+            f"{type(module).__name__} has no method `present(batches, cfg)`, which shows its predictions; define it"
+        )
+    for key in ("images", "count", "top_k"):
+        value = cfg.get(key)
+        if (value is not None or key != "top_k") and (type(value) is not int or value < 1):
+            raise ValueError(f"{key}={value}: pass a whole number of 1 or more{', or null' * (key == 'top_k')}")
+    if type(cfg.temperature) not in (int, float) or cfg.temperature < 0:
+        raise ValueError(f"temperature={cfg.temperature}: pass a number of 0 or more; 0 takes the likeliest byte")
+    if isinstance(module, ImageClassifier) and cfg.prompt is not None:
+        raise ValueError(
+            f"prompt={cfg.prompt}: {_name(module)} works on images; leave it out, or take the checkpoint of a language"
+            " model, such as one of experiment=reformer_topics"
+        )
+    if cfg.prompt == "":
+        raise ValueError("prompt='': pass one character or more, or leave it out for the beginning of held-out text")
 
 
 def _name(part: object) -> str:

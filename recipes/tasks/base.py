@@ -30,7 +30,10 @@ class RecipeModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         make = self._optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
-        optimizer = make(self.parameters())
+        try:
+            optimizer = make(self.parameters())
+        except (TypeError, ValueError) as error:  # torch's messages do not say whose value it is
+            raise ValueError(f"optimizer={getattr(make, 'keywords', make)}: {error}") from error
         if self._scheduler is None:
             return optimizer
         if "total_steps" in inspect.signature(self._scheduler).parameters:

@@ -166,6 +166,56 @@ def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch
     assert "planned for 40 steps, and this run has 60" in capsys.readouterr().err
 
 
+def test_the_folder_of_a_run_stands_for_its_checkpoint_and_its_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "logger=csv", "callbacks=checkpoint"]
+    chosen = ["depth=[1,2]", "coupling=momentum", "coupling.gamma=0.5", "precision=64-true"]
+    assert main(["train", *chosen, *short, "hydra.run.dir=one"]) == 0
+    out = capsys.readouterr().out
+    assert "IRevNet on Digits" in out and "coupling.gamma=0.5" in out
+    assert main(["train", "ckpt_path=one", "hydra.run.dir=two"]) == 0  # nothing is left to train, and nothing differs
+    assert "coupling.gamma=0.5" in capsys.readouterr().out
+    assert main(["train", "ckpt_path=one", "depth=3"]) == 1
+    assert "was trained with depth=[1, 2] (now 3)" in capsys.readouterr().err
+    for command in ("eval", "predict"):
+        assert main([command, "ckpt_path=one"]) == 0
+        out = capsys.readouterr().out
+        assert "IRevNet on Digits" in out and "best.ckpt" in out
+    assert main(["report", "ckpt_path=one", "depths=[[1,2]]", "hydra.run.dir=three"]) == 0
+    assert "gamma: 0.5" in Path("three/.hydra/config.yaml").read_text()
+
+
+def test_a_checkpoint_does_not_choose_what_code_is_run(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(best, weights_only=True)
+    checkpoint["revlib_overrides"] = ["+callbacks.trap._target_=hostile.Trap"]
+    torch.save(checkpoint, "hostile.ckpt")
+    assert main(["train", "ckpt_path=hostile.ckpt"]) == 1
+    assert "+callbacks.trap._target_=hostile.Trap, which names a class; if you trust it" in capsys.readouterr().err
+    assert main(["eval", "ckpt_path=hostile.ckpt"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("images=-1", "images=-1: pass a whole number of 1 or more"),
+        ("images=few", "images=few: pass a whole number of 1 or more"),
+        ("count=0", "count=0: pass a whole number of 1 or more"),
+        ("top_k=0", "top_k=0: pass a whole number of 1 or more, or null"),
+        ("temperature=hot", "temperature=hot: pass a number of 0 or more"),
+        ("prompt=The", "prompt=The: IRevNet works on images; leave it out, or take the checkpoint of a language model"),
+        ("picture=folder.png", "folder.png"),
+        ("precision=8", "precision=8"),
+    ],
+)
+def test_what_a_prediction_refuses(word, message, best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    assert main(["predict", f"ckpt_path={best}", word]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("revlib: ") and message in line
+
+
 def test_a_checkpoint_in_shards(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
@@ -239,11 +289,16 @@ def test_both_strategies_train_alike(recipe, tmp_path, monkeypatch):
     assert held[0] > 1.5 * held[1]
 
 
-def test_a_sweep_runs_once_for_each_value(tmp_path, monkeypatch):
+def test_a_sweep_runs_once_for_each_value_and_ends_with_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "callbacks=checkpoint", "logger=csv"]
     assert main(["train", "depth=1,[1,2]", "-m", *short]) == 0  # wherever -m stands
     assert len(list(tmp_path.glob("logs/train/multiruns/*/*/checkpoints/best.ckpt"))) == 2
+    title, *table = capsys.readouterr().out.rpartition("2 runs in ")[2].splitlines()
+    assert title.startswith("logs/train/multiruns/")
+    head, first, second = (line for line in table if "val/acc" in line or line[2:3] in ("0", "1"))
+    assert ["run", "depth"] == head.replace("\u2503", " ").split()[:2] and "max_epochs" not in head
+    assert "[1,2]" not in first and "[1,2]" in second
 
 
 @pytest.mark.slow
@@ -315,6 +370,13 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "depth=[1,2,3]"], "depth=[1, 2, 3]"),
         (["train", "split_dim=0"], "split_dim=0: the streams would be different images"),
         (["train", "recipe.initial_psi=3"], "8 is not a multiple of 6"),
+        (["train", "recipe.optimizer.lr=fast"], "optimizer={'lr': 'fast', 'momentum': 0.9, 'weight_decay': 0.005}: "),
+        (["train", "recipe.optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["train", "data.batch_size=0"], "batch_size=0"),
+        (["train", "data=fashion_mnist", "data.root=nowhere"], "data.root=nowhere has no train-images"),
+        (["train", "strategy.memory_budget=much"], "memory_budget='much'"),
+        (["train", "+strategy.targets=net"], "targets='net'"),
+        (["train", "trainer.accelerator=abacus"], "abacus"),
         (["train", "recipe.dropout=2"], "recipe: dropout probability has to be between 0 and 1, but got 2"),
         (["train", "ckpt_path=missing/x.ckpt"], "ckpt_path=missing/x.ckpt does not exist; nor does the folder missing"),
         (["eval"], "ckpt_path is needed: revlib eval ckpt_path="),
@@ -425,12 +487,35 @@ def test_completion_is_installed_for_the_program(monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip().endswith("hydra_bash_completion revlib")
 
 
-def test_help_of_a_command_lists_groups_and_keys(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
+@pytest.mark.parametrize(
+    ("argv", "has", "has_not"),
+    [
+        (
+            ["train", "coupling=momentum"],
+            ["  recipe.dropout=0.1", "  coupling.gamma=0.9", "  depth=3 ", "blocks in each stage", "  precision=null"],
+            ["images=", "depths="],
+        ),
+        (["train", "recipe=reformer"], ["recipe.lsh.hashes=4", "  depth=2 ", "layers, of two"], ["recipe.bottleneck"]),
+        (["eval"], ["ckpt_path=???", "a checkpoint, or the folder of its run", "data=null"], ["scheduler", "depth="]),
+        (["predict"], ["images=24", "largest number of images", "top_k=null"], ["callbacks", "depth="]),
+        (["report"], ["depths=[2,4,8,16]", "batch_size=16"], ["logger", "scheduler", "max_epochs"]),
+        (["bench"], ["study=null", "Studies, each run by", "  overhead "], ["recipe", "Groups"]),
+        (["list"], ["revlib list [GROUP ...]"], ["seed"]),
+        (["copy"], ["revlib copy NAME [FOLDER]"], ["seed"]),
+    ],
+    ids=" ".join,
+)
+def test_help_of_a_command_explains_its_own_groups_and_keys(argv, has, has_not, capsys):
+    assert main([*argv, "--help"]) == 0
     out = capsys.readouterr().out
-    assert "revlib train [-m]" in out
-    assert "coupling: additive" in out and "split_dim: 1" in out and "\nhydra:" not in out
+    assert out.startswith(f"usage: revlib {argv[0]} ") and "_target_" not in out
+    assert [text for text in has if text not in out] == []
+    assert [text for text in has_not if text in out] == []
+
+
+def test_help_explains_a_wrong_option(capsys):
+    assert main(["train", "recipe=irevnte", "--help"]) == 1
+    assert "recipe=irevnte: no such option (did you mean irevnet?)" in capsys.readouterr().err
 
 
 def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):

@@ -27,6 +27,7 @@ PLUGINS = {  # plugins that a configuration needs and the package does not insta
     "launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
     "launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
     "hparams_search=optuna": "hydra_plugins.hydra_optuna_sweeper",
+    "logger=wandb": "wandb",
 }
 TOKENS = [f"data={name}" for name in ("topics", "text_file", "enwik8", "duplication", "imagenet64")]
 NEED_FOLDER = ("data=image_folder", "experiment=irevnet_imagenet")  # which read the classes from the folder
@@ -87,7 +88,7 @@ def test_groups_are_those_documented():
     groups = {p.parent.name for p in FILES} - {""}
     assert groups == {
         "recipe", "data", "coupling", "scheduler", "strategy", "trainer", "callbacks", "logger", "experiment", "paths",
-        "hydra", "launcher", "hparams_search",
+        "hydra", "launcher", "hparams_search", "precision",
     }  # fmt: skip
 
 
@@ -157,6 +158,21 @@ def test_another_program_can_use_the_groups(tmp_path):
 
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         assert compose("mine", ["coupling.gamma=0.5"]) == {"coupling": {"name": "momentum", "gamma": 0.5}}
+
+
+@pytest.mark.parametrize("recipe", ["irevnet", "momentumnet", "reformer"])
+def test_a_recipe_keeps_the_depth_of_another_program(recipe, tmp_path):
+    groups = "".join(f"  - {group}\n" for group in ("data: digits", "coupling: additive", "scheduler: onecycle"))
+    for name, depth in (("mine", "depth: 7\n"), ("none", "")):
+        head = f"hydra:\n  searchpath: [pkg://lightning_revlib.conf]\n{depth}"
+        (tmp_path / f"{name}.yaml").write_text(f"{head}defaults:\n  - _self_\n{groups}  - recipe: {recipe}\n")
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("mine")
+        assert cfg.depth == cfg.recipe.depth == 7
+        cfg = compose("none")
+        assert "depth" not in cfg and cfg.recipe.depth in (2, 3)
 
 
 def _types(value):
