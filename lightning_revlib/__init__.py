@@ -4,7 +4,8 @@
     trainer = lightning.Trainer(strategy="reversible")
 
 Names are imported on first use, so that the help and the completion of the command line import neither torch nor
-Lightning. Strategy names are registered as soon as Lightning is imported, by a program that imports this package or not.
+Lightning. Strategy names are registered as soon as Lightning is imported, also by a program that does not import this
+package.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Registering a name imports no strategy. Its class is imported when a Trainer asks for it.
 
-Lightning has no entry point that is loaded before the Trainer looks up its strategy: `lightning.pytorch.callbacks_factory`
-comes after it. torch has: it loads each entry point of the group "torch.backends" at the end of `import torch`. That of
-this package, in pyproject.toml, imports the package, which registers the names once Lightning has been imported. A
-program that never imports lightning_revlib can therefore say strategy="reversible".
+Lightning loads no entry point before the Trainer looks up its strategy: "lightning.pytorch.callbacks_factory" comes after
+it. torch loads the entry points of the group "torch.backends" at the end of `import torch`. That of this package, in
+pyproject.toml, imports the package, which registers the names once Lightning has been imported. A program that never
+imports lightning_revlib can therefore say strategy="reversible".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "reversible_find_unused_parameters_true": ("ddp.ReversibleStrategy", {"find_unused_parameters": True}),
     "reversible_ddp": ("ddp.ReversibleDDPStrategy", {}),
     "reversible_fsdp": ("fsdp.ReversibleFSDPStrategy", {}),
-    # names of classes, as LightningCLI passes them on (`--trainer.strategy=ReversibleStrategy`) and the Trainer lowers them
+    # of `--trainer.strategy=ReversibleStrategy`, which LightningCLI passes on as a name, and the Trainer lowers
     "reversiblestrategy": ("ddp.ReversibleStrategy", {}),
     "reversibleddpstrategy": ("ddp.ReversibleDDPStrategy", {}),
     "reversiblefsdpstrategy": ("fsdp.ReversibleFSDPStrategy", {}),

@@ -1,4 +1,4 @@
-"""A user's program with every public name, which `mypy --strict` accepts; test_program.py runs mypy, not the program."""
+"""A user's program with every public name. test_program.py has `mypy --strict` check it, and runs nothing."""
 
 from __future__ import annotations
 
