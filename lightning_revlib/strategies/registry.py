@@ -2,10 +2,10 @@
 
 Registering a name imports no strategy. Its class is imported when a Trainer asks for it.
 
-Lightning loads no entry point before the Trainer looks up its strategy: "lightning.pytorch.callbacks_factory" comes after
-it. torch loads the entry points of the group "torch.backends" at the end of `import torch`. That of this package, in
-pyproject.toml, imports the package, which registers the names once Lightning has been imported. A program that never
-imports lightning_revlib can therefore say strategy="reversible".
+Lightning loads no entry point before the Trainer looks up its strategy: it loads "lightning.pytorch.callbacks_factory"
+after that. torch loads the entry points of the group "torch.backends" at the end of `import torch`. That of this
+package, in pyproject.toml, imports the package, which registers the names once Lightning has been imported. A program
+that never imports lightning_revlib can therefore say strategy="reversible".
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def settings(path: str, command: str, given: Collection[str]) -> list[str]:
 
     Overrides of the keys in `given` are left out. `eval` and `predict` read the module and the data from the
     checkpoint, and take the precision only. Raises ValueError for a path that is no checkpoint, and for an override
-    that names a class, since a checkpoint must not choose what code is run.
+    that names a class, since a checkpoint must not choose what code is run; so do interpolations, of which a class's
+    name could be made, and options of a group that lie outside of it.
     """
     words: Any = read(path).get(OVERRIDES) or []
     found = {key_of(str(word)): str(word) for word in words}
@@ -61,11 +62,12 @@ def settings(path: str, command: str, given: Collection[str]) -> list[str]:
         and not key.startswith(("hydra.", "hydra/"))
         and (command in ("train", "report") or key in ("precision", "trainer.precision", "trainer.accelerator"))
     }
-    if classes := [word for word in taken.values() if "_target_" in word]:
-        raise ValueError(
-            f"ckpt_path={path} was trained with {classes[0]}, which names a class; if you trust it, repeat it on the"
-            " command line"
-        )
+    for key, word in taken.items():
+        if "_target_" in word or "${" in word or ("." not in key and ".." in word):
+            raise ValueError(
+                f"ckpt_path={path} was trained with {word}, which may choose what code is run; if you trust it, repeat it"
+                " on the command line"
+            )
     return [*taken.values()]
 
 

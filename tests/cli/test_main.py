@@ -185,13 +185,22 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint_and_its_settings(tmp_path
     assert "gamma: 0.5" in Path("three/.hydra/config.yaml").read_text()
 
 
-def test_a_checkpoint_does_not_choose_what_code_is_run(best, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+callbacks.trap._target_=hostile.Trap",
+        "+callbacks.trap={_target_: hostile.Trap}",
+        "+callbacks.trap=${oc.decode:'{_tar${g}: hostile.Trap}'}",
+        "recipe=../../hostile",
+    ],
+)
+def test_a_checkpoint_does_not_choose_what_code_is_run(word, best, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint = torch.load(best, weights_only=True)
-    checkpoint["revlib_overrides"] = ["+callbacks.trap._target_=hostile.Trap"]
+    checkpoint["revlib_overrides"] = [word]
     torch.save(checkpoint, "hostile.ckpt")
     assert main(["train", "ckpt_path=hostile.ckpt"]) == 1
-    assert "+callbacks.trap._target_=hostile.Trap, which names a class; if you trust it" in capsys.readouterr().err
+    assert f"was trained with {word}, which may choose what code is run" in capsys.readouterr().err
     assert main(["eval", "ckpt_path=hostile.ckpt"]) == 0
 
 
