@@ -65,8 +65,8 @@ def settings(path: str, command: str, given: Collection[str]) -> list[str]:
     for key, word in taken.items():
         if "_target_" in word or "${" in word or ("." not in key and ".." in word):
             raise ValueError(
-                f"ckpt_path={path} was trained with {word}, which may choose what code is run; if you trust it, repeat it"
-                " on the command line"
+                f"ckpt_path={path} was trained with {word}, which may choose what code is run; if you trust it,"
+                " repeat it on the command line"
             )
     return [*taken.values()]
 

@@ -43,7 +43,7 @@ def report_memory(cfg: DictConfig) -> None:
         with open_dict(cfg):
             cfg.depth = depth
         points.append(measure(build(cfg), depth, cfg.batch_size))
-    _print(points, cfg.batch_size)
+    _print(points, cfg.batch_size, type_name(cfg))
     path = draw(cfg.picture, points, f"{type_name(cfg)}, batch of {cfg.batch_size}")
     print(f"picture: {os.path.relpath(path)}")
 
@@ -129,11 +129,12 @@ def type_name(cfg: DictConfig) -> str:
     return str(cfg.recipe["_target_"]).rpartition(".")[2].removesuffix("Module")
 
 
-def _print(points: Sequence[Point], batch_size: int) -> None:
+def _print(points: Sequence[Point], batch_size: int, name: str) -> None:
     """Print a table with a row for each depth."""
     largest = max(peak for point in points for _, peak in point.bytes.values())
     unit, size = ("MiB", 2**20) if largest >= 10 * 2**20 else ("KiB", 2**10)
-    table = Table(title=f"{unit} of activations held / peak in backward, batch of {batch_size}", title_justify="left")
+    title = f"{name}: {unit} of activations held / peak in backward, batch of {batch_size}"
+    table = Table(title=title, title_justify="left")
     for column in ("depth", "steps", *WAYS):
         table.add_column(column, justify="left" if column == "depth" else "right")
     for p in points:

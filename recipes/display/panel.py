@@ -84,6 +84,11 @@ def _activations(found: Bytes) -> list[Row]:
     """Return the rows of activation bytes."""
     pairs = zip(found["plain"], found["reversible"], strict=True)
     return [
-        (name, f"{format_bytes(a)} by autograd, {format_bytes(b)} reversible: {a / b:.1f} x less")
+        (name, f"{format_bytes(a)} by autograd, {format_bytes(b)} reversible: {_compare(a, b)}")
         for name, (a, b) in zip(("activations held", "peak in backward"), pairs, strict=True)
     ]
+
+
+def _compare(plain: int, reversible: int) -> str:
+    """Return by how much the reversible bytes are fewer, or more."""
+    return f"{plain / reversible:.1f} x less" if plain >= reversible else f"{reversible / plain:.1f} x more"

@@ -47,14 +47,14 @@ class ProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         shown: dict[str, Any] = {} if self._loss is None else {"loss": float(self._loss)}
         shown |= {name: value for name, value in metrics.items() if name.startswith("val/")}
-        if (drift := metrics.get("drift/worst")) is not None:
-            shown["drift"] = drift
-        if (held := metrics.get("activation/held_MiB")) is not None:
-            shown["held"] = f"{float(held):.3g} MiB"  # type: ignore[arg-type]
         begin, before = self._begin
         if (done := trainer.global_step - before) > 0:
             rate, total = done / (time.perf_counter() - begin), trainer.estimated_stepping_batches
             shown["steps/s"] = rate
             if total != float("inf"):
                 shown["left"] = str(timedelta(seconds=round((total - trainer.global_step) / rate)))
+        if (drift := metrics.get("drift/worst")) is not None:
+            shown["drift"] = drift
+        if (held := metrics.get("activation/held_MiB")) is not None:
+            shown["held"] = f"{float(held):.3g} MiB"  # type: ignore[arg-type]
         return shown
