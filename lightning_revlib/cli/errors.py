@@ -40,6 +40,11 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return f"{group}={option}: no such option{suggest(option, error.options)}; it has {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
+    if str(error).startswith("Config group override must be a string"):  # Hydra does not say of which
+        for word in overrides:
+            group, _, option = word.partition("=")
+            if (options := _options(group)) and option not in options:
+                return f"{word}: no such option; it has {', '.join(options)}"
     if str(error).startswith("Ambiguous value for argument"):
         given = str(error).split("'")[1]
         name, _, value = given.partition("=")
@@ -77,6 +82,13 @@ def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
             cfg = compose(command)
         node = OmegaConf.select(cfg, parent) if parent else cfg
     return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+
+
+def _options(group: str) -> list[str]:
+    """Return the names of a group's options, none if there is no such group."""
+    from lightning_revlib import conf
+
+    return sorted(file.stem for file in (Path(conf.__file__).parent / group).glob("*.yaml")) if group else []
 
 
 def _options_with(group: str, key: str) -> list[str]:

@@ -34,7 +34,8 @@ def show_sweep(folder: Path, runs: dict[Path, dict[str, float]], optimized: str 
     varied = [key for key in keys if len({values.get(key) for values in chosen.values()}) > 1]
     metrics = dict.fromkeys(name for metrics in runs.values() for name in metrics if name.startswith("test/"))
     columns = [*dict.fromkeys([*([optimized] if optimized else []), *metrics])]
-    table = Table(title=f"{len(runs)} runs in {os.path.relpath(folder)}", title_justify="left")
+    print(f"{len(runs)} runs in {os.path.relpath(folder)}")  # outside of the table, which may be narrower
+    table = Table()
     for name in ("run", *varied):
         table.add_column(name, overflow="fold")
     for name in columns:

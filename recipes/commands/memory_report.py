@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_revlib.nn import MemoryMeter, restore, swap
 from lightning_revlib.recipes.display.panel import Bytes
+from lightning_revlib.recipes.display.picture import save
 
 WAYS = ("plain", "checkpointed", "reversible")
 
@@ -118,10 +119,7 @@ def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
         axis.set(xlabel="reversible steps", ylabel="activations, MiB", title=what, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white")
-    return path
+    return save(figure, path)
 
 
 def type_name(cfg: DictConfig) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_revlib.recipes.display.picture import save
+
 STAGES = {"train": ("C0", "-", "o"), "val": ("C1", "--", "s"), "test": ("C2", "", "D")}  # colour, line and marker
 UNITS = {"loss": "loss, nats", "acc": "share of right answers", "bpb": "bits per byte"}
 
@@ -33,8 +35,7 @@ def draw_curves(loggers: Sequence[Any]) -> Path | None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path := folder / "curves.png", dpi=120, facecolor="white")
-    return path
+    return save(figure, folder / "curves.png")
 
 
 def read_curves(table: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:

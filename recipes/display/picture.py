@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,17 @@ def draw(
         axis.set(xticks=[], yticks=[])
         for side in axis.spines.values():
             side.set(visible=wrong, color=RED, linewidth=2)
+    return save(figure, path)
+
+
+def save(figure: Any, path: str | Path) -> Path:
+    """Write a figure of matplotlib on white. ValueError for a suffix that is not a picture's."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white")
+    try:
+        figure.savefig(path, dpi=120, facecolor="white")
+    except ValueError as error:
+        raise ValueError(f"picture={path}: {error}") from error
     return path
 
 

@@ -30,21 +30,18 @@ class RecipeModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         make = self._optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
-        try:
-            optimizer = make(self.parameters())
-        except (TypeError, ValueError) as error:  # torch's messages do not say whose value it is
-            raise ValueError(f"optimizer={getattr(make, 'keywords', make)}: {error}") from error
+        optimizer = _build("optimizer", make, self.parameters())
         if self._scheduler is None:
             return optimizer
         if "total_steps" in inspect.signature(self._scheduler).parameters:
             scheduler = self._planned(self._scheduler, optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        return {"optimizer": optimizer, "lr_scheduler": _build("scheduler", self._scheduler, optimizer)}
 
     def _planned(self, make: SchedulerFactory, optimizer: torch.optim.Optimizer) -> LRScheduler:
         """Return a schedule for all steps of the run; ValueError if training has no end and the schedule needs one."""
         if not math.isinf(steps := self.trainer.estimated_stepping_batches):
-            return make(optimizer, total_steps=int(steps))
+            return _build("scheduler", make, optimizer, total_steps=int(steps))
         try:
             return make(optimizer, total_steps=None)
         except (TypeError, ValueError) as error:
@@ -61,6 +58,14 @@ class RecipeModule(L.LightningModule):
                     f"the checkpoint's learning rate was planned for {planned} steps, and this run has {steps}: a cycle"
                     " cannot be prolonged; keep max_epochs, or start a new training"
                 )
+
+
+def _build(name: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a factory; an error says whose values are wrong, which torch's messages do not."""
+    try:
+        return make(*args, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={getattr(make, 'keywords', make)}: {error}") from error
 
 
 def warmup_rsqrt(optimizer: torch.optim.Optimizer, *, warmup: int, total_steps: int | None = None) -> LambdaLR:

@@ -214,7 +214,8 @@ def test_a_checkpoint_does_not_choose_what_code_is_run(word, best, tmp_path, mon
         ("temperature=hot", "temperature=hot: pass a number of 0 or more"),
         ("prompt=The", "prompt=The: IRevNet works on images; leave it out, or take the checkpoint of a language model"),
         ("picture=folder.png", "folder.png"),
-        ("precision=8", "precision=8"),
+        ("picture=x.xyz", "picture=x.xyz: Format 'xyz' is not supported"),
+        ("precision=8", "precision=8: no such option; it has 16-mixed, 32-true, 64-true, bf16-mixed"),
     ],
 )
 def test_what_a_prediction_refuses(word, message, best, tmp_path, monkeypatch, capsys):
@@ -381,6 +382,7 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "recipe.initial_psi=3"], "8 is not a multiple of 6"),
         (["train", "recipe.optimizer.lr=fast"], "optimizer={'lr': 'fast', 'momentum': 0.9, 'weight_decay': 0.005}: "),
         (["train", "recipe.optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["train", "scheduler.max_lr=fast"], "scheduler={'max_lr': 'fast'}: "),
         (["train", "data.batch_size=0"], "batch_size=0"),
         (["train", "data=fashion_mnist", "data.root=nowhere"], "data.root=nowhere has no train-images"),
         (["train", "strategy.memory_budget=much"], "memory_budget='much'"),
