@@ -183,7 +183,9 @@ def _run(command: str, overrides: list[str]) -> int:
         _compose_and_run(command, _with_settings(command, overrides))
     except _UserError as error:
         return _fail(str(error))
-    except (HydraException, ValueError) as error:
+    except BrokenPipeError:
+        raise
+    except (HydraException, ValueError, OSError) as error:
         if _full_error():
             raise
         return _fail(explain(error, command, overrides))

@@ -98,7 +98,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def load_module(cfg: DictConfig) -> L.LightningModule:
     """Return the module of `cfg.ckpt_path` as it was trained."""
-    if OmegaConf.is_missing(cfg, "ckpt_path") or cfg.ckpt_path is None:
+    if OmegaConf.is_missing(cfg, "ckpt_path") or cfg.ckpt_path in (None, ""):
         found = sorted(Path(cfg.paths.log_dir).glob("train/runs/*/checkpoints/best.ckpt"))
         example = found[-1] if found else "logs/train/runs/<time>/checkpoints/best.ckpt"
         raise ValueError(f"ckpt_path is needed: revlib {cfg.task} ckpt_path={example}")

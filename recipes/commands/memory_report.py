@@ -117,6 +117,7 @@ def draw(path: str | Path, points: Sequence[Point], title: str) -> Path:
             sizes = [point.bytes[way][index] / 2**20 for point in points]
             axis.plot([point.steps for point in points], sizes, marker=marker, linestyle=line, label=way)
         axis.set(xlabel="reversible steps", ylabel="activations, MiB", title=what, ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     return save(figure, path)

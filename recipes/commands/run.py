@@ -231,8 +231,8 @@ def few_samples(inputs: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
 
 def _seed(seed: object) -> None:
     """Seed all generators; ValueError for a seed that is not a whole number."""
-    if not isinstance(seed, int):
-        raise ValueError(f"seed={seed}: pass a whole number, such as seed=0")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: pass a whole number from 0 to 4294967295, such as seed=0")
     L.seed_everything(seed, workers=True, verbose=False)
 
 

@@ -65,6 +65,8 @@ class ImageData(L.LightningDataModule):
             self.hparams[name] = None if numbers is None else [*map(float, numbers)]  # plain Python, for the checkpoint
             if numbers is not None and len(numbers) not in (1, self.shape[0]):
                 raise ValueError(f"{name}={list(numbers)}: give one number for each of {self.shape[0]} channels")
+        if isinstance(jitter, str) or jitter < 0:
+            raise ValueError(f"jitter={jitter!r}: pass a number of 0 or more")
 
     @property
     def model_arguments(self) -> dict[str, Any]:
