@@ -49,5 +49,5 @@ def show_sweep(folder: Path, runs: dict[Path, dict[str, float]], optimized: str 
 def _overrides(run: Path) -> dict[str, str]:
     """Return the overrides with which a run was started, by key."""
     file = run / ".hydra/overrides.yaml"
-    words = OmegaConf.load(file) if file.exists() else []
+    words: Any = OmegaConf.load(file) if file.exists() else []
     return {key: value for key, _, value in (str(word).partition("=") for word in words)}
