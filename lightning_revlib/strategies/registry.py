@@ -2,10 +2,8 @@
 
 Registering a name imports no strategy. Its class is imported when a Trainer asks for it.
 
-Lightning loads no entry point before the Trainer looks up its strategy: it loads "lightning.pytorch.callbacks_factory"
-after that. torch loads the entry points of the group "torch.backends" at the end of `import torch`. That of this
-package, in pyproject.toml, imports the package, which registers the names once Lightning has been imported. A program
-that never imports lightning_revlib can therefore say strategy="reversible".
+A program has to import lightning_revlib. Lightning loads no entry point before the Trainer looks up its strategy, and
+the group "torch.backends", which `import torch` loads, would bring this package into every process that uses torch.
 """
 
 from __future__ import annotations

@@ -28,20 +28,10 @@ assert type(lightning.Fabric(**options).strategy) is lightning_revlib.Reversible
     assert done.returncode == 0, done.stderr
 
 
-def test_names_are_known_to_a_program_that_does_not_import_the_package() -> None:
-    code = """
-import lightning
-options = {"strategy": "reversible", "accelerator": "cpu", "devices": 1}
-assert type(lightning.Trainer(**options, logger=False).strategy).__name__ == "ReversibleStrategy"
-assert type(lightning.Fabric(**options).strategy).__name__ == "ReversibleFabricStrategy"
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_lightning_cli_knows_short_names() -> None:
     pytest.importorskip("jsonargparse")
     code = """
+import lightning_revlib
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 given = ["--trainer.strategy=ReversibleStrategy", "--trainer.callbacks+=DriftMonitor"]
