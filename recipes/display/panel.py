@@ -48,8 +48,8 @@ def show_training(
     """Print the results of `revlib train`.
 
     `run` says which run it is. `found` are the bytes of one forward and backward of each kind on one batch; `measured`
-    is the shape of the part of the batch that was used, None for the whole batch. `original` are metrics of a pretrained
-    model before training.
+    is the shape of the part of the batch that was used, None for the whole batch. `original` are a pretrained model's
+    metrics before training.
     """
     best = best and os.path.relpath(best)
     rows = [
