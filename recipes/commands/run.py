@@ -148,7 +148,7 @@ def _test_original(cfg: DictConfig, module: L.LightningModule, data: L.Lightning
 
 def _plain(cfg: DictConfig) -> Any:
     """Return the configuration as a dictionary, without keys that are not given because the recipe has its own."""
-    given = [key for key in cfg if not OmegaConf.is_missing(cfg, key)]
+    given = [str(key) for key in cfg if not OmegaConf.is_missing(cfg, key)]
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, given), resolve=True)
 
 
