@@ -39,7 +39,7 @@ class LayerProxy:
         self.inner: Any = vars(module).get("forward")  # a stand-in of somebody else's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = vars(self.module).get("forward")
+        forward = self.module.__dict__.get("forward")
         if not isinstance(self.owner, Layerwise) or (isinstance(forward, LayerProxy) and forward is not self):
             return self.original()(*args, **kwargs)  # what has wrapped this proxy outlived a restore or another swap
         call = self.owner.call if is_exporting() else self.owner.call_eagerly

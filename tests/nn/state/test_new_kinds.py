@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -261,13 +262,15 @@ def test_the_default_device_round_the_whole_step(how: str) -> None:
     seen: list[str] = []
     stack = revlib.ReversibleSequential(*[OnDevice(seen) for _ in range(2)])
     x = torch.randn(2, 8, requires_grad=True)
-    if how == "default":
-        torch.set_default_device("meta")
-    try:
+
+    def step() -> None:
+        if how == "default":
+            torch.set_default_device("meta")
         with torch.device("meta") if how == "context" else nullcontext():
             stack(x).sum().backward(torch.ones((), device="cpu"))
-    finally:
-        torch.set_default_device(None)
+
+    with ThreadPoolExecutor(1) as thread:  # the default is the thread's
+        thread.submit(step).result()
     assert seen == ["meta"] * 4
 
 
