@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-TOKENS = 1024  # in a chunk
+TOKENS = 256  # in a chunk
 
 
 def chunked_cross_entropy(

@@ -60,7 +60,7 @@ class FineTuneModule(RecipeModule):
         coupling: str | Mapping[str, Any] = NEARLY_PRETRAINED,
         residual: bool = True,
         grid_bits: int | str | None = "auto",
-        loss_chunk: int | None = 1024,
+        loss_chunk: int | None = 256,
         lora: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         length: int | None = None,
