@@ -1,4 +1,4 @@
-"""The programs of CONTRIBUTING.md and docs/recipes.md that name their file, and the commands that use them."""
+"""The programs of CONTRIBUTING.md and docs/recipes/index.md that name their file, and the commands that use them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_a_program_of_ones_own(tmp_path: Path) -> None:
-    write("docs/recipes.md", tmp_path)
+    write("docs/recipes/index.md", tmp_path)
     words = [sys.executable, "-W", "ignore", "main.py", "recipe.dropout=0"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,7 @@ class Point(NamedTuple):
 def report_memory(cfg: DictConfig) -> None:
     """Measure `cfg.recipe` at each of `cfg.depths` on a batch of zeros; print a table and draw it."""
     depths = OmegaConf.to_container(cfg.depths) if OmegaConf.is_list(cfg.depths) else [cfg.depths]
-    if "depth" not in cfg:
+    if getattr(get_object(cfg.recipe._target_), "is_pretrained", False):
         raise ValueError(
             "depth: a pretrained model has its own; revlib report budget_sweep=true measures it by budgets"
         )

@@ -414,7 +414,7 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "ckpt_path=empty"], "ckpt_path=empty is a folder, and holds no checkpoint"),
         (
             ["train", "coupling.gamma=0.5"],
-            "coupling.gamma: no such key; coupling has name; add coupling=momentum, which",
+            "coupling.gamma: no such key; coupling has name; add coupling=momentum or coupling=momentum_exact, which",
         ),
         (["train", "strategy=auto", "strategy.stage=3"], "add strategy=reversible_deepspeed, which has stage"),
         (["train", "recipe.attention=[lsh]"], "add recipe=reformer, which has attention"),
@@ -486,7 +486,7 @@ def test_help(capsys):
     [
         ("revlib tr", {*COMMANDS, "list", "copy"}),
         ("revlib train coupl", {"coupling=", "coupling."}),
-        ("revlib train coupling=mo", {"coupling=momentum"}),
+        ("revlib train coupling=mo", {"coupling=momentum", "coupling=momentum_exact"}),
         ("revlib report dep", {"depth=", "depths."}),
     ],
 )

@@ -24,7 +24,8 @@ class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
     `inputs` are the arguments of a call, `arguments` the tensors among them. Those of a whole forward are complete when
-    its scope is closed. `former` has what calls of the forward have changed in place, for the calls before them.
+    its scope is closed. `former` has what calls of the forward have changed in place, for the calls before them. `part`
+    tells calls of a block's branches apart.
     """
 
     modules: Sequence[nn.Module]
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     arguments: Sequence[Tensor]
     inputs: Sequence[Any]
     former: Former
+    part: str = ""
 
 
 class State(ABC):
@@ -104,12 +106,12 @@ class Scope:
         self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(modules)]
 
     def capture(
-        self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], inputs: Sequence[Any] = ()
+        self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], inputs: Sequence[Any], part: str
     ) -> CallState:
         """Return the state before a call of `block`."""
         arguments = [without_graph(t) for t in arguments]
         self._arguments += arguments
-        call = Call(self._modules[block], stream, arguments, inputs, self._former)
+        call = Call(self._modules[block], stream, arguments, inputs, self._former, part)
         return CallState(self, call, [kind(call) for kind in self._kinds])
 
     def close(self) -> None:

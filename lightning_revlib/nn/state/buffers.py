@@ -29,10 +29,10 @@ class Buffers(State):
     into copies of the present values.
     """
 
-    __slots__ = ("former", "met", "norms", "read", "values", "written")
+    __slots__ = ("former", "met", "norms", "part", "read", "values", "written")
 
     def __init__(self, call: Call) -> None:
-        self.values = call.former
+        self.values, self.part = call.former, call.part
         _tell_of_threads(call.modules)
         self.met: list[tuple[nn.Module, str, Tensor, Tensor, int, bool]] = []  # with a copy, version and training flag
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []  # with its version
@@ -61,7 +61,7 @@ class Buffers(State):
             if (
                 _now(m._buffers, name) is not buffer
                 or version(buffer) != count
-                or changes_silently(m, name, training, before, buffer)
+                or changes_silently(m, name, training, before, buffer, self.part)
             ):
                 self.former.append((m, name, before))
                 self.values[id(buffer), count] = buffer, before
@@ -116,7 +116,7 @@ def _tell_of_threads(modules: Sequence[nn.Module]) -> None:
 _SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
-def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor) -> bool:
+def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor, part: str) -> bool:
     """Return whether the module changes the buffer without its version telling, as `F.batch_norm` does.
 
     Comparing values makes the host wait for the device, so that it is done once for each module and its flags.
@@ -125,19 +125,19 @@ def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, bu
         return False
     if getattr(type(m), "forward", None) in WRITES_STATISTICS and training:  # though it may not have been called
         return True
-    known, key = _SILENT.setdefault(m, {}), _flags(m, name, training)
+    known, key = _SILENT.setdefault(m, {}), _flags(m, name, training, part)
     if key not in known:
         known[key] = not torch.equal(before, buffer)
     return known[key]
 
 
-def is_known_to_keep(m: nn.Module, name: str) -> bool:
-    """Return whether a call of the module, with the same flags, was found to leave a tensor of its as it is."""
-    return _SILENT.get(m, {}).get(_flags(m, name, m.training)) is False
+def is_known_to_keep(m: nn.Module, name: str, part: str) -> bool:
+    """Return whether such a call of the module, with the same flags, was found to leave its tensor as it is."""
+    return _SILENT.get(m, {}).get(_flags(m, name, m.training, part)) is False
 
 
-def _flags(m: nn.Module, name: str, training: bool) -> tuple[Any, ...]:
-    return name, training, *[value for value in vars(m).values() if type(value) is bool]
+def _flags(m: nn.Module, name: str, training: bool, part: str) -> tuple[Any, ...]:
+    return part, name, training, *[value for value in vars(m).values() if type(value) is bool]
 
 
 def _now(buffers: Any, name: str) -> Any:

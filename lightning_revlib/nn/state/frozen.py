@@ -21,17 +21,19 @@ class Frozen(State):
     flags has moved nothing: weights may be large.
     """
 
-    __slots__ = ("former", "met", "read", "values")
+    __slots__ = ("former", "met", "part", "read", "values")
 
     def __init__(self, call: Call) -> None:
         self.met: list[tuple[nn.Module, str, Any, int, Tensor | None]] = []  # with their versions, and perhaps copies
         for m in call.modules:
             for name, p in m._parameters.items():
                 if is_frozen(p):
-                    self.met.append((m, name, p, version(p), p.detach().clone() if may_move(m, name) else None))
+                    self.met.append(
+                        (m, name, p, version(p), p.detach().clone() if may_move(m, name, call.part) else None)
+                    )
         self.read: list[tuple[nn.Module, str, Any, int]] = []
         self.former: list[tuple[nn.Module, str, Tensor]] = []
-        self.values = call.former
+        self.values, self.part = call.former, call.part
 
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
@@ -45,7 +47,7 @@ class Frozen(State):
                     f"parameter {name!r} of {m} requires no gradient and is changed in place by its block's call,"
                     " which backward has to run again; make it a buffer of your own module, which is put back"
                 )
-            if before is None or (is_same and not changes_silently(m, name, m.training, before, p)):
+            if before is None or (is_same and not changes_silently(m, name, m.training, before, p, self.part)):
                 self.read.append((m, name, p, count))
             else:
                 self.former.append((m, name, before))
@@ -69,9 +71,9 @@ class Frozen(State):
                 m._parameters[name] = p
 
 
-def may_move(m: nn.Module, name: str) -> bool:
+def may_move(m: nn.Module, name: str, part: str) -> bool:
     """Return whether a call may move the module's parameter, as far as its class and earlier calls tell."""
     is_table = isinstance(m, nn.Embedding)  # which a vector quantiser moves from outside
     if is_torch_layer(m) and not is_table:
         return False
-    return (is_table and m.max_norm is not None) or not is_known_to_keep(m, name)
+    return (is_table and m.max_norm is not None) or not is_known_to_keep(m, name, part)

@@ -55,7 +55,7 @@ class Reversible(Treatment):
         return Batched() if self.forward.batched else Schedule()
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs())
+        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs(), step.key)
         if chunk is None:
             frame = Frame(self.tape, step, state, a, b)
         else:

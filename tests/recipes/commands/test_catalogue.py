@@ -50,7 +50,7 @@ def test_a_copied_experiment_runs(tmp_path, monkeypatch, capsys):
     ("argv", "message"),
     [
         (["list", "couplng"], "no such group (did you mean coupling?); groups are callbacks, coupling"),
-        (["copy"], "write revlib copy NAME [FOLDER]; names are irevnet, "),
+        (["copy"], "write revlib copy NAME [FOLDER]; names are finetune, irevnet, "),
         (["copy", "irevnt"], "revlib copy irevnt (did you mean irevnet?): write revlib copy NAME [FOLDER]"),
         (["copy", "irevnet", "a", "b"], "write revlib copy NAME [FOLDER]"),
         (["copy", "irevnet", "file"], "file"),
