@@ -105,7 +105,7 @@ def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
     (row,) = [line for line in out.splitlines() if "memory plan" in line]
     assert " of " in row and "at least" in row
     (peak,) = [line for line in out.splitlines() if "peak in backward" in line]
-    assert "1.0 x less" in peak  # the bytes are those of the plan
+    assert "reversible: 1.0 x " in peak  # the bytes are those of the plan
 
 
 def test_large_batches_are_measured_in_part(tmp_path, monkeypatch, capsys):
