@@ -19,12 +19,12 @@ class Schedule:
 
 
 class Batched(Schedule):
-    """Steps that save next to nothing are undone in one go: each return to the engine would cost more time than them.
+    """Steps that save little are undone together: a rewind takes longer than such a step itself.
 
-    It saves a sixth of the engine's time for blocks of some microseconds, and holds `AT_ONCE` bytes more at most.
+    This saves a sixth of the overhead for blocks of some microseconds, and holds at most `AT_ONCE` bytes more.
     """
 
-    AT_ONCE = 64 * 1024
+    AT_ONCE = 64 * 1024  # bytes that the steps save, with the streams between them
 
     def __init__(self) -> None:
         self.before: dict[int, Streams] = {}  # the streams before steps that were undone early, by number
@@ -47,13 +47,7 @@ class Batched(Schedule):
         while frame.can_be_early and (below := tape.frame_below(frame)) is not None and below.can_be_early:
             streams = tape.streams
             left -= sum(below.sizes) + streams[0].nbytes
-            if left < 0:
-                return
-            try:
-                tape.undo(below)
-            except Exception:
-                below.take_recomputed()
-                tape.streams, tape.position = streams, frame.index
+            if left < 0 or not tape.try_to_undo(below):
                 return
             self.before[frame.index] = streams
             frame = below

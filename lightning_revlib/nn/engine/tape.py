@@ -204,6 +204,17 @@ class Tape:
         if frame.index == 0 and self.on_entrance is not None:
             self.on_entrance(*self.streams)
 
+    def try_to_undo(self, frame: Frame) -> bool:
+        """Undo the last step before it is asked for; return False, with nothing changed, if that fails."""
+        streams, position = self.streams, self.position
+        try:
+            self.undo(frame)
+        except Exception:
+            frame.take_recomputed()
+            self.streams, self.position = streams, position
+            return False
+        return True
+
 
 def _reach_output(tape: weakref.ref[Tape], outputs: list[tuple[Tensor, int]], grads: Any) -> None:
     """Start a backward that has come to a node which made an output. The tape may have been freed before."""
