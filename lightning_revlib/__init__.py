@@ -4,8 +4,7 @@
     trainer = lightning.Trainer(strategy="reversible")
 
 Names are imported on first use, so that the help and the completion of the command line import neither torch nor
-Lightning. Strategy names are registered as soon as Lightning is imported, also by a program that does not import this
-package.
+Lightning. Strategy names are registered as soon as Lightning is imported, before this package or after it.
 """
 
 from __future__ import annotations

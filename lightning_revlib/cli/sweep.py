@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = "results.json"  # which `revlib train` writes into the folder of a run
+from lightning_revlib.recipes.commands.run import RESULTS
 
 
 class SweepTable(Callback):
