@@ -249,7 +249,7 @@ class PressOnce(L.Callback):
 
 def test_ctrl_c_ends_with_the_line_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # another test may have left it ignored
     short = ["trainer.max_epochs=2", "+trainer.limit_train_batches=2", "depth=1", "logger=csv", "ckpt_path=null"]
     try:
         assert main(["train", *short, f"+callbacks.press._target_={__name__}.PressOnce"]) == 130
