@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import lightning_revlib as revlib
@@ -39,6 +39,31 @@ def test_before_a_coupling_that_cannot_be_undone(coupling: dict[str, Any]) -> No
     stacks = [cls(*blocks, coupling=coupling) for cls in (revlib.ReversibleSequential, revlib.CoupledSequential)]
     grads = [torch.autograd.grad(stack(x).square().sum(), [x, *stack.parameters()]) for stack in stacks]
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+class Stretch(nn.Module):
+    """An invertible step with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.log.exp()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * (-self.log).exp()
+
+
+def test_the_inverse_uses_the_parameters_of_a_functional_call() -> None:
+    blocks: list[nn.Module] = [nn.Linear(4, 4).double(), Stretch(), nn.Linear(4, 4).double()]
+    x, grads = torch.randn(8, 8, dtype=torch.float64), []
+    for cls in (revlib.CoupledSequential, revlib.ReversibleSequential):
+        stack = cls(*blocks)
+        others = {name: (p.detach() + 0.1).requires_grad_() for name, p in stack.named_parameters()}
+        torch.func.functional_call(stack, others, x).square().sum().backward()
+        grads.append([p.grad for p in others.values()])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
