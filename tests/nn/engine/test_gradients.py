@@ -75,6 +75,39 @@ def test_backward_can_be_repeated_after_an_error() -> None:
     assert torch.allclose(x.grad, expected, rtol=1e-12)
 
 
+class FailsOnce(nn.Module):
+    """Draws random numbers in training; its next call fails if that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout, self.fails = nn.Linear(4, 4).double(), nn.Dropout(0.5), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            self.fails = False
+            raise MemoryError
+        return self.dropout(self.layer(x).tanh())
+
+
+@pytest.mark.parametrize("on_drift", ["ignore", "warn"])
+def test_random_numbers_are_those_of_the_forward_after_an_error(on_drift: Any) -> None:
+    stack = revlib.ReversibleSequential(*[FailsOnce() for _ in range(2)], on_drift=on_drift)
+    x = torch.randn(8, 8, dtype=torch.float64)
+    stack.eval()(x).sum().backward()  # draws none
+    stack.train()
+    losses = []
+    for each in (revlib.CoupledSequential(*stack), stack):
+        torch.manual_seed(1)
+        losses.append(each(x).square().sum())
+    expected = torch.autograd.grad(losses[0], list(stack.parameters()))
+    stack[1].fails = True
+    with pytest.raises(MemoryError):
+        losses[1].backward(retain_graph=True)
+    stack.zero_grad()
+    losses[1].backward()
+    torch.testing.assert_close([p.grad for p in stack.parameters()], list(expected), rtol=1e-12, atol=1e-12)
+
+
 def test_autocast_ends_before_backward() -> None:
     seen: list[torch.dtype] = []
 
