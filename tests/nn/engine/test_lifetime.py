@@ -107,6 +107,15 @@ def unexpected_draws(model: Any, call: Call) -> None:
             (y.sum() + loss).backward()
 
 
+def unexpected_draws_without_backward(model: Any, call: Call) -> None:
+    for draws in (False, True):
+        for block in model.blocks:
+            block.draws = draws
+        y, loss = call()
+        if not draws:
+            (y.sum() + loss).backward()
+
+
 def second_backward_of_a_freed_graph(model: Any, call: Call) -> None:
     y, _ = call()
     y.sum().backward()
@@ -140,8 +149,8 @@ def error_in_a_hook(model: Any, call: Call) -> None:
 
 USES = [
     backward, several_backwards, double_backward, first_derivative_with_a_graph, extra_outputs_only, no_backward,
-    part_of_the_graph, unexpected_draws, second_backward_of_a_freed_graph, error_in_forward, error_in_backward,
-    error_in_a_hook,
+    part_of_the_graph, unexpected_draws, unexpected_draws_without_backward, second_backward_of_a_freed_graph,
+    error_in_forward, error_in_backward, error_in_a_hook,
 ]  # fmt: skip
 TREATMENTS = {
     "reversible": ["reversible"] * 4,
