@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -98,6 +99,16 @@ def test_parameters_that_a_forward_sets(block: str, treatment: Any, forwards: in
     for found, expected in zip(train(stack, forwards, backwards), train(plain, forwards, backwards), strict=True):
         assert (found is None) == (expected is None)
         assert found is None or torch.allclose(found, expected, rtol=1e-9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("treatments", [["reversible", "checkpoint"], ["checkpoint", "reversible"]])
+@pytest.mark.parametrize("block", [name for name in BLOCKS if "act norm" in name])
+def test_parameters_that_a_first_call_sets_beside_a_checkpointed_block(block: str, treatments: Any) -> None:
+    plain = revlib.CoupledSequential(*[BLOCKS[block]() for _ in range(2)])
+    stack = revlib.ReversibleSequential(*copy.deepcopy(list(plain)), treatments=treatments)
+    for _ in range(2):
+        stack.zero_grad(), plain.zero_grad()
+        torch.testing.assert_close(train(stack, 1, 1), train(plain, 1, 1), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS)
