@@ -39,7 +39,7 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch, make_contexts
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.internals import graph_is_kept, graph_task, set_compiler
-from lightning_revlib.nn.state.base import NOTHING, CallState
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
 from lightning_revlib.nn.steps.step import Step
 
 
@@ -66,6 +66,8 @@ class Frame(SavedTensors):
                     f = step.evaluate(b, tape.compiler)
                 self.state.close()  # before the coupling, which may draw, and does not run again
                 self.coupling, streams = step.couple(a, b, f)
+        except StateError as error:
+            raise errors.of_state(step, error) from error
         finally:
             self.end()
         step.end_first_run(self.state.arguments)
@@ -93,6 +95,8 @@ class Frame(SavedTensors):
                     with torch.enable_grad(), catch(saved):
                         self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), x, f)
             self.keep(saved, self.tape.retain)
+        except StateError as error:
+            raise errors.of_state(self.step, error) from error
         finally:
             saved.clear()  # the second run's graph refers to this list
         return a, b

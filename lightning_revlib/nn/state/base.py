@@ -20,6 +20,10 @@ NOTHING: AbstractContextManager[Any] = nullcontext()
 Former: TypeAlias = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and version: a tensor, and its value then
 
 
+class StateError(RuntimeError):
+    """A call's state cannot be captured or put in place. Whoever runs the block adds its path."""
+
+
 class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
@@ -78,7 +82,7 @@ class State(ABC):
     def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Put the state in place for a block of these modules, and at the end what was there before.
 
-        Raises RuntimeError if the state cannot be put in place, since it was overwritten.
+        Raises StateError if the state cannot be put in place, since it was overwritten.
         """
 
 
@@ -164,6 +168,11 @@ def modules_of(block: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
+
+
+def brief(m: nn.Module) -> str:
+    """Return a module's type and options in one line, without the modules in it."""
+    return f"{type(m).__name__}({m.extra_repr()})"
 
 
 def version(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.state.attributes import ABSENT
-from lightning_revlib.nn.state.base import Call, State, is_fake, version
+from lightning_revlib.nn.state.base import Call, State, brief, is_fake, version
 from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
 from lightning_revlib.nn.state.parameters import value_then
 
@@ -107,8 +107,8 @@ def _tell_of_threads(modules: Sequence[nn.Module]) -> None:
     for m in modules if _LENT else ():
         if _LENT.get(m, threading.get_ident()) != threading.get_ident():
             warnings.warn(
-                f"{m} runs in two threads at once, and its buffers are others while a block runs again: what this call"
-                " writes into them may be lost; give each thread a copy of the model, or take processes",
+                f"{brief(m)} runs in two threads at once, and its buffers are others while a block runs again: what"
+                " this call writes into them may be lost; give each thread a copy of the model, or take processes",
                 stacklevel=2,
             )
 

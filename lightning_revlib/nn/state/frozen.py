@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_revlib.nn.state.base import Call, State, version
+from lightning_revlib.nn.state.base import Call, State, StateError, brief, version
 from lightning_revlib.nn.state.buffers import changes_silently, is_known_to_keep
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
 from lightning_revlib.nn.state.torch_layers import is_torch_layer
@@ -43,9 +43,9 @@ class Frozen(State):
         for m, name, p, count, before in self.met:
             is_same = version(p) == count
             if before is None and not is_same:
-                raise RuntimeError(
-                    f"parameter {name!r} of {m} requires no gradient and is changed in place by its block's call,"
-                    " which backward has to run again; make it a buffer of your own module, which is put back"
+                raise StateError(
+                    f"parameter {name!r} of {brief(m)} requires no gradient and is changed in place by its block's"
+                    " call, which backward has to run again; make it a buffer of your own module, which is put back"
                 )
             if before is None or (is_same and not changes_silently(m, name, m.training, before, p, self.part)):
                 self.read.append((m, name, p, count))

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_revlib.nn.state.base import Call, Former, State, is_fake, version
+from lightning_revlib.nn.state.base import Call, Former, State, StateError, brief, is_fake, version
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 
@@ -20,8 +20,8 @@ class Lent(nn.Parameter):
     """A copy of a parameter that its block moves, for the second run to move."""
 
 
-def modified(what: str) -> RuntimeError:
-    return RuntimeError(
+def modified(what: str) -> StateError:
+    return StateError(
         f"{what} has been modified in place since the forward of its reversible stack, which backward has to run again;"
         " modify it, or step the optimizer, after backward"
     )
@@ -30,12 +30,12 @@ def modified(what: str) -> RuntimeError:
 def value_then(t: Any, count: int, former: Former, kind: str, name: str, m: nn.Module) -> Any:
     """Return a tensor, or None, as it was at a version: its former value if a later call of the forward changed it.
 
-    Raises RuntimeError if something else changed it.
+    Raises StateError if something else changed it.
     """
     if t is None or version(t) == count:
         return t
     if (id(t), count) not in former:
-        raise modified(f"{kind} {name!r} of {m}")
+        raise modified(f"{kind} {name!r} of {brief(m)}")
     return former[id(t), count][1]
 
 
@@ -109,7 +109,7 @@ class Parameters(State):
                     m.training = training
                 for name, p, requires_grad in parameters:
                     if (m, name) in self.changed:
-                        raise modified(f"parameter {name!r} of {m}")
+                        raise modified(f"parameter {name!r} of {brief(m)}")
                     if p in self.moved and type(p) in ORDINARY:
                         undo.callback(m._parameters.__setitem__, name, m._parameters[name])
                         m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
@@ -127,7 +127,7 @@ class Parameters(State):
     def _find_changed(self) -> set[tuple[nn.Module, str]]:
         """Return the parameters that were modified in place since: an error for the blocks that have them.
 
-        An optimizer in backward may have stepped those of other blocks. Raises RuntimeError for an argument.
+        An optimizer in backward may have stepped those of other blocks. Raises StateError for an argument.
         """
         changed = [now != then for now, then in zip(self._versions(), self.versions, strict=True)]
         for t in compress(self.arguments, changed[len(self.checked) :]):
@@ -149,21 +149,21 @@ class Parameters(State):
 
 
 def _refuse_sample_gradients(modules: Sequence[nn.Module]) -> None:
-    """Raise RuntimeError for layers that Opacus or the like has wrapped."""
+    """Raise StateError for layers that Opacus or the like has wrapped."""
     for m, name, p in named_parameters([m for m in modules if m._forward_hooks]):
         if hasattr(p, "grad_sample"):
-            raise RuntimeError(
-                f"parameter {name!r} of {m} has gradients by sample, of Opacus or the like, whose forward hooks would"
-                " fire twice; name treatments=['store', ...] for the stack, or undo the swap by restore(model)"
+            raise StateError(
+                f"parameter {name!r} of {brief(m)} has gradients by sample, of Opacus or the like, whose forward hooks"
+                " would fire twice; name treatments=['store', ...] for the stack, or undo the swap by restore(model)"
             )
 
 
 def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> None:
-    """Raise RuntimeError if a second run has not set a parameter to what the first one did."""
+    """Raise StateError if a second run has not set a parameter to what the first one did."""
     for m, name, p, copy in lent:
         if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
-            raise RuntimeError(
-                f"parameter {name!r} of {m} is moved by its block's call, and a second run moves it on; have it"
+            raise StateError(
+                f"parameter {name!r} of {brief(m)} is moved by its block's call, and a second run moves it on; have it"
                 " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
             )
 

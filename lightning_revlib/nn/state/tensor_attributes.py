@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.state.attributes import ABSENT, Values, set_attributes
-from lightning_revlib.nn.state.base import Call, State, version, without_graph
+from lightning_revlib.nn.state.base import Call, State, StateError, brief, version, without_graph
 from lightning_revlib.nn.state.parameters import modified
 
 # Types that most attributes of modules have. A look at the types of all takes a third of the time of one at each.
@@ -34,9 +34,9 @@ class TensorAttributes(State):
     def close(self) -> bool:
         for m, name, t, count in self.tensors:
             if version(t) != count:
-                raise RuntimeError(
-                    f"attribute {name!r} of {m} is changed in place by its own call, which backward has to run again;"
-                    f" make it a buffer, as in register_buffer({name!r}, ...), which is put back"
+                raise StateError(
+                    f"attribute {name!r} of {brief(m)} is changed in place by its own call, which backward has to run"
+                    f" again; make it a buffer, as in register_buffer({name!r}, ...), which is put back"
                 )
         return bool(self.tensors)
 
@@ -44,7 +44,7 @@ class TensorAttributes(State):
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         for m, name, t, count in self.tensors:
             if version(t) != count:
-                raise modified(f"attribute {name!r} of {m}")
+                raise modified(f"attribute {name!r} of {brief(m)}")
         now: Values = [(vars(m), {name: vars(m).get(name, ABSENT)}) for m, name, _, _ in self.tensors]
         set_attributes([(vars(m), {name: t}) for m, name, t, _ in self.tensors])
         try:

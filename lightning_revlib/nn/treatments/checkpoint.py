@@ -19,7 +19,7 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
 from lightning_revlib.nn.internals import set_compiler, surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
-from lightning_revlib.nn.state.base import NOTHING, CallState, version
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError, version
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import Treatment
 
@@ -50,7 +50,10 @@ class CheckpointFrame(SavedTensors):
         finally:
             self.end()
         self.step.end_first_run(self.state.arguments)
-        self.state.close()
+        try:
+            self.state.close()
+        except StateError as error:
+            raise errors.of_state(self.step, error) from error
         return out
 
     def recompute(self) -> None:
@@ -63,6 +66,8 @@ class CheckpointFrame(SavedTensors):
                     with torch.no_grad():
                         self._run_short(saved)
                     self.keep(saved, retain)
+                except StateError as error:
+                    raise errors.of_state(self.step, error) from error
                 finally:
                     saved.clear()  # the second run's graph refers to this list
         finally:

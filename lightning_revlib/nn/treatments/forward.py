@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.state.base import Former, Scope
+from lightning_revlib.nn.state.base import Former, Scope, StateError
 from lightning_revlib.nn.steps.step import Step
 
 OnEntrance: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -51,9 +51,15 @@ class Forward:
         return on_entrance
 
     def scope(self, step: Step, stream: Tensor) -> Scope:
-        """Return the state that a step's call has in common with others."""
+        """Return the state that a step's call has in common with others.
+
+        Raises RuntimeError, with the path of the stack, if a second run of its blocks would do harm.
+        """
         if self._scope is None:
-            self._scope = Scope([step.module] if self.blocks is None else self.blocks, stream, self._former)
+            try:
+                self._scope = Scope([step.module] if self.blocks is None else self.blocks, stream, self._former)
+            except StateError as error:
+                raise RuntimeError(f"{step.path}: {error}") from error
         return self._scope
 
     def end_step(self) -> None:

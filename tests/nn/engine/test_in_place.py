@@ -47,6 +47,29 @@ def test_a_parameter_changed_before_backward_is_named() -> None:
         loss.backward()
 
 
+class Biased(nn.Module):
+    """Has a parameter and a module, whose text takes lines of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.layer = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.bias).tanh()
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective"])
+def test_an_error_about_state_is_one_line_with_the_path(treatment: Any) -> None:
+    model = nn.ModuleDict({"body": revlib.CoupledSequential(Biased(), Biased())})
+    revlib.swap(model, {"body": {"treatments": [treatment] * 2}})
+    loss = model["body"](torch.randn(2, 8)).sum()
+    with torch.no_grad():
+        model["body"][1].bias.add_(1)  # type: ignore[index]
+    message = r"^body\.1 \(Biased\): parameter 'bias' of Biased\(\) has been modified in place .*after backward$"
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+
+
 class Shifts(nn.Module):
     def forward(self, x: Tensor, by: Tensor) -> Tensor:
         return (x + by).tanh()

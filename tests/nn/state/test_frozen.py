@@ -135,7 +135,9 @@ def test_a_codebook_that_requires_a_gradient_all_the_time_is_named(treatment: An
     y = stack(sample()).sum()
     moved = [p.detach().clone() for p in stack.parameters()]
     assert not all(map(torch.equal, before, moved))
-    with pytest.raises(RuntimeError, match=r"parameter 'weight' of Module\(\) is moved by its block's call"):
+    with pytest.raises(
+        RuntimeError, match=r"stack\.\d \(Quantizes\): parameter 'weight' of Module\(\) is moved by its block's call"
+    ):
         y.backward()
     assert all(map(torch.equal, stack.parameters(), moved))
 
@@ -156,7 +158,10 @@ class Averages(nn.Module):
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_a_layer_that_is_moved_is_named(treatment: Any) -> None:
     stack = revlib.ReversibleSequential(Averages(), treatments=[treatment])
-    with pytest.raises(RuntimeError, match=r"parameter 'weight' of Linear\(.*is changed in place by its block's call"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"stack\.0 \(Averages\): parameter 'weight' of Linear\(.*is changed in place by its block's call",
+    ):
         stack(sample())
 
 

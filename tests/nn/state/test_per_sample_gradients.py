@@ -39,7 +39,9 @@ def test_a_treatment_that_runs_blocks_again_is_refused(treatment: str) -> None:
     model = stack(treatment)
     model(torch.randn(5, 8)).sum().backward()
     add_hooks(model)
-    with pytest.raises(RuntimeError, match=r"parameter 'weight' of Linear\(.*name treatments=\['store', \.\.\.\]"):
+    with pytest.raises(
+        RuntimeError, match=r"stack: parameter 'weight' of Linear\(.*name treatments=\['store', \.\.\.\]"
+    ):
         model(torch.randn(5, 8))
 
 
