@@ -252,12 +252,15 @@ def _nones(tensors: Sequence[Tensor | None]) -> list[int]:
 def _budget(program: Program, x: Tensor | None = None) -> float:
     """Return the bytes of the program's budget, which it gives as a part of the way from the least to the most.
 
-    They are those for input x, or for the one that needs most.
+    They are those for input x, or for the one that needs most: a leaf, computed, or with rows one after the other.
     """
     if "memory_budget" not in program.options:
         return 1.0
-    runner, budgets = Runner(program, True), [1.0]
-    for given in (runner.input(), runner.input().requires_grad_() * 1.0) if x is None else (x,):
+    leaf = Runner(program, True).input()
+    computed = leaf.detach().requires_grad_() * 1.0
+    budgets = [1.0]
+    for given in (leaf, computed, computed.contiguous()) if x is None else (x,):
+        runner = Runner(program, True)  # one that has run takes the costs of one layout for those of another
         runner.call(given)
         if (plan := runner.model.layers.plan) is not None:  # type: ignore[union-attr]
             budgets.append(int(plan.minimum + program.options["memory_budget"] * (plan.plain - plan.minimum)))

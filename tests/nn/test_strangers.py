@@ -111,7 +111,7 @@ def test_a_coupling_alone_as_a_target() -> None:
     ("options", "message"),
     [
         ({"treatments": "checkpoint"}, r"treatments='checkpoint': pass a list, one treatment for each block"),
-        ({"memory_budget": 0.001}, r"need at least .* for this input; take a larger fraction"),
+        ({"memory_budget": 0.001}, r"need at least .* for this input, .* more; take a larger fraction"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, object], message: str) -> None:

@@ -77,7 +77,7 @@ def make_plan(
     if limit < minimum:
         raise BudgetError(
             f"memory_budget={value!r} is {format_bytes(limit)}, and the reversible stacks need at least"
-            f" {format_bytes(minimum)} for this input; take "
+            f" {format_bytes(minimum)} for this input, {format_bytes(minimum - limit)} more; take "
             + ("a larger fraction" if isinstance(value, float) else "a smaller batch, or a larger budget")
         )
     if taken:
