@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial, reduce
 from operator import attrgetter, methodcaller
 from types import EllipsisType
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.pretrained.loss import TOKENS, chunked_cross_entropy
+from lightning_revlib.pretrained.planned_loss import budgets, count_loss
 
 
 def chunk_loss(model: nn.Module, tokens: int | None = TOKENS) -> None:
@@ -59,15 +61,32 @@ class ChunkedForward:
             return self.__wrapped__(*args, **kwargs)
         head = self.model.get_output_embeddings()  # type: ignore[operator]  # PEFT may have replaced it
         former = vars(head).get("forward")
-        head.forward = partial(
-            LazyLogits, former or partial(type(head).forward, head), head.weight.shape[0], self.tokens
-        )
+        loss = partial(self._loss, head, budgets(self.model))
+        head.forward = partial(LazyLogits, former or partial(type(head).forward, head), head.weight.shape[0], loss)
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
             del head.forward
             if former is not None:
                 head.forward = former
+
+    def _loss(
+        self,
+        head: nn.Module,
+        budgets: Sequence[Budget],
+        hidden: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Return the loss of hidden states, and count it in the budgets of the model's stacks."""
+
+        def loss(hidden: Tensor) -> Tensor:
+            return chunked_cross_entropy(hidden, compute, labels, tokens=self.tokens, **options)
+
+        for budget in budgets:
+            count_loss(budget, loss, hidden, head, self.tokens)
+        return loss(hidden)
 
 
 class LazyLogits:
@@ -81,11 +100,11 @@ class LazyLogits:
         self,
         head: Callable[[Tensor], Tensor],
         classes: int,
-        tokens: int,
+        loss: Callable[..., Tensor],  # of hidden states, a function that computes their logits, and labels
         hidden: Tensor,
         then: tuple[Callable[[Tensor], Tensor], ...] = (),
     ) -> None:
-        self.head, self.classes, self.tokens, self.hidden, self.then = head, classes, tokens, hidden, then
+        self.head, self.classes, self.loss, self.hidden, self.then = head, classes, loss, hidden, then
 
     @cached_property
     def whole(self) -> Tensor:
@@ -152,7 +171,7 @@ class LazyLogits:
             logits, *rest = args
             options = {name: x for name, x in kwargs.items() if x is not None}  # torch passes all, None for most
             if logits._has_chunks(*rest, **options):
-                return chunked_cross_entropy(logits.hidden, logits.compute, *rest, tokens=logits.tokens, **options)
+                return logits.loss(logits.hidden, logits.compute, *rest, **options)
         args, kwargs = pytree.tree_map_only(cls, attrgetter("whole"), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -162,7 +181,7 @@ class LazyLogits:
         return self.hidden.ndim == 2 and not target.is_floating_point() and not args and known and reduction != "none"
 
     def _and_then(self, operation: Callable[[Tensor], Tensor]) -> LazyLogits:
-        return LazyLogits(self.head, self.classes, self.tokens, self.hidden, (*self.then, operation))
+        return LazyLogits(self.head, self.classes, self.loss, self.hidden, (*self.then, operation))
 
     def _of_rows(self, hidden: Tensor) -> LazyLogits:
-        return LazyLogits(self.head, self.classes, self.tokens, hidden, self.then)
+        return LazyLogits(self.head, self.classes, self.loss, hidden, self.then)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_revlib.nn import swap
 from lightning_revlib.nn.convert.swap import Targets, find, stacks
-from lightning_revlib.nn.plan.budget import Budget, share_budget
+from lightning_revlib.nn.plan.budget import LOSS, Budget, share_budget
 from lightning_revlib.nn.plan.limit import BudgetError, MemoryBudget
 
 __all__ = [
@@ -106,7 +106,7 @@ def take_memory_figures(module: nn.Module, figures: Mapping[str, Any]) -> None:
     """
     for path, stack in stacks(module).items():
         if stack.budget is not None and path in figures:
-            stack.budget.load_state_dict({path: figures[path]})
+            stack.budget.load_state_dict({each: figures[each] for each in (path, LOSS) if each in figures})
 
 
 def read_targets(targets: Any) -> Targets | None:

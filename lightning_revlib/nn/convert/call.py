@@ -78,7 +78,7 @@ class Call:
     def swapped(self, found: Iterable[Match], targets: Targets) -> Iterator[None]:
         """Have the targets swapped inside, and the other stacks that were found run by ordinary autograd.
 
-        A grid that the first forward chooses is chosen. Stacks measure their drift and do not warn of it.
+        A grid and a plan that the first forward chooses are chosen. Stacks measure their drift and do not warn of it.
         """
         records = record(list(found))
         for module, _, _ in records:
@@ -92,8 +92,11 @@ class Call:
                     module.treatments = ("store",) * len(module)
             for path, module, options in find(self.model, targets):
                 swap_one(path, module, {**(options or {}), **SILENT})
-            if any(getattr(self.model.get_submodule(path), "grid_bits", None) == "auto" for path in targets):
+            stacks: list[Any] = [self.model.get_submodule(path) for path in targets]
+            if any(getattr(stack, "grid_bits", None) == "auto" for stack in stacks):
                 self.forward(floating)
+            if any(getattr(stack, "budget", None) for stack in stacks):
+                self.costs()
             yield
         finally:
             put_back(records)

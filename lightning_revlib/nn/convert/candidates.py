@@ -24,6 +24,7 @@ from lightning_revlib.nn.meter import format_bytes
 
 MOST_BITS = 6  # that a step of exact momentum keeps: gamma is at least 2^-6
 ORIGINAL = "the original"
+BUDGET = 0.6  # of ordinary autograd's peak
 FAILURES = (ValueError, TypeError, RuntimeError)  # of a candidate that does not suit a model
 
 
@@ -88,6 +89,7 @@ class Trials:
         self._try("same", ORIGINAL, {})
         for way, branches in ways.items():
             self._try("same", f"{ORIGINAL}, checkpointed{way}", targets(0.0, branches, checkpoint_each=1))
+        self._try("same", f"{ORIGINAL}, memory_budget={BUDGET}", targets(0.0, {}, memory_budget=BUDGET))
         for way, branches in ways.items():
             self._try_exact_momentum(way, branches)
         for (way, branches), name in product(ways.items(), ("additive", "midpoint")):
@@ -109,7 +111,13 @@ class Trials:
             self._try("near", row.name, row.targets)
 
     def _targets(
-        self, coupling: Any, branches: Mapping[str, Any], *, exact: bool = False, checkpoint_each: int = 0
+        self,
+        coupling: Any,
+        branches: Mapping[str, Any],
+        *,
+        exact: bool = False,
+        checkpoint_each: int = 0,
+        memory_budget: float | None = None,
     ) -> dict[str, Any]:
         """Return options for all containers: those that were found, with another coupling, or gamma, and execution."""
         targets: dict[str, Any] = {}
@@ -117,6 +125,8 @@ class Trials:
             named = coupling if isinstance(coupling, str) else {"name": "momentum", "gamma": coupling}
             options = targets[path] = {**(found or {}), "coupling": named}
             options.pop("grid_bits", None)
+            if memory_budget is not None:
+                options["memory_budget"] = memory_budget
             if exact:
                 options["grid_bits"] = "auto"
             if path in branches:

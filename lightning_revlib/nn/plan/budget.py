@@ -9,13 +9,13 @@ from operator import ge
 from typing import Any, NamedTuple
 
 from lightning_revlib.nn.plan.cost import CostModel, StackCosts, StepCosts
-from lightning_revlib.nn.plan.fingerprint import fingerprint
 from lightning_revlib.nn.plan.limit import MemoryBudget, read_budget
 from lightning_revlib.nn.plan.profile import measure
 from lightning_revlib.nn.plan.solver import Plan, make_plan
 from lightning_revlib.nn.treatments.base import StepCost
 
 log = logging.getLogger("lightning_revlib")
+LOSS = "loss by chunks"  # takes part in plans like a stack of one step, under this path, if `chunk_loss` computes it
 
 
 class Signature(NamedTuple):
@@ -51,6 +51,7 @@ class Budget:
     paths: tuple[str, ...] = ()
     announce: Callable[[str], Any] = log.info
     cost_model: CostModel = measure
+    has_loss: bool = False  # the first plan is made when the loss is measured, too
     plan: Plan | None = None  # the last that was followed or made
     _records: dict[str, Record] = field(default_factory=dict)
     _last: dict[str, Signature] = field(default_factory=dict)  # of each stack's last or expected run
@@ -61,9 +62,9 @@ class Budget:
     def __post_init__(self) -> None:
         read_budget(self.value)
 
-    def treatments(self, path: str, signature: Signature, stack: Any) -> tuple[str, ...] | None:
+    def treatments(self, path: str, signature: Signature, fingerprint: Callable[[], str]) -> tuple[str, ...] | None:
         """Return the plan's treatments for the steps of a stack that runs; None if it has to be measured first."""
-        costs = self._checked(path, stack).costs
+        costs = self._checked(path, fingerprint).costs
         covering = next((s for s in (signature, *costs) if s in costs and s.covers(signature)), None)
         if covering is None:
             return None
@@ -84,13 +85,13 @@ class Budget:
         self._records[path].costs[signature] = costs
         self._begin_run(path, signature)
         self._ran[path] = _all_reversible(costs)
-        if self._ran.keys() >= {*self.paths}:
+        if self._ran.keys() >= {*self.paths, *[LOSS] * self.has_loss}:
             self._plan_expected()
 
     def share(self, paths: Iterable[str]) -> None:
         """Attach this budget to stacks. The costs of one are trusted again when its fingerprint is found to match."""
         self.paths = tuple(paths)
-        for path in self._records.keys() - {*self.paths}:
+        for path in self._records.keys() - {*self.paths, LOSS}:
             self.forget(path)
         for record in self._records.values():
             record.is_checked = False
@@ -132,11 +133,11 @@ class Budget:
             self.forget(path)
             self._records[path], self._last[path] = Record(saved["fingerprint"], costs), list(costs)[saved["last"]]
 
-    def _checked(self, path: str, stack: Any) -> Record:
+    def _checked(self, path: str, fingerprint: Callable[[], str]) -> Record:
         """Return what is known of the stack; nothing if another one had this path before."""
         record = self._records.get(path)
         if record is None or not record.is_checked:
-            now = fingerprint(stack)
+            now = fingerprint()
             if record is None or record.fingerprint != now:
                 self.forget(path)
                 record = self._records[path] = Record(now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ def fingerprint(stack: Any) -> str:
     o = stack.options
     options = [stack.couplings, o.branches, stack.chunks, o.chunk_dim, o.stream_dtype, o.residual]
     options += [o.grid_bits, o.split_dim, o.ordinary, o.offload, o.context_fn]
-    modules = [_describe_module(m, without="training") for m in stack]
-    text = repr([torch.__version__, *map(_describe, options), *modules])
+    return fingerprint_of(stack, *options)
+
+
+def fingerprint_of(modules: Iterable[nn.Module], *settings: Any) -> str:
+    """Return a hash of modules and settings."""
+    descriptions = [_describe_module(m, without="training") for m in modules]
+    text = repr([torch.__version__, *map(_describe, settings), *descriptions])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -15,7 +15,7 @@ from lightning_revlib.nn.engine.drift import Sentinel
 from lightning_revlib.nn.internals import pytree, surrounding_hooks
 from lightning_revlib.nn.plan.budget import Signature
 from lightning_revlib.nn.plan.cost import StackCosts, StepCosts
-from lightning_revlib.nn.plan.fingerprint import describe_step
+from lightning_revlib.nn.plan.fingerprint import describe_step, fingerprint
 from lightning_revlib.nn.plan.unshard import unsharded
 from lightning_revlib.nn.state.context import autocast_kind
 from lightning_revlib.nn.steps.step import Step
@@ -63,7 +63,7 @@ class PlannedRun(Run):
                 " planned; name treatments=[...] instead, or pad the input by to_padded_tensor(0.0)"
             )
         self.signature = signature_of(self.stack, step, a, b)
-        treatments = self.budget.treatments(self.stack.path, self.signature, self.stack)
+        treatments = self.budget.treatments(self.stack.path, self.signature, partial(fingerprint, self.stack))
         if treatments is None:
             self.measured = []
         else:

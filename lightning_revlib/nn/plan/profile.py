@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.meter import CostMeter
@@ -59,6 +60,25 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def measure_loss(loss: Callable[[Tensor], Tensor], hidden: Tensor, head: nn.Module) -> StepCost:
+    """Return what a loss of hidden states costs, counted while it runs forward and backward, as a step of its own.
+
+    Of the gradients of the head's parameters those count that live beside the ones that stay. All is left as it was.
+    """
+    parameters = [p for p in head.parameters() if p.is_leaf and p.requires_grad]
+    with preserve_state(head), torch.enable_grad(), _Meter(hidden.device.type) as meter:
+        start = hidden.detach().requires_grad_(hidden.requires_grad)
+        value = loss(start)
+        forward, wanted = meter.peak, [t for t in (start, *parameters) if t.requires_grad]
+        meter.reset_peak()
+        with torch.autocast(autocast_kind(hidden.device), enabled=False):  # backward is called outside of it
+            torch.autograd.grad(value, wanted, allow_unused=True)
+        backward = meter.peak - sum(p.nbytes for p in parameters)
+    return StepCost(
+        0, 0, max(forward, backward), meter.work(in_python=False), 0
+    )  # outputs of stacks live all the while
 
 
 class _Meter(CostMeter):

@@ -25,6 +25,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
+        undo.callback(torch.clear_autocast_cache)  # torch 2.8 keeps casts of weights that have no gradient
         attributes = Snapshot([m for m in modules if not isinstance(m, LazyModuleMixin)])  # lazy ones get sizes
         undo.callback(attributes.put_back)
         undo.enter_context(TensorAttributes(Call(modules, EMPTY, (), (), {})).restore(modules))

@@ -80,10 +80,12 @@ def test_candidates_are_measured() -> None:
     lines: list[str] = []
     report = revlib.report(Net(), sample(), progress=lines.append)
     rows = rows_of(report)
-    assert len(rows) == 21 and not report.untried and len(lines) == 24
+    assert len(rows) == 22 and not report.untried and len(lines) == 25
     original, same = rows["the original"], rows["the original, checkpointed"]
     assert original.change == 0 and original.costs.held == report.held_before
     assert same.change < 1e-6 and same.costs.held < 0.4 * original.costs.held
+    budgeted = rows["the original, memory_budget=0.6"].costs
+    assert same.costs.peak <= budgeted.peak < 0.8 * original.costs.peak and budgeted.flops < same.costs.flops
     assert rows["the original, checkpointed, by branches"].costs.held > 1.8 * same.costs.held
     exact = [rows[f"exact momentum 2^-{k}"] for k in range(1, 7)]
     assert [row.kept_bits for row in exact] == [1, 2, 3, 4, 5, 6]

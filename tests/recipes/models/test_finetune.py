@@ -185,6 +185,8 @@ def test_the_longest_list_is_found():
     ],
 )  # fmt: skip
 def test_errors(overrides, message, folder, tmp_path, monkeypatch, capsys):
+    if "recipe.lora.r=2" in overrides:
+        pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     (folder / "short.txt").write_text("x" * 100)
     (folder / "bad.jsonl").write_text('{"text": "x"}\n{"text')
