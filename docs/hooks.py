@@ -12,6 +12,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import OmegaConf
+
+from lightning_revlib.cli import help
+
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 log = logging.getLogger("mkdocs.hooks")
@@ -62,37 +66,19 @@ class File(NamedTuple):
 
 
 def read(path: Path) -> File:
-    """Return a file's head, keys and comments. A comment stands on a key's line or on the lines before it."""
-    name, lines = path.relative_to(CONF).with_suffix("").as_posix(), path.read_text().splitlines()
-    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    head = [line[1:] for line in lines[:end]]
-    group = name.split("/")[0] if "/" in name and " @package _global_" not in head else ""
-    intro = " ".join(line.strip() for line in head if not line.startswith(("   ", " @package")))
-    commands = [line.strip() for line in head if line.startswith("   ")]
-    keys, target, comment, parents = [], "", [], []
-    skipped = None  # lines deeper than this are a list, a text of several lines or `defaults`
-    for line in lines[end:]:
-        indent = len(line) - len(line.lstrip())
-        if skipped is not None and line.strip() and (indent > skipped or line.lstrip().startswith("- ")):
-            continue
-        skipped = None
-        if line.lstrip().startswith("#"):
-            comment.append(line.strip("# "))
-            continue
-        if not (found := re.match(r"\s*([\w.]+):\s*((?!#).*?)?\s*(?:(?<=\s)# (.*))?$", line)):
-            comment = []
-            continue
-        key, value, beside = (part or "" for part in found.groups())
-        parents = [*parents[: indent // 2], key]
-        meaning, comment = beside or " ".join(comment), []
-        if key == "defaults" or value == "|":
-            skipped = indent
-        if key == "_target_" and len(parents) < 3:
-            target = value
-        if key.startswith("_") or key == "defaults" or (not value and not meaning):
-            continue
-        keys.append(Key(".".join([group, *parents] if group else parents), value, meaning))
-    return File(name, intro, commands, target, keys)
+    """Return what a file says of itself, and its keys."""
+    name = path.relative_to(CONF).with_suffix("").as_posix()
+    group = name.split("/")[0] if "/" in name and "@package _global_" not in path.read_text() else ""
+    said = help.read(path, group)
+    values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    target = values.get("_target_") or next((x["_target_"] for x in values.values() if _has_target(x)), "")
+    leaves = help.leaves({k: v for k, v in values.items() if k != "defaults"}, f"{group}." if group else "")
+    keys = [Key(key, value, said.comments.get(key, "")) for key, value in leaves]
+    return File(name, said.description, [line.strip() for line in said.examples], target, keys)
+
+
+def _has_target(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
 def files() -> list[File]:

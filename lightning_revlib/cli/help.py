@@ -15,7 +15,7 @@ from lightning_revlib.cli.errors import CONFIG
 
 HIDDEN = {"", "task", "paths", "hydra"}  # keys and groups that nobody needs to set
 UNUSED = {"report": {"logger", "callbacks", "trainer", "scheduler", "launcher", "hparams_search", "optimized_metric"}}
-LINE = re.compile(r"(?P<indent> *)(?:- )?(?P<key>[\w/@]+):(?P<value>[^#]*)(?:# (?P<comment>.*))?$")
+LINE = re.compile(r"(?P<indent> *)(?:- )?(?P<key>[\w/@.]+):(?P<value>[^#]*)(?:# (?P<comment>.*))?$")
 FOOTER = """\
 Several values, a,b,c, with -m run one after the other. `revlib list GROUP` says what each option is.
 --cfg job prints the values as yaml, --info searchpath where files are read, --config-dir DIR adds a folder of yours."""
@@ -53,7 +53,7 @@ def show_help(command: str, overrides: Sequence[str] = ()) -> None:
     for group, choice in sorted(choices.items()):
         others = [path.stem for path in sorted((root / group).glob("*.yaml")) if path.stem != choice]
         about = [comments.get(f"defaults.{group}", ""), f"or {', '.join(others)}" if others else ""]
-        _print_row(f"{group}={_as_override(choice)}", "; ".join(filter(None, about)))
+        _print_row(f"{group}={as_override(choice)}", "; ".join(filter(None, about)))
         for option in [choice] if isinstance(choice, str) else choice or ():
             comments |= read(root / group / f"{option}.yaml", group).comments
     print("\nKeys, each with its value now:" if choices else "Keys, each with its value now:")
@@ -61,8 +61,9 @@ def show_help(command: str, overrides: Sequence[str] = ()) -> None:
         if values.get(key) == "???":  # the recipe has its own
             values[key] = cfg.recipe[key]
             comments[key] = comments.get(f"recipe.{key}") or comments[key]
-    for key, value in _leaves({k: v for k, v in values.items() if k not in hidden}):
-        _print_row(f"{key}={value}", comments.get(key, ""))
+    for key, value in leaves({k: v for k, v in values.items() if k not in hidden}):
+        if not (value.startswith("${") and "." in key):  # which another key sets
+            _print_row(f"{key}={value}", comments.get(key, ""))
     print(f"\n{FOOTER}")
 
 
@@ -84,8 +85,8 @@ def read(path: Path, group: str = "") -> File:
     comments: dict[str, str] = {}
     above: list[str] = []
     for line in body:
-        if line.startswith("#"):
-            above.append(line.removeprefix("# "))
+        if line.lstrip().startswith("#"):
+            above.append(line.strip("# "))
         elif found := LINE.match(line):
             indent = len(found["indent"])
             parents = [(i, key) for i, key in parents if i < indent]
@@ -96,19 +97,19 @@ def read(path: Path, group: str = "") -> File:
     return File(" ".join(line for line in header if not line.startswith("  ")), examples, comments)
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys and values of a configuration, without classes and what another key sets."""
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys and values of a configuration, as they are written on the command line, without classes."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif not key.startswith("_") and not (isinstance(value, str) and value.startswith("${") and prefix):
-            yield f"{prefix}{key}", _as_override(value)
+            yield from leaves(value, f"{prefix}{key}.")
+        elif not key.startswith("_"):
+            yield f"{prefix}{key}", as_override(value)
 
 
-def _as_override(value: Any) -> str:
+def as_override(value: Any) -> str:
     """Return a value as it is written on the command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(_as_override, value))}]"
+        return f"[{','.join(map(as_override, value))}]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)
