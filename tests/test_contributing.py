@@ -44,6 +44,16 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.delitem(sys.modules, "mlpnet")
 
 
+@pytest.mark.slow
+def test_flops_of_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    write("docs/recipes/index.md", tmp_path)
+    runpy.run_path(str(tmp_path / "flops.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()
+    page = (ROOT / "docs/recipes/index.md").read_text().splitlines()
+    assert len(rows) == 4 and [row for row in rows if row not in page] == []
+
+
 def test_a_program_of_ones_own(tmp_path: Path) -> None:
     write("docs/recipes/index.md", tmp_path)
     words = [sys.executable, "-W", "ignore", "main.py", "recipe.dropout=0"]

@@ -39,9 +39,14 @@ COMMANDS = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if not name.startswith(CLI)])
-def test_programs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(PROGRAMS[name], name, "exec"), {"__name__": "__main__"})
+    page = (ROOT / name.split(",")[0]).read_text().splitlines()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row not in page] == []  # the figures of the page
 
 
 @pytest.mark.filterwarnings("ignore")

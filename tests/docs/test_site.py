@@ -24,6 +24,8 @@ WORDS = {
     "pretrained": {"guide/models.html"},
     "peft": {"guide/models.html"},
     "budget": {"guide/budgets.html"},
+    "U-Net": {"guide/unet.html"},
+    "FLOPs": {"recipes/index.html"},
     "drift": {"guide/exactness.html"},
     "dropout": {"guide/exactness.html", "guide/faq.html"},
     "fsdp": {"guide/distributed.html", "reference/strategies.html"},
