@@ -18,7 +18,7 @@ ANNEALED: dict[type, str] = {Momentum: "gamma", Scaled: "scale"}
 
 
 class CouplingAnnealing(Callback):
-    """Start from the function of a pretrained network and reach that of its stacks' coupling in `steps` steps.
+    """Begin with the pretrained function, and change it to that of the stacks' coupling within `steps` steps.
 
     >>> Trainer(
     ...     strategy=ReversibleStrategy(targets={"model.encoder.layer": {
@@ -28,8 +28,8 @@ class CouplingAnnealing(Callback):
 
     Momentum's gamma, or scaled's scale, grows from 0 to the stack's own value. At 0 the swapped network
     computes the same function as before the swap. While the value is so small that the inverse would drift
-    by more than `tolerance`, activations are stored, so that memory falls only later. The value
-    depends on the number of the step alone, so that a run can be resumed.
+    by more than `tolerance`, activations are stored; memory is saved only after that. The value depends on the number
+    of the step alone, so that a run can be resumed.
 
     Args:
         steps: optimizer steps until the stacks' own coupling is reached.

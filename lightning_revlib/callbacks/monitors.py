@@ -20,9 +20,9 @@ from lightning_revlib.nn.internals import pytree
 class DriftMonitor(Callback):
     """Log `drift/PATH` of each stack: the relative error with which backward rebuilds the stack's input.
 
-    `drift/worst` is the largest of them, which the progress bar shows as well, each step. In float32
-    expect 1e-7 to 1e-5; the gradient's error is of the same order. If it nears 1e-2, choose a more
-    stable coupling or float32 streams.
+    `drift/worst` is the largest of them; the progress bar shows it in each step. In float32
+    expect 1e-7 to 1e-5; the gradient's error is of the same order. If the drift is near 1e-2, choose a more
+    stable coupling, float32 streams or `grid_bits`.
     """
 
     @override
@@ -115,7 +115,7 @@ class SpeedMonitor(Callback):
     dimensions or more. Lightning's ThroughputMonitor knows FLOPs as well, and writes to loggers only.
 
     Args:
-        every_n_steps: number of batches to average over; the device is waited for once in as many.
+        every_n_steps: number of batches to average over. The callback waits for the device once in this many batches.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:

@@ -23,13 +23,14 @@ class ExactResume(Callback):
     >>> save = ModelCheckpoint(every_n_train_steps=100, save_last=True)
     >>> Trainer(strategy="reversible", callbacks=[save, ExactResume()]).fit(net, data, ckpt_path="last")
 
-    Lightning saves weights, optimizers and counters. Dropout and shuffling start anew when a run resumes, and
-    so do the batches of an epoch. This callback saves the state of each process's random generators, as
-    it is now and as it was when the epoch began. A run that resumes draws the epoch's order again, and loads
-    and skips the batches that have been seen. A loader with a `state_dict` of its own (torchdata's
+    Lightning saves weights, optimizers and counters. Without this callback a resumed run draws other numbers for
+    dropout and shuffling, and begins the epoch's batches again. This callback saves the state of each process's random
+    generators, the present one and that of the beginning of the epoch. A run that resumes draws the epoch's order
+    again, and loads and skips the batches that have been seen. A loader with a `state_dict` of its own (torchdata's
     StatefulDataLoader) is left to Lightning. With this callback, validation does not change training's random numbers.
 
-    On the same machine and with as many processes the final weights are equal to the last bit.
+    On the same machine and with the same number of processes, the final weights equal those of an uninterrupted run to
+    the last bit.
 
     Raises:
         UserWarning: if the number of processes has changed; the run resumes as it would without this callback.

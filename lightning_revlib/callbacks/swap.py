@@ -25,7 +25,7 @@ from lightning_revlib.strategies.setup import (
 
 
 class ReversibleCallback(Callback):
-    """Swap as `ReversibleStrategy` does, under any other strategy.
+    """Swap the LightningModule's stacks as `ReversibleStrategy` does, under any other strategy.
 
     >>> Trainer(strategy="ddp", callbacks=[ReversibleCallback()])
 

@@ -19,7 +19,7 @@ from lightning_revlib.pretrained.planned_loss import budgets, count_loss
 
 
 def chunk_loss(model: nn.Module, tokens: int | None = TOKENS) -> None:
-    """Have a causal model of transformers compute its loss by chunks of `tokens` rows in training.
+    """Make a causal model of transformers compute its loss in training by chunks of `tokens` tokens.
 
     >>> chunk_loss(model)
     >>> model(input_ids=ids, labels=ids).loss.backward()

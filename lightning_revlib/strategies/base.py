@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class ReversibleStrategyMixin(Strategy):
-    """Mixin for a strategy of Lightning's: swap the LightningModule's stacks before hooks see it.
+    """Mixin for a strategy of Lightning's: swap the LightningModule's stacks before its hooks are called.
 
     The module is swapped a second time at setup, for stacks that `setup` or `configure_model` have built. A stack that
     is swapped already stays as it is.
@@ -44,10 +44,10 @@ class ReversibleStrategyMixin(Strategy):
         optimizer_in_backward: step each parameter as soon as backward has its gradient, and free the
             gradient. Results are the same. See `OptimizerInBackward`.
         memory_budget: the bytes that activations in stacks may take at most, on each device: an int, a
-            text such as "2GiB", a fraction of ordinary autograd's peak, or "auto", all that is free on
-            the CUDA device. Without, as few as possible. Stacks that choose treatments themselves keep
-            them. The first step measures. The plan is printed and saved in checkpoints, with the figures
-            that a run that resumes needs to follow it at once.
+            text such as "2GiB", a float as a fraction of ordinary autograd's peak, or "auto", nine tenths of
+            the CUDA device's free memory. Without a budget, as few as possible. Stacks with treatments of their own
+            keep them. The first step measures. The plan is printed, and saved in checkpoints with its measurements, so
+            that a resumed run follows it from the first step.
         restore: undo the swap when the run ends, also if it fails.
         **kwargs: of Lightning's strategy.
 

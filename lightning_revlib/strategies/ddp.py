@@ -48,7 +48,7 @@ class ReversibleDDPStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DDPStrate
 
 
 class ReversibleStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DeferredStrategy, SingleDeviceStrategy):
-    """Run the stacks of the LightningModule in constant activation memory, on one device or several, of any kind.
+    """Run the stacks of the LightningModule reversibly, on one device or several, of any kind.
 
     >>> Trainer(strategy="reversible")
     >>> Trainer(strategy=ReversibleStrategy(targets={"net.blocks": {"coupling": "additive"}}))
@@ -62,18 +62,19 @@ class ReversibleStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DeferredStra
     keys, parameters and their order do not change, so that this strategy and the stock one read each
     other's checkpoints.
 
-    Names: "reversible"; "reversible_spawn" and "reversible_fork", which start processes otherwise;
+    Names: "reversible"; "reversible_spawn" and "reversible_fork", which set `start_method`;
     "reversible_find_unused_parameters_true".
 
     Args:
         targets: the modules to swap, by path, and the options of each, as in `swap`. Without, the attribute or method
             `reversible_targets` of the LightningModule; without that, every CoupledSequential.
         memory_budget: the most bytes that activations in stacks may take on each device: an int, a text such as
-            "2GiB", a fraction of ordinary autograd's peak, or "auto" (CUDA), all that is free. Without, as few as
-            possible.
+            "2GiB", a float as a fraction of ordinary autograd's peak, or "auto", nine tenths of the CUDA device's free
+            memory. Without a budget, as few as possible.
         optimizer_in_backward: step each parameter as soon as backward has its gradient, and free the gradient.
         restore: undo the swap when the run ends, also if it fails.
-        start_method: of the processes, if there are several; default "popen", in notebooks "fork".
+        start_method: how several processes start: "popen" (the script runs again), "spawn" or "fork"; default "popen",
+            in notebooks "fork".
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in
             any of Lightning's strategies; the Trainer sets them.
         process_group_backend, timeout, **kwargs: for several processes, as in Lightning's

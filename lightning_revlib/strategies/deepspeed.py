@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ReversibleDeepSpeedStrategy(ReversibleStrategyMixin, DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy, on CUDA devices, with the stacks in constant activation memory.
+    """Lightning's DeepSpeedStrategy, on CUDA devices, with reversible stacks.
 
     >>> Trainer(strategy="reversible_deepspeed_stage_3", precision="bf16-mixed", devices=8)
     >>> Trainer(strategy=ReversibleDeepSpeedStrategy(stage=2, offload_optimizer=True), precision="bf16-mixed")

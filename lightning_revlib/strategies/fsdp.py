@@ -27,7 +27,7 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class ReversibleFSDPStrategy(ReversibleStrategyMixin, ModelParallelStrategy):
-    """Shard the model over all processes by FSDP2, with its stacks in constant activation memory.
+    """Shard the model over all processes by FSDP2, and run its stacks reversibly.
 
     >>> Trainer(strategy="reversible_fsdp", devices=8)
     >>> Trainer(strategy=ReversibleFSDPStrategy(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))

@@ -52,14 +52,14 @@ def plain_data_only(folder: Any) -> Iterator[None]:
 
 
 def merge_checkpoint(folder: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """Return the checkpoint of a folder of shards as one file would hold it, with whole tensors.
+    """Return the checkpoint in a folder of shards as one dictionary, with whole tensors.
 
     >>> torch.save(merge_checkpoint("last.ckpt"), "whole.ckpt")
     >>> Net.load_from_checkpoint("whole.ckpt")
 
     Args:
         folder: as `ReversibleFSDPStrategy` writes it.
-        weights_only: execute nothing that the checkpoint may contain.
+        weights_only: load plain data only, and execute no code from the checkpoint.
 
     Raises:
         ValueError: if `folder` is no folder of shards.

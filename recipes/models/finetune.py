@@ -1,7 +1,7 @@
 """Fine-tune a pretrained causal language model of transformers.
 
 Under a reversible strategy the model's layers become exact momentum, v' = gamma v + (1 - gamma) f(x), x' = x + v', with
-a small gamma = 2^-k: nearly the pretrained function, whose training holds two streams and k bits an element and layer.
+a small gamma = 2^-k: nearly the pretrained function, whose training holds two streams and k bits per element and layer.
 The loss is computed by chunks, without the whole logits. Under strategy="auto" the model trains as it is.
 """
 

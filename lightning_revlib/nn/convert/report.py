@@ -55,9 +55,9 @@ class Report:
     """The result of `report`; print it. Bytes and FLOPs are of one forward and backward of the whole model.
 
     `held` are the bytes that forward leaves, outputs included; `peak` is their maximum during backward, without the
-    parameters' gradients. `before` is the model by ordinary autograd, `after` with all `stacks` swapped. `others` are
-    the paths of containers that cannot be swapped, and why. `candidates` are other targets that were measured for the
-    containers that were found, `untried` those that were not, and why; `best` has one for each of three aims.
+    parameters' gradients. `before` is the model by ordinary autograd, `after` with all `stacks` swapped. `others` has
+    the paths of containers that cannot be swapped, and the reasons. `candidates` are other targets that were measured
+    for the containers that were found, `untried` those that were not, and why; `best` has one for each of three aims.
     """
 
     stacks: tuple[Stack, ...]
@@ -147,27 +147,26 @@ def report(
     >>> with torch.autocast("cuda", torch.bfloat16):  # for a training in bf16-mixed
     ...     print(report(model, batch))
 
-    Without targets, and without a stack that was built as such, it looks for containers that could be
-    swapped, proposes options for them and says why others could not. It then measures other options for
-    them, and prints the line to paste for the best of each aim: the same function; the least memory with
-    a small change; training from scratch. Weights, gradients, buffers, modes, classes, configs and random
-    states are as before when it returns. Backward begins with the output's attribute `loss`, if it has
-    one, or with the sum of the model's floating-point outputs.
+    Without targets, and for a model built without stacks, it looks for containers that can be swapped, proposes options
+    for them and says why others cannot be swapped. It then measures other options, and prints the line to paste for the
+    best of three aims: the same function; the least memory with a small change; training from scratch. Weights,
+    gradients, buffers, modes, classes, configs and random states are as before when it returns. Backward begins with
+    the output's attribute `loss`, if it has one, or with the sum of the model's floating-point outputs.
 
     Args:
         model: any module.
-        *inputs: of its forward, as `kwargs`.
+        *inputs: positional arguments of the model's forward.
         targets: those of `swap` to measure; nothing else is tried then.
         max_change: the largest change that "least memory" may have: of the loss, in the loss's unit, if the output has
-            one, else of the outputs, relative.
-        seconds: no candidate is begun after so many; the report names those left out.
+            a loss, else the relative change of the outputs.
+        seconds: the time after which no candidate is begun; the report names those left out.
         progress: is called with a line of text before each candidate, such as `print`. Without, the line is
             shown on stderr if that is a terminal.
-        **kwargs: of its forward.
+        **kwargs: arguments of the model's forward by name.
 
     Raises:
-        ValueError, TypeError: as `swap` does for targets that are given, and the model for its inputs; for a batch
-            that is not its forward's arguments.
+        ValueError, TypeError: for wrong targets, as `swap`; for a batch that does not fit the model's forward; and what
+            the model itself raises for its inputs.
     """
     deadline = time.monotonic() + seconds
     call = Call(model, inputs, kwargs)

@@ -42,20 +42,19 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
     >>> swap(model)                                                     # every CoupledSequential
     >>> swap(model, {"net.blocks": {"coupling": "additive", "split_dim": 1}})
 
-    Objects, children's names, parameters and their order stay, so that optimizers, checkpoints and
-    averages made before remain valid. What is reversible already is counted, too. A stack keeps the
-    options that are not given; another container becomes a stack with those that are.
+    Objects, children's names, parameters and their order stay, so that optimizers, checkpoints and averages made before
+    the swap remain valid. The paths include stacks that are reversible already. A stack keeps the options that are not
+    given; another container becomes a stack with the given ones.
 
     Args:
         model: any module; the path "" is the model itself.
         targets: paths, or globs over ``named_modules()`` ("layers.*"), to options of
-            `CoupledSequential`, to a coupling alone, or None for none. Without, every CoupledSequential; or what the
-            config of a pretrained model says, which keeps what was swapped when the model was saved.
-            ``iterated=True`` is for an nn.Sequential whose blocks the model calls one by one.
-        strict: a target that matches nothing is an error; else it is passed over.
-        inputs: of the model, to try the swap with: a mapping for arguments by name, a tuple for more
-            than one. What cannot run forward and backward reversibly is then an error at once. Without,
-            it is one in the first run.
+            `CoupledSequential`, to a coupling alone, or to None for no options. Without targets, every
+            CoupledSequential, or the targets in the config of a saved pretrained model. ``iterated=True`` is for an
+            nn.Sequential whose blocks the model calls one by one.
+        strict: if True, a target that matches nothing is an error; if False, it is ignored.
+        inputs: inputs of the model, to try the swap with: a mapping for arguments by name, a tuple for more than one.
+            What cannot run forward and backward reversibly is then an error at once; without inputs, in the first run.
 
     If anything is raised, `model` is left as it was.
 
@@ -63,7 +62,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
         ValueError: for a target that matches nothing, an invalid option, or nothing to swap at all.
         TypeError: for a target that is no container of blocks.
         ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, and layers called
-            out of order, twice, or with something else than the layer before returned.
+            out of order, twice, or with something else than the previous layer returned.
     """
     found = find(model, targets, strict=strict)
     if strict and not found:
@@ -109,10 +108,10 @@ def put_back(records: list[Record]) -> None:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo `swap` and return the paths restored: ordinary autograd, keys and parameters untouched.
+    """Undo `swap` and return the restored paths. State-dict keys and parameters stay the same.
 
-    A ReversibleSequential that was built as such becomes a CoupledSequential, the same function; a
-    ReversibleModuleList that was built as such stores all its layers.
+    A ReversibleSequential that was not made by a swap becomes a CoupledSequential, which is the same function. A
+    ReversibleModuleList that was not made by a swap stores the activations of all its layers.
     """
     restored = stacks(model)
     for module in restored.values():

@@ -20,7 +20,7 @@ class BDIA(Remembering):
     """x+ = g (x- + s u) + Q((1 - g) x + (1 + g) f(x)), with g = gamma or -gamma, drawn for each sample and step.
 
     The streams are (x-, x), u = 2^-bits, and Q rounds to multiples of u. The parity s = (x- / u) mod 2
-    makes the first term a multiple of u. A step keeps its parities, one bit an element, and its inverse
+    makes the first term a multiple of u. A step keeps its parities, one bit per element, and its inverse
     x- = (x+ - Q(...)) / g - s u is exact. In evaluation g = 0, which is the plain residual network
     x + Q(f(x)); backward of it needs stored activations.
 

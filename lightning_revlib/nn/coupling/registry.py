@@ -48,6 +48,7 @@ class Pair(Alternating):
 COUPLINGS: dict[str, type[Coupling]] = {
     cls.__name__.lower(): cls for cls in (Additive, Affine, Momentum, Midpoint, Leapfrog, Scaled, BDIA)
 }
+"""The couplings by name, as in `coupling="additive"`. Add a class of your own to give it a name."""
 
 
 def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
@@ -56,7 +57,7 @@ def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
     >>> get_coupling("momentum", gamma=0.9) == get_coupling({"name": "momentum", "gamma": 0.9})
     True
 
-    Raises ValueError for an unknown name or option, and for a number's option that is none.
+    Raises ValueError for an unknown name or option, and for an option that must be a number and is not.
     """
     if isinstance(coupling, Coupling):
         return coupling

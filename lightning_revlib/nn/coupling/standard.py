@@ -31,7 +31,7 @@ class Affine(Alternating):
 
     A block returns twice its input's size along `dim`. The bound s = bound tanh(s / bound) limits the
     factor of a step to between e^-bound and e^bound. A stream that is scaled down loses digits: deep
-    float32 stacks drift more than additive ones. Use it for flows, and for steps that should gate.
+    float32 stacks drift more than additive ones. Use it for normalizing flows, and for blocks that scale a stream.
     RealNVP, https://arxiv.org/abs/1605.08803.
     """
 
@@ -63,12 +63,11 @@ class Affine(Alternating):
 class Momentum(Coupling):
     """v' = gamma v + (1 - gamma) f(x), x' = x + v'; inverse x = x' - v', v = (v' - (1 - gamma) f) / gamma.
 
-    The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at
-    `init(x)`, and the output is x. Each step of the inverse multiplies the error of v by 1 / gamma:
-    do not use a small gamma in a deep stack (the drift by depth is in docs/measurements/figures.md), or use it with
-    `grid_bits` and gamma = 2^-k: a step keeps the k bits of each element that it would forget, and its
-    inverse is exact. With gamma 0 it is the plain residual network, whose activations are stored.
-    Momentum ResNet, https://arxiv.org/abs/2102.07870.
+    The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at `init(x)`, and the
+    output is x. Each step of the inverse multiplies the error of v by 1 / gamma: do not use a small gamma in a deep
+    stack (docs/measurements/figures.md has the drift by depth), unless gamma = 2^-k and `grid_bits` is set: a step then
+    keeps the k bits of each element that it would forget, and its inverse is exact. With gamma 0 it is the plain
+    residual network, whose activations are stored. Momentum ResNet, https://arxiv.org/abs/2102.07870.
     """
 
     gamma: float = 0.9
@@ -158,7 +157,7 @@ class Scaled(Alternating):
     For fine-tuning: with a small scale the function of a pretrained network changes little. f is the
     whole block with its skip connection, so leave out `residual=True`. With `split_dim=None` the
     output is b. Each step of the inverse multiplies the error by 1 / scale: do not use a small scale
-    in a deep stack, or use it with `grid_bits` and scale = 2^-k, as momentum. With scale 0 it is the
+    in a deep stack, unless scale = 2^-k and `grid_bits` is set, as for momentum. With scale 0 it is the
     original network, whose activations are stored. MEFT, https://arxiv.org/abs/2306.00477.
     """
 

@@ -233,11 +233,10 @@ class ReversibleModuleList(Layerwise, nn.ModuleList):
     ...     x = layer(x)
     >>> x.sum().backward()
 
-    The model must call each layer once, in order, with what the one before returned. Gradients are
-    those of the same loop by ordinary autograd, which is what runs with all layers stored,
-    ``store_last=len(layers)``, and if gradients are off. `swap` makes one of an nn.ModuleList,
-    `restore` an nn.ModuleList of it. Hidden states that the model reads between the layers stay in
-    memory if their readers keep them, as in ordinary autograd.
+    The model must call each layer once, in order, with what the previous layer returned. Gradients are those of the
+    same loop by ordinary autograd. The loop itself runs if gradients are off, or with ``store_last=len(layers)``.
+    `swap` makes one of an nn.ModuleList, `restore` an nn.ModuleList of it. Hidden states that the model reads between
+    the layers stay in memory if their readers keep them, as in ordinary autograd.
 
     Args:
         modules: the layers. The first argument of each is the stream, of unchanging shape; what it

@@ -29,14 +29,14 @@ from lightning_revlib.nn.steps.step import Arguments, Step
 
 
 class CoupledSequential(Stack, nn.Sequential):
-    """Blocks that act on two halves of their input in turn, differentiated by ordinary autograd.
+    """A stack of blocks that act on the two halves of the input in turn, differentiated by ordinary autograd.
 
     >>> stack = CoupledSequential(nn.Linear(8, 8), nn.Linear(8, 8), split_dim=1, coupling="additive")
     >>> stack(torch.randn(4, 16)).shape
     torch.Size([4, 16])
 
     `Trainer(strategy="reversible")`, `swap` and `ReversibleSequential` run the same function in
-    constant memory. Children are named "0", "1", ... as in `nn.Sequential`.
+    activation memory that does not grow with depth. Children are named "0", "1", ... as in `nn.Sequential`.
 
     Args:
         *blocks: one or more modules; each maps a stream to a tensor of the stream's shape. A module
@@ -46,44 +46,45 @@ class CoupledSequential(Stack, nn.Sequential):
             coupling's `start` makes two streams of the input's shape and `finish` makes one of them.
         coupling: a name, a mapping such as ``{"name": "momentum", "gamma": 0.9}``, a `Coupling`, or
             a list of them, cycled over the blocks.
-        coupling_forward: instead of `coupling`, ``(other, f) -> out``, or a list of such, cycled.
+        coupling_forward: instead of `coupling`, a function ``(other, f) -> out`` of the other stream and the block's
+            output f, or a list of such functions, cycled.
         coupling_inverse: ``(out, f) -> other``, which undoes `coupling_forward`.
         stream_dtype: the streams' dtype; default float32 for half-precision input, else the
             input's. Blocks and the output have the input's dtype in any case.
-        residual: the blocks contain their skip connection: f(x) - x is their branch.
-        branches: the parts of each residual branch of a block, to make each a step of its own, such as
+        residual: True if the blocks contain their skip connection; f(x) - x then joins the streams.
+        branches: the parts of each residual branch of a block, to make each branch a separate step, such as
             ``[["ln_1", "attn"], ["ln_2", "mlp"]]``; see `lightning_revlib.nn.steps.branches.Branch`.
         grid_bits: make the stack exact: streams are rounded to multiples of 2^-grid_bits and backward
             rebuilds them, and with them the gradients, to the last bit. Between 8 and 16 is usual;
-            streams must stay below 2^(24 - grid_bits). "auto": the first forward runs off the grid, checkpointed, and
-            chooses the finest grid with room for four times the largest value that it meets. For additive, midpoint,
-            leapfrog, bdia, and momentum and scaled with a power of two.
-        ordinary: so many of the first blocks are called as they are, before the streams begin, such as
-            the block that changes the shape at the start of a residual network's stage.
-        chunks: do each block on so many chunks of its input, one after the other, so that backward holds what one
-            chunk has saved: for blocks whose output for a chunk depends on that chunk only. A list is
+            streams must stay below 2^(24 - grid_bits). "auto": the first forward does not round, is checkpointed, and
+            chooses the finest grid with room for four times its largest value. For additive, midpoint, leapfrog, bdia,
+            and momentum and scaled with a power of two.
+        ordinary: the number of first blocks to call as plain modules, before the input is split, such as the block
+            that changes the shape at the start of a residual network's stage.
+        chunks: the number of chunks of its input on which each block runs, one after the other, so that backward
+            holds what one chunk has saved: for blocks whose output for a chunk depends on that chunk only. A list is
             cycled over the steps, such as [1, 4] for attention and feed-forward in turn.
         chunk_dim: the dimension that is cut: 0 for samples, 1 for the tokens of a feed-forward layer.
-        store_last: so many of the last blocks keep their activations, which saves their second run.
-        treatments: instead, for each block "reversible", "checkpoint" (keep the block's input, run it
-            again), "selective" (keep its matrix products and convolutions, too, and run the rest
-            again), "offload" (on CUDA, keep all in the host's memory) or "store".
-        memory_budget: instead, the bytes that the stack's activations may take, at most and with its
-            output and that one's gradient: an int, a text such as "2GiB", a fraction of what ordinary
-            autograd takes, or "auto", what is free on the CUDA device. The first forward measures,
-            and later ones follow the `plan` with the least work.
-        offload: let the plan of a memory budget choose "offload", too, where copies are no longer than the
-            device's work.
-        overlap: on CUDA, undo the block before on a stream of its own while a block's backward runs: faster where
+        store_last: the number of last blocks that keep their activations, which saves their second run.
+        treatments: instead of `store_last`, for each block "reversible", "checkpoint" (keep the block's input, run
+            the block again), "selective" (also keep its matrix products and convolutions, and run the rest again),
+            "offload" (on CUDA, keep all in the host's memory) or "store".
+        memory_budget: instead of both, the most bytes that the stack's activations may take, with its output and
+            the output's gradient: an int, a text such as "2GiB", a float as a fraction of what ordinary autograd
+            takes, or "auto", nine tenths of the CUDA device's free memory. The first forward measures, and later
+            ones follow the `plan` with the least work.
+        offload: let the plan of a memory budget choose "offload", too, if copies take no longer than the device's
+            work.
+        overlap: on CUDA, recompute the previous block on a second stream while a block's backward runs: faster if
             kernels are small, and backward holds what two blocks save. Not with FSDP or ZeRO-3.
-        context_fn: as in `torch.utils.checkpoint`: makes two contexts for each run again of a block,
-            such as those of selective checkpointing.
-        on_drift: what to do when backward's reconstruction of the input is off by more than
-            `drift_tolerance`, relative: "warn" or "raise", which wait for the device in each backward; "warn_once",
-            which looks in the first backward, the second, the fourth, the eighth and so on; or "ignore", which
-            measures nothing, and need not run the first block to its end again.
+        context_fn: as in `torch.utils.checkpoint`: returns two contexts, for the first and the second run of a
+            block, such as those of selective checkpointing.
+        on_drift: what to do if the relative error of the rebuilt input is above `drift_tolerance`: "warn" or
+            "raise", which wait for the device in each backward; "warn_once", which checks the first backward, the
+            second, the fourth, the eighth and so on; or "ignore", which measures nothing.
+        drift_tolerance: see `on_drift`.
 
-    The last eight say how a reversible stack is executed; this class keeps them for the swap.
+    The options from `store_last` on say how a reversible stack is executed; this class keeps them for the swap.
 
     Raises:
         ValueError: for an empty stack, an unknown coupling, a pair that is incomplete, a coupling that
@@ -125,10 +126,10 @@ class CoupledSequential(Stack, nn.Sequential):
     ) -> Any:
         """Return the stack's output, of x's shape and dtype unless an invertible step changes the shape.
 
-        `args` and `kwargs` reach every block; `layerwise` holds one ``(args, kwargs)`` for each,
-        which come after and above the common ones. If a block returns more than its branch (a
-        tuple, dict or dataclass that begins with it), the stack returns ``(output, extras)`` with the
-        rest of each block's output, or None, in a list.
+        `args` and `kwargs` reach every block. `layerwise` holds one ``(args, kwargs)`` for each block; its args come
+        after the common ones, and its kwargs replace common ones of the same name. If a block returns more than its
+        branch (a tuple, dict or dataclass that begins with it), the stack returns ``(output, extras)`` with the rest of
+        each block's output, or None, in a list.
         """
         x = self._run_ordinary(x, args, kwargs, layerwise)
         a, b = self.split(x)
@@ -141,7 +142,7 @@ class CoupledSequential(Stack, nn.Sequential):
         """Return the x for which ``stack(x, ...)`` is y, with the same extra arguments.
 
         Exact up to rounding in eval mode. In training mode dropout draws anew, and no inverse is
-        exact. Raises ValueError with `split_dim=None`: one output does not tell two streams.
+        exact. Raises ValueError with `split_dim=None`: one output does not determine two streams.
         """
         if self.options.ordinary:
             raise ValueError("inverse with ordinary blocks: they have none; call it on stack[ordinary:]")
@@ -175,15 +176,15 @@ class CoupledSequential(Stack, nn.Sequential):
 
 
 class ReversibleSequential(Reversible, CoupledSequential):
-    """`CoupledSequential` in constant memory: it holds its output, and backward rebuilds the rest.
+    """`CoupledSequential` that holds its output only; backward rebuilds the rest.
 
     >>> stack = ReversibleSequential(*[nn.Linear(32, 32) for _ in range(64)])
     >>> stack(torch.randn(4, 64)).sum().backward()
 
-    Same arguments, same numbers, same state-dict keys, 4/3 of the FLOPs. Blocks are run a second
-    time in backward, with the same random numbers, autocast and buffers; their forward hooks fire
-    twice. Its output must not be changed in place. Prefer `torch.utils.checkpoint` if a block's
-    output is much smaller than what its input needs, or if blocks change the shape.
+    It has the same arguments, results and state-dict keys, and takes 4/3 of the FLOPs. Blocks run a second time in
+    backward, with the same random numbers, autocast and buffers; their forward hooks are called twice. Do not change
+    the output in place before backward. Prefer `torch.utils.checkpoint` for few blocks, or for blocks that change the
+    shape.
     """
 
     def forward(  # type: ignore[override]
