@@ -60,28 +60,51 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
             have = "has" if len(others) == 1 else "have"
             return f"{key}: no such key; {where}; add {' or '.join(others)}, which {have} {name}"
         return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
-    perhaps_bug = isinstance(error, (TypeError, OSError))  # which the user's values may cause, or the program
-    return str(error).strip() + (" (HYDRA_FULL_ERROR=1 shows the traceback)" if perhaps_bug else "")
+    if not isinstance(error, (TypeError, OSError)):
+        return str(error).strip()
+    suspects = _of_another_type(command, overrides) if isinstance(error, TypeError) else []
+    # the user's values may cause it, or the program
+    return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
+
+
+def _of_another_type(command: str, overrides: Sequence[str]) -> list[str]:
+    """Return a question for each override that gives a text where the configuration has a number."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    cfg = _compose(command, overrides)
+    found = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        usual = OmegaConf.select(cfg, override.key_or_group, throw_on_missing=False)
+        if isinstance(usual, (int, float)) and isinstance(override.value(), str):
+            found.append(f"was {override.input_line} meant as a number, such as {str(usual).lower()}?")
+    return found
 
 
 def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:
     """Return the keys below `parent` in the command's configuration, with the groups chosen as in `overrides`."""
+    from omegaconf import DictConfig, OmegaConf
+
+    cfg = _compose(command, overrides)
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+
+
+def _compose(command: str, overrides: Sequence[str]) -> Any:
+    """Return the command's configuration, with the groups chosen as in `overrides`."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
     from hydra.errors import HydraException
-    from omegaconf import DictConfig, OmegaConf
 
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG.removeprefix("pkg://"), version_base="1.3"):
         groups = GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
         chosen = [o for o in overrides if o.partition("=")[0] in groups]
         try:
-            cfg = compose(command, chosen)
+            return compose(command, chosen)
         except HydraException:  # the options are in a folder of the user's own
-            cfg = compose(command)
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-    return [*map(str, node), *([] if parent else ["experiment"])] if isinstance(node, DictConfig) else []
+            return compose(command)
 
 
 def _options(group: str) -> list[str]:
