@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# as they are: the first two are used by many libraries; none has a public twin yet
-__all__ = ["TorchDispatchMode", "pytree", "outside_transforms"]
+# as they are: FakeTensorMode computes shapes without memory; all but the last are used by many libraries, and none has
+# a public twin yet
+__all__ = ["TorchDispatchMode", "pytree", "FakeTensorMode", "outside_transforms"]
 
 try:
     # Turns torch.compile off while the engine runs and on again for a block. Watch torch.compiler for a context manager

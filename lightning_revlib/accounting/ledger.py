@@ -1,0 +1,80 @@
+"""A `MemoryMeter` that notes of each storage when it was allocated and freed, in which module and by what operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_revlib.accounting.owners import CASTS, Owner
+from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.meter import MemoryMeter
+
+CAST = torch.ops.aten._to_copy.default  # what autocast does to a weight
+
+
+@dataclass(slots=True)
+class Entry:
+    """A storage that was allocated. Times count allocations and frees; a storage takes memory while born <= t < freed.
+
+    `owner` is set if it is known by the tensor and not by the place.
+    """
+
+    size: int
+    born: int
+    place: str | None
+    operation: str
+    owner: Owner | None = None
+    freed: int | None = None
+
+
+class Ledger(MemoryMeter):
+    """Counts as `MemoryMeter` does, and keeps an entry of each storage that it counts.
+
+    Args:
+        where: returns the path of the module that is running.
+        parameters: those whose casts are told apart.
+    """
+
+    def __init__(self, where: Callable[[], str | None], parameters: list[Tensor]) -> None:
+        super().__init__()
+        self.where, self.time, self.entries = where, 0, list[Entry]()
+        self._parameters = {identity(p) for p in parameters}
+        self._open: dict[int, Entry] = {}
+        self._call: tuple[Any, Any] = None, ()
+
+    def assign(self, tensors: Any, owner: Owner) -> None:
+        """Say whose the storages of tensors are, from their birth, if they were counted."""
+        for tensor in pytree.tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and (entry := self._open.get(identity(tensor))) is not None:
+                entry.owner = owner
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._call = func, args
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._call = None, ()  # which would keep the arguments alive
+
+    def _count(self, tensor: Tensor, key: int) -> None:
+        super()._count(tensor, key)
+        func, args = self._call
+        self.time += 1
+        entry = Entry(tensor.untyped_storage().nbytes(), self.time, self.where(), str(func.overloadpacket))
+        if func is CAST and identity(args[0]) in self._parameters:
+            entry.owner = Owner(CASTS)
+        self.entries.append(entry)
+        self._open[key] = entry
+
+    def _free(self, key: int, size: int) -> None:
+        super()._free(key, size)
+        self.time += 1
+        self._open.pop(key).freed = self.time
+
+
+def identity(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share a storage."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,98 @@
+"""`Memory`: the bytes of one training step by owner, as a table, a picture, and numbers for loggers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_revlib.accounting.books import Moment, Share, Times
+from lightning_revlib.accounting.owners import HELD, NEEDED, Owner
+from lightning_revlib.nn.meter import format_bytes
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes of one training step, by owner; print it.
+
+    `moments` are four: after forward, the highest in backward, the highest in the optimizer, and between steps.
+    `highest` is that of the whole step. Of each, `bytes` has the owners, and `total` is their sum: what
+    `MemoryMeter` counts, and `existing`, the bytes of parameters, buffers, batch and optimizer state.
+    """
+
+    moments: tuple[Moment, ...]
+    highest: Moment
+    existing: Mapping[Owner, int]
+    shares: tuple[Share, ...]
+    times: Times
+    blocks: Mapping[str, int]  # of each stack, their number
+
+    @property
+    def after_forward(self) -> Moment:
+        return self.moments[0]
+
+    @property
+    def in_backward(self) -> Moment:
+        return self.moments[1]
+
+    @property
+    def in_optimizer(self) -> Moment:
+        return self.moments[2]
+
+    @property
+    def between_steps(self) -> Moment:
+        return self.moments[3]
+
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """Return the bytes at the four moments, by name of the owner; blocks of a stack are one owner."""
+        owners = {owner for each in self.moments for owner, size in each.bytes.items() if size}
+        found: dict[str, list[int]] = {}
+        for owner in sorted(owners, key=lambda owner: owner.rank):
+            row = found.setdefault(self.name(owner), [0] * len(self.moments))
+            for n, each in enumerate(self.moments):
+                row[n] += each.bytes.get(owner, 0)
+        return {name: tuple(row) for name, row in found.items()}
+
+    def name(self, owner: Owner) -> str:
+        """Return what the table calls an owner; the blocks of a stack have one name."""
+        if owner.kind not in (HELD, NEEDED):
+            return str(owner)
+        stack = self._stack_of(owner.path)
+        return f"{stack or 'the model'}, {owner.kind.replace('blocks', f'its {self.blocks[stack]} blocks')}"
+
+    def to_dict(self, prefix: str = "memory/") -> dict[str, float]:
+        """Return the bytes at each moment by owner, for loggers: "memory/after forward/parameters" and so on."""
+        names = [each.name.removeprefix("highest ").replace(" ", "_") for each in self.moments]
+        values = {f"{prefix}{name}/total": float(each.total) for name, each in zip(names, self.moments, strict=True)}
+        for owner, sizes in self.rows().items():
+            values |= {f"{prefix}{n}/{owner.replace(' ', '_')}": float(s) for n, s in zip(names, sizes, strict=True)}
+        return values | {f"{prefix}highest": float(self.highest.total)}
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the bytes over the step, stacked by owner, with the peak named, into a .png, .svg or .pdf file."""
+        from lightning_revlib.accounting.picture import draw
+
+        return draw(self, Path(path))
+
+    def __str__(self) -> str:
+        head = ["", *[each.name for each in self.moments]]
+        rows = [[name, *map(_format, sizes)] for name, sizes in self.rows().items()]
+        rows.append(["total", *[_format(each.total) for each in self.moments]])
+        widths = [max(len(row[n]) for row in [head, *rows]) for n in range(len(head))]
+        lines = [
+            row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in [head, *rows]
+        ]
+        cause = f", at {self.highest.cause}" if self.highest.cause else ""
+        lines.append(f"highest of all: {format_bytes(self.highest.total)}, in {self.times.part(self.highest.time)}{cause}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def _stack_of(self, path: str) -> str:
+        return next((s for s in self.blocks if path == s or not s or path.startswith(f"{s}.")), "")
+
+
+def _format(size: int) -> str:
+    return format_bytes(size) if size else "-"

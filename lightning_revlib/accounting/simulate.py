@@ -1,0 +1,69 @@
+"""A training step of shapes alone: parameters, buffers, batch and optimizer as fake tensors, without any memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_revlib.accounting.step import Program
+from lightning_revlib.nn.internals import FakeTensorMode, pytree
+
+
+@contextmanager
+def simulated(program: Program, device: torch.device | str | None = None) -> Iterator[Program]:
+    """Have a program of fake tensors inside, which computes shapes only. The module is put back at the end.
+
+    Its tensors are said to be on `device`; without, where they are, or on the CPU if they are on the meta device.
+
+    Raises ValueError for a device that this build of torch does not know.
+    """
+    device = _known(device)
+    made: dict[int, Tensor] = {}  # by id of the original, for tensors that modules share
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            where = device or ("cpu" if tensor.is_meta else tensor.device)
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, tensor.requires_grad)
+            made[id(tensor)] = new
+        return made[id(tensor)]
+
+    with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as undo:
+        for module in program.model.modules():
+            for tensors in (module._parameters, module._buffers, vars(module)):
+                for name, tensor in list(tensors.items()):
+                    if isinstance(tensor, Tensor):
+                        undo.callback(tensors.__setitem__, name, tensor)
+                        tensors[name] = fake(tensor)
+        batch = pytree.tree_map_only(Tensor, fake, program.batch)
+        yield program._replace(batch=batch, optimizer=_twin(program.optimizer, fake))
+
+
+def _twin(optimizer: Optimizer | None, fake: Any) -> Optimizer | None:
+    """Return an optimizer of the same class and options for the fake parameters, without state."""
+    if optimizer is None:
+        return None
+    twin = object.__new__(type(optimizer))
+    vars(twin).update({name: value for name, value in vars(optimizer).items() if name != "step"})  # as schedulers set
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**group, "params": [fake(p) for p in group["params"]]} for group in optimizer.param_groups]
+    return twin
+
+
+def _known(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    device = torch.device(device)
+    if device.type not in ("cpu", "meta") and not torch.get_device_module(device).is_available():
+        raise ValueError(
+            f"device={str(device)!r}: fake tensors on it need a machine that has one; device='cpu' counts the same"
+            " tensors, but for kernels that differ, such as those of attention"
+        )
+    return device
