@@ -18,8 +18,8 @@ import wrapt
 from lightning_revlib.strategies.registry import register_on_import
 
 if TYPE_CHECKING:  # all public names for type checkers and editors; tests/test_init.py compares them with those below
+    from lightning_revlib.accounting.memory import memory as memory
     from lightning_revlib.accounting.result import Memory as Memory
-    from lightning_revlib.accounting.step import memory as memory
     from lightning_revlib.callbacks.annealing import CouplingAnnealing as CouplingAnnealing
     from lightning_revlib.callbacks.monitors import ActivationMemoryMonitor as ActivationMemoryMonitor
     from lightning_revlib.callbacks.monitors import DriftMonitor as DriftMonitor
@@ -57,7 +57,7 @@ _MODULES = {
     "ActivationMemoryMonitor": "callbacks.monitors",
     "DriftMonitor": "callbacks.monitors",
     "CouplingAnnealing": "callbacks.annealing",
-    "memory": "accounting.step",
+    "memory": "accounting.memory",
     "Memory": "accounting.result",
     "chunk_loss": "pretrained.lazy_logits",
     "chunked_cross_entropy": "pretrained.loss",

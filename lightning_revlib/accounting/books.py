@@ -10,6 +10,7 @@ from lightning_revlib.accounting.layout import Layout, is_within
 from lightning_revlib.accounting.ledger import Entry
 from lightning_revlib.accounting.owners import HELD, LOSS, MODULE, NEEDED, OPTIMIZER, REST, STREAMS, Owner
 
+
 class Share(NamedTuple):
     """A storage and its owner. It takes memory while born <= t < freed."""
 

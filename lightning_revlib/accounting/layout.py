@@ -26,11 +26,13 @@ class Layout:
                 self.stacks.append(path)
         self.sizes: dict[str, int] = {}  # the number of blocks of each stack
         self.starts, self.ends = set(self.stacks), set(self.stacks)  # modules whose inputs, outputs are a stack's
+        self.last_two: dict[str, list[str]] = {}  # blocks of each stack
         for stack in self.stacks:
             blocks = [f"{stack}.{name}" if stack else name for name, _ in model.get_submodule(stack).named_children()]
             self.sizes[stack] = len(blocks)
             self.starts.update(blocks[:1])
             self.ends.update(blocks[-1:])
+            self.last_two[stack] = blocks[-2:]
         self._above = {path for path, m in model.named_modules() if self._is_above_others(path, m)}
 
     def stack_of(self, path: str | None) -> str | None:

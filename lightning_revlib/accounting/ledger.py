@@ -52,6 +52,10 @@ class Ledger(MemoryMeter):
             if isinstance(tensor, Tensor) and (entry := self._open.get(identity(tensor))) is not None:
                 entry.owner = owner
 
+    def alive(self) -> list[Entry]:
+        """Return the entries of storages that have not been freed."""
+        return list(self._open.values())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._call = func, args
         try:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH = "parameters", "gradients", "optimizer state", "buffers", "batch"
-CASTS, STREAMS, HELD, NEEDED = "casts of weights", "inputs and outputs", "held by blocks", "needed in backward by blocks"
+CASTS, STREAMS, HELD, NEEDED = (
+    "casts of weights",
+    "inputs and outputs",
+    "held by blocks",
+    "needed in backward by blocks",
+)
 MODULE, LOSS, OPTIMIZER, REST = "outside of stacks", "logits and loss", "the optimizer's step", "the rest"
 KINDS = (
     PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH, CASTS, STREAMS, HELD, NEEDED, MODULE, LOSS, OPTIMIZER, REST

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from lightning_revlib.accounting.books import Bookkeeper, Times, moment
 from lightning_revlib.accounting.layout import Layout
 from lightning_revlib.accounting.ledger import Ledger, identity
-from lightning_revlib.accounting.books import Bookkeeper, Times, moment
 from lightning_revlib.accounting.owners import BATCH, BUFFERS, GRADIENTS, PARAMETERS, STATE, STREAMS, Owner
 from lightning_revlib.accounting.places import Places
 from lightning_revlib.accounting.result import Memory
 from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.stacks.module_list import Layerwise
 
 
 class Recorder:
@@ -68,6 +69,8 @@ class Recorder:
 
     def end(self, part: str) -> None:
         """Note that "forward", "backward" or "optimizer" has ended."""
+        if part == "forward":
+            self._assign_streams()
         self._ends[part] = self.ledger.time
         self.places.is_backward = part == "forward"
 
@@ -93,6 +96,15 @@ class Recorder:
             self.head = path if self.layout.stack_of(path) is None else None
             self._loss_begins = self.ledger.time
 
+    def _assign_streams(self) -> None:
+        """Assign what a swapped list holds besides its output: the other stream, which its last layers have made."""
+        for path, last in self.layout.last_two.items():
+            if isinstance(self._model.get_submodule(path), Layerwise):
+                sizes = {e.size for e in self.ledger.alive() if e.owner == (STREAMS, path)}
+                for entry in self.ledger.alive():
+                    if entry.place in last and entry.owner is None and entry.size in sizes:
+                        entry.owner = Owner(STREAMS, path)
+
     def _on_gradient(self, parameter: Tensor) -> None:
         self.ledger.assign(parameter.grad, Owner(GRADIENTS))
 
@@ -104,7 +116,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
 
 def _existing(model: nn.Module, batch: Any, optimizers: tuple[Optimizer, ...]) -> dict[Owner, int]:
     """Return the bytes of storages that exist before the step, each counted once."""
-    kinds = {
+    kinds: dict[str, list[Any]] = {
         PARAMETERS: list(model.parameters()),
         BUFFERS: list(model.buffers()),
         BATCH: pytree.tree_leaves(batch),

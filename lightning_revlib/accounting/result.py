@@ -6,10 +6,25 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_revlib.accounting.books import Moment, Share, Times
+from lightning_revlib.accounting.curve import curve_of
 from lightning_revlib.accounting.owners import HELD, NEEDED, Owner
+from lightning_revlib.accounting.picture import draw
 from lightning_revlib.nn.meter import format_bytes
+
+
+class Advice(NamedTuple):
+    """A change, the bytes by which it lowers the highest of a step, made alone, and the line that makes it."""
+
+    change: str
+    saved: int
+    line: str
+
+    def __str__(self) -> str:
+        return f"# {self.change}: saves {format_bytes(self.saved)}\n{self.line}"
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -26,6 +41,7 @@ class Memory:
     shares: tuple[Share, ...]
     times: Times
     blocks: Mapping[str, int]  # of each stack, their number
+    advice: tuple[Advice, ...] = ()
 
     @property
     def after_forward(self) -> Moment:
@@ -68,24 +84,31 @@ class Memory:
             values |= {f"{prefix}{n}/{owner.replace(' ', '_')}": float(s) for n, s in zip(names, sizes, strict=True)}
         return values | {f"{prefix}highest": float(self.highest.total)}
 
-    def plot(self, path: str | Path) -> Path:
-        """Draw the bytes over the step, stacked by owner, with the peak named, into a .png, .svg or .pdf file."""
-        from lightning_revlib.accounting.picture import draw
+    def plot(self, path: str | Path, title: str = "one training step") -> Path:
+        """Draw the bytes over the step, stacked by owner, with the peak named; return the path of the picture.
 
-        return draw(self, Path(path))
+        Args:
+            path: a .png, .svg or .pdf file.
+            title: of the picture.
+        """
+        owners = sorted({*self.existing, *[share.owner for share in self.shares]}, key=lambda owner: owner.rank)
+        existing = {self.name(owner): size for owner, size in self.existing.items()}
+        names = {owner: self.name(owner) for owner in owners}
+        return draw(curve_of(self.shares, existing, names, self.times, self.highest), title, Path(path))
 
     def __str__(self) -> str:
         head = ["", *[each.name for each in self.moments]]
         rows = [[name, *map(_format, sizes)] for name, sizes in self.rows().items()]
         rows.append(["total", *[_format(each.total) for each in self.moments]])
-        widths = [max(len(row[n]) for row in [head, *rows]) for n in range(len(head))]
-        lines = [
-            row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in [head, *rows]
-        ]
+        first, *widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = []
+        for name, *cells in [head, *rows]:
+            sizes = [cell.rjust(width + 2) for cell, width in zip(cells, widths, strict=True)]
+            lines.append(name.ljust(first) + "".join(sizes))
         cause = f", at {self.highest.cause}" if self.highest.cause else ""
-        lines.append(f"highest of all: {format_bytes(self.highest.total)}, in {self.times.part(self.highest.time)}{cause}")
-        return "\n".join(lines)
+        part = self.times.part(self.highest.time)
+        lines.append(f"highest of all: {format_bytes(self.highest.total)}, in {part}{cause}")
+        return "\n".join([*lines, *map(str, self.advice)])
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_revlib.accounting.step import Program
 from lightning_revlib.nn.internals import FakeTensorMode, pytree
+from lightning_revlib.pretrained.packing import unpacked
+
+NO_VALUES = ("DataDependentOutputException", "DynamicOutputShapeException")  # of fake tensors; private in torch
 
 
 @contextmanager
@@ -21,7 +24,7 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
 
     Its tensors are said to be on `device`; without, where they are, or on the CPU if they are on the meta device.
 
-    Raises ValueError for a device that this build of torch does not know.
+    Raises ValueError for a device that this machine does not have, TypeError for a step that reads values.
     """
     device = _known(device)
     made: dict[int, Tensor] = {}  # by id of the original, for tensors that modules share
@@ -37,13 +40,24 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
 
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as undo:
         for module in program.model.modules():
-            for tensors in (module._parameters, module._buffers, vars(module)):
+            kinds: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
+            for tensors in kinds:
                 for name, tensor in list(tensors.items()):
                     if isinstance(tensor, Tensor):
                         undo.callback(tensors.__setitem__, name, tensor)
                         tensors[name] = fake(tensor)
+        if not (isinstance(program.batch, dict) and program.batch.get("position_ids") is not None):
+            undo.enter_context(unpacked())
         batch = pytree.tree_map_only(Tensor, fake, program.batch)
-        yield program._replace(batch=batch, optimizer=_twin(program.optimizer, fake))
+        try:
+            yield program._replace(batch=batch, optimizer=_twin(program.optimizer, fake))
+        except RuntimeError as error:
+            if type(error).__name__ not in NO_VALUES:
+                raise
+            raise TypeError(
+                f"simulate=True: the step reads the value of a tensor, which a simulated one has not ({error}): leave"
+                " out what needs it, such as a metric, .item() or a mask, or count the step on real tensors"
+            ) from error
 
 
 def _twin(optimizer: Optimizer | None, fake: Any) -> Optimizer | None:

@@ -1,9 +1,10 @@
-"""`memory`: one counted training step, and the bytes of each of its moments by owner. The model is left as it was."""
+"""One training step of a program, counted. The model and the optimizer are left as they were."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,46 +28,11 @@ class Program(NamedTuple):
     optimizer: Optimizer | None
 
 
-def memory(
-    step: Callable[..., Any],
-    batch: Any,
-    optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
-    *,
-    model: nn.Module | None = None,
-) -> Memory:
-    """Run one training step, and return the bytes of its four moments by owner.
-
-    >>> print(memory(model, batch, torch.optim.AdamW))
-    >>> print(memory(hugging_face_model, tokenizer(texts, return_tensors="pt"), optimizer))
-    >>> print(memory(lambda batch: loss_fn(model(batch[0]), batch[1]), batch, optimizer, model=model))
-
-    The step is one of many: the optimizer has its state, memory budgets have their plans. Weights, gradients, buffers,
-    the optimizer's state and options, and random states are as before when it returns. Counts are those of
-    `MemoryMeter`: exact, and the same on every machine; the scratch memory of kernels is not counted.
-
-    Args:
-        step: a module, called with the batch, with its entries if it is a mapping or a tuple; a LightningModule, whose
-            `training_step` is called; or a function of the batch. Backward begins with the loss: what it returns, the
-            attribute or entry `loss` of that, or else the sum of its floating-point tensors.
-        batch: the step's argument.
-        optimizer: an optimizer, or a function that makes one of parameters; None for a step without.
-        model: the module that a function trains.
-
-    Raises:
-        ValueError: for a function without `model`, and a step without anything that requires grad.
-    """
-    return count(program_of(step, batch, optimizer, model))
-
-
 def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -> Program:
     """Return the training step that the arguments of `memory` mean. Raises ValueError."""
     run = step
     if isinstance(step, nn.Module):
-        model = step if model is None else model
-        run = getattr(step, "training_step", None) or (lambda batch: _call(step, batch))
-        if run == getattr(step, "training_step", None):
-            training_step = run
-            run = lambda batch: training_step(batch, 0)
+        model, run = model or step, _run_of(step)
     elif model is None and inspect.ismethod(step) and isinstance(step.__self__, nn.Module):
         model = step.__self__
     if model is None:
@@ -76,23 +42,44 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
     return Program(model, run, batch, optimizer)
 
 
+def _run_of(module: nn.Module) -> Callable[[Any], Any]:
+    """Return the function of a batch that trains a module."""
+    training_step: Any = getattr(module, "training_step", None)
+    if training_step is not None:  # of a LightningModule
+        return lambda batch: training_step(batch, 0)
+
+    def run(batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return module(**batch)
+        return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+
+    return run
+
+
 def count(program: Program) -> Memory:
     """Run the program's step once, after one that a memory budget or a grid needs, and return its bytes."""
     model, _, batch, optimizer = program
     optimizers = () if optimizer is None else (optimizer,)
-    with preserve_state(model), torch.enable_grad(), preserve_optimizer(optimizer):
+    with (
+        preserve_state(model),
+        torch.enable_grad(),
+        preserve_optimizer(optimizer),
+        _forward_in(model) as precision,
+    ):
         if any(each.budget is not None or each.grid_bits == "auto" for each in stacks(model).values()):
-            _run(program, Recorder(model))
+            _run(program, Recorder(model), precision)
         if optimizer is not None and not optimizer.state:
             make_state(optimizer)
-        return _run(program, Recorder(model, batch, *optimizers))
+        return _run(program, Recorder(model, batch, *optimizers), precision)
 
 
-def _run(program: Program, recorder: Recorder) -> Memory:
+def _run(program: Program, recorder: Recorder, precision: Any) -> Memory:
     """Run forward, backward, and the optimizer, watched."""
     model, run, batch, optimizer = program
     with recorder:
-        out = run(batch)
+        with precision():
+            out = run(batch)
+        torch.clear_autocast_cache()
         losses = losses_of(out, model)
         del out  # as trainers do, which keep the loss alone
         recorder.end("forward")
@@ -115,7 +102,13 @@ def losses_of(out: Any, model: nn.Module) -> list[Tensor]:
     raise ValueError(f"memory: no output of {type(model).__name__} requires grad; unfreeze a parameter")
 
 
-def _call(module: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+@contextmanager
+def _forward_in(model: nn.Module) -> Iterator[Callable[[], Any]]:
+    """Turn autocast off inside, and yield a function that makes a context with autocast as it was, for the forward."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        yield ExitStack
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield lambda: torch.autocast(kind, dtype)

@@ -62,7 +62,7 @@ class OptimizerInBackward:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.requires_grad and p not in self._hooks:
-                    step = _ParameterStep(optimizer, group, self._clip)
+                    step = ParameterStep(optimizer, group, self._clip)
                     self._hooks[p] = p.register_post_accumulate_grad_hook(step)
 
     def detach(self) -> None:
@@ -74,7 +74,7 @@ class OptimizerInBackward:
             self._trainer.gradient_clip_val, self._trainer = self._clip, None
 
 
-class _ParameterStep:
+class ParameterStep:
     """Hook of one parameter: clip its gradient, step the optimizer for it alone, and free the gradient."""
 
     def __init__(self, optimizer: Optimizer, group: dict[str, Any], clip: float | None) -> None:

@@ -1,10 +1,14 @@
-"""The bytes of a training step by owner: they add up to what `MemoryMeter` counts."""
+"""The bytes of a training step by owner: what `MemoryMeter` counts, on real tensors and on fake ones."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import lightning_revlib as revlib
 from tests.accounting.programs import FAMILIES, RECIPES, WAYS, by_hand, optimizer, program
@@ -13,11 +17,130 @@ from tests.accounting.programs import FAMILIES, RECIPES, WAYS, by_hand, optimize
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [*FAMILIES, *RECIPES])
-def test_owners_add_up_to_the_meter(name: str, way: str, tmp_path: Path) -> None:
+def test_owners_add_up_to_the_meter_and_fake_tensors_agree(name: str, way: str, tmp_path: Path) -> None:
     model, batch, _ = program(name, tmp_path).run(way)
     steps = optimizer(model.parameters())
     expected = by_hand(model, batch, steps)
-    memory = revlib.memory(model, batch, steps)
+    memory = revlib.memory(model, batch, steps, advice=False)
     existing = sum(memory.existing.values())
     assert [sum(each.bytes.values()) - existing for each in memory.moments] == expected
     assert memory.highest.total == existing + max(expected)
+    assert [sum(sizes) for sizes in zip(*memory.rows().values(), strict=True)] == [m.total for m in memory.moments]
+    fake = revlib.memory(model, batch, steps, simulate=True, advice=False)
+    assert fake.rows() == memory.rows() and fake.highest == memory.highest
+
+
+def mlp(*blocks: nn.Module) -> nn.Module:
+    blocks = blocks or tuple(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+    return nn.Sequential(nn.Linear(8, 32), revlib.ReversibleSequential(*blocks), nn.Linear(32, 5))
+
+
+def entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+BATCH = torch.randn(64, 8), torch.arange(64) % 5
+
+
+def test_bytes_of_each_owner() -> None:
+    model = mlp()
+    memory = revlib.memory(lambda batch: entropy(model, batch), BATCH, torch.optim.Adam, model=model, advice=False)
+    parameters = sum(p.nbytes for p in model.parameters())
+    rows = memory.rows()
+    assert rows["parameters"] == (parameters,) * 4
+    assert rows["gradients"][2:] == (parameters, 0)
+    assert rows["optimizer state"] == (2 * parameters + 4 * len(list(model.parameters())),) * 4
+    assert rows["batch"] == (64 * 8 * 4 + 64 * 8,) * 4
+    assert 0 <= rows["1, inputs and outputs"][0] - 64 * 32 * 4 < 1024  # a random state, too
+    assert rows["logits and loss"][0] == 64 * 5 * 4 + 2 * 4  # log-probabilities, the loss, and the weights' sum
+    assert "1, held by its 4 blocks" not in rows or not rows["1, held by its 4 blocks"][0]
+
+
+def test_casts_of_weights_are_told_apart() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = revlib.memory(model, torch.randn(4, 64), advice=False)
+    assert memory.after_forward.bytes["casts of weights", ""] == 64 * 64 * 2  # the second weight
+
+
+class Noisy(nn.Module):
+    """Has all that a step may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_all_is_as_before(simulate: bool, stepped: bool) -> None:
+    model = mlp(Noisy(), Noisy())
+    steps = torch.optim.AdamW(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(steps, 0.9)
+    if stepped:
+        entropy(model, BATCH).backward()
+        steps.step()
+        schedule.step()
+    keys = {name: id(p) for name, p in model.named_parameters()}
+    state, random = copy.deepcopy((model.state_dict(), steps.state_dict())), torch.get_rng_state()
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    revlib.memory(lambda batch: entropy(model, batch), BATCH, steps, model=model, simulate=simulate)
+    assert {name: id(p) for name, p in model.named_parameters()} == keys
+    torch.testing.assert_close((model.state_dict(), steps.state_dict()), state, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.grad is grad or (grad is not None and p.grad is not None and torch.equal(p.grad, grad))
+
+
+def test_a_model_that_has_no_memory() -> None:
+    model = mlp()
+    with torch.device("meta"):
+        shapes = mlp()
+    batches = [tuple(t.to(device) for t in BATCH) for device in ("cpu", "meta")]
+    found = [
+        revlib.memory(lambda batch, m=m: entropy(m, batch), batch, torch.optim.AdamW, model=m, simulate=True)
+        for m, batch in zip((model, shapes), batches, strict=True)
+    ]
+    assert found[0].rows() == found[1].rows()
+    assert all(p.is_meta for p in shapes.parameters())
+    assert (
+        found[0].rows()
+        == revlib.memory(lambda batch: entropy(model, batch), batches[0], torch.optim.AdamW, model=model).rows()
+    )
+
+
+def test_table_numbers_and_picture(tmp_path: Path) -> None:
+    memory = revlib.memory(mlp(), BATCH[0], torch.optim.AdamW)
+    lines = str(memory).splitlines()
+    columns = ["after forward", "highest in backward", "highest in the optimizer", "between steps"]
+    assert all(column in lines[0] for column in columns) and lines[1].startswith("parameters")
+    assert any(line.startswith("highest of all: ") for line in lines)
+    assert memory._repr_html_().startswith("<pre>")
+    values = memory.to_dict()
+    assert values["memory/in_backward/total"] == memory.in_backward.total
+    assert values["memory/between_steps/parameters"] == sum(p.nbytes for p in mlp().parameters())
+    path = memory.plot(tmp_path / "pictures" / "step.png", title="an MLP")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_say_what_to_pass() -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"which module does .* train\? Pass it, as in memory\(step, batch, model="):
+        revlib.memory(lambda batch: entropy(model, batch), BATCH)
+    with pytest.raises(ValueError, match="no output of Sequential requires grad; unfreeze a parameter"):
+        revlib.memory(model.requires_grad_(False), BATCH[0])
+
+
+def test_a_step_that_reads_values_cannot_be_simulated() -> None:
+    model = mlp()
+
+    def step(batch: Any) -> Tensor:
+        loss = entropy(model, batch)
+        return loss if loss.item() > 0 else -loss
+
+    assert not revlib.memory(step, BATCH, model=model).advice
+    with pytest.raises(TypeError, match="reads the value of a tensor, which a simulated one has not"):
+        revlib.memory(step, BATCH, model=model, simulate=True)
