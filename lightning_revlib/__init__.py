@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # all public names for type checkers and editors; tests/test_
     from lightning_revlib.accounting.memory import memory as memory
     from lightning_revlib.accounting.result import Memory as Memory
     from lightning_revlib.callbacks.annealing import CouplingAnnealing as CouplingAnnealing
+    from lightning_revlib.callbacks.memory import MemoryBreakdown as MemoryBreakdown
     from lightning_revlib.callbacks.monitors import ActivationMemoryMonitor as ActivationMemoryMonitor
     from lightning_revlib.callbacks.monitors import DriftMonitor as DriftMonitor
     from lightning_revlib.callbacks.monitors import SpeedMonitor as SpeedMonitor
@@ -55,6 +56,7 @@ _MODULES = {
     "ExactResume": "callbacks.resume",
     "SpeedMonitor": "callbacks.monitors",
     "ActivationMemoryMonitor": "callbacks.monitors",
+    "MemoryBreakdown": "callbacks.memory",
     "DriftMonitor": "callbacks.monitors",
     "CouplingAnnealing": "callbacks.annealing",
     "memory": "accounting.memory",

@@ -86,10 +86,10 @@ class Bookkeeper:
         return entry.place is None or (self.head is None and not entry.place) or is_within(self.head or "", entry.place)
 
 
-def moment(name: str, shares: Iterable[Share], existing: Mapping[Owner, int], since: int, until: int) -> Moment:
+def moment(name: str, shares: Iterable[Share], since: int, until: int) -> Moment:
     """Return the time with the most bytes in an interval, ends included; the first one of several."""
     time, cause = _highest(shares, since, until)
-    found: defaultdict[Owner, int] = defaultdict(int, existing)
+    found: defaultdict[Owner, int] = defaultdict(int)
     for share in shares:
         if share.born <= time < share.freed:
             found[share.owner] += share.size
@@ -110,6 +110,6 @@ def _highest(shares: Iterable[Share], since: int, until: int) -> tuple[int, str]
         live += changes.get(time, 0)
         if live > highest:
             highest, best = live, time
-    if best not in causes or best == since == until:
+    if not best or best not in causes or since == until:
         return best, ""
     return best, f"{causes[best].operation}: {causes[best].owner}"

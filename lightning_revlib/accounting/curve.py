@@ -41,15 +41,13 @@ class Thinned:
             self.points[-1] = total, time, dict(sizes)
 
 
-def curve_of(
-    shares: Iterable[Share], existing: Mapping[str, int], names: Mapping[Owner, str], times: Times, highest: Moment
-) -> Curve:
+def curve_of(shares: Iterable[Share], names: Mapping[Owner, str], times: Times, highest: Moment) -> Curve:
     """Return the bytes over a step. `names` are those of rows, in order; the smallest rows are put together."""
     changes: defaultdict[int, Counter[str]] = defaultdict(Counter)
     for share in shares:
         changes[share.born][names[share.owner]] += share.size
         changes[share.freed][names[share.owner]] -= share.size
-    live, thinned = Counter(existing), Thinned(max(1, times.end // POINTS))
+    live, thinned = Counter[str](), Thinned(max(1, times.end // POINTS))
     for time in range(times.end + 1):
         live.update(changes.get(time, {}))
         thinned.add(time, live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,22 @@ class Ledger(MemoryMeter):
         self.where, self.time, self.entries = where, 0, list[Entry]()
         self._parameters = {identity(p) for p in parameters}
         self._open: dict[int, Entry] = {}
+        self._before: dict[int, Any] = {}  # finalizers of storages that were there before
         self._call: tuple[Any, Any] = None, ()
+
+    def note_existing(self, tensors: Any, owner: Owner) -> None:
+        """Have entries of storages that exist already, which `live` and `peak` do not count."""
+        for tensor in pytree.tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and (key := identity(tensor)) not in self._before:
+                storage = tensor.untyped_storage()
+                entry = Entry(storage.nbytes(), 0, None, "", owner)
+                self.entries.append(entry)
+                self._before[key] = weakref.finalize(storage, self._free_existing, key, entry)
+
+    def close(self) -> None:
+        """Note no more frees, for which storages refer to this."""
+        for known in (*self._known.values(), *self._before.values()):
+            known.detach()
 
     def assign(self, tensors: Any, owner: Owner) -> None:
         """Say whose the storages of tensors are, from their birth, if they were counted."""
@@ -77,6 +93,11 @@ class Ledger(MemoryMeter):
         super()._free(key, size)
         self.time += 1
         self._open.pop(key).freed = self.time
+
+    def _free_existing(self, key: int, entry: Entry) -> None:
+        self.time += 1
+        entry.freed = self.time
+        del self._before[key]
 
 
 def identity(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ CASTS, STREAMS, HELD, NEEDED = (
     "held by blocks",
     "needed in backward by blocks",
 )
-MODULE, LOSS, OPTIMIZER, REST = "outside of stacks", "logits and loss", "the optimizer's step", "the rest"
+MODULE, LOSS, OPTIMIZER, REST = "outside of stacks", "logits and loss", "step of the optimizer", "the rest"
 KINDS = (
     PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH, CASTS, STREAMS, HELD, NEEDED, MODULE, LOSS, OPTIMIZER, REST
 )  # fmt: skip

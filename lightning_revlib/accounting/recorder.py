@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lightning_revlib.accounting.books import Bookkeeper, Times, moment
 from lightning_revlib.accounting.layout import Layout
-from lightning_revlib.accounting.ledger import Ledger, identity
+from lightning_revlib.accounting.ledger import Ledger
 from lightning_revlib.accounting.owners import BATCH, BUFFERS, GRADIENTS, PARAMETERS, STATE, STREAMS, Owner
 from lightning_revlib.accounting.places import Places
 from lightning_revlib.accounting.result import Memory
@@ -44,7 +44,15 @@ class Recorder:
         self.layout, self.optimizers = Layout(model), optimizers
         self.places = Places(self.layout.paths, self._on_call)
         self.ledger = Ledger(lambda: self.places.here, list(model.parameters()))
-        self.existing = _existing(model, batch, optimizers)
+        existing: dict[str, Any] = {
+            PARAMETERS: list(model.parameters()),
+            BUFFERS: list(model.buffers()),
+            BATCH: batch,
+            STATE: [list(state_tensors(optimizer)) for optimizer in optimizers],
+            GRADIENTS: [p.grad for p in model.parameters()],
+        }
+        for kind, tensors in existing.items():
+            self.ledger.note_existing(tensors, Owner(kind))
         self.head: str | None = None
         self._model = model
         modules = model.named_modules()
@@ -66,6 +74,7 @@ class Recorder:
             self.ledger.assign(list(state_tensors(optimizer)), Owner(STATE))
         self._ends["step"] = self.ledger.time
         self._hooks.close()
+        self.ledger.close()
 
     def end(self, part: str) -> None:
         """Note that "forward", "backward" or "optimizer" has ended."""
@@ -73,6 +82,11 @@ class Recorder:
             self._assign_streams()
         self._ends[part] = self.ledger.time
         self.places.is_backward = part == "forward"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all parts of the step have been run."""
+        return {"forward", "backward", "optimizer"} <= self._ends.keys()
 
     def result(self) -> Memory:
         """Return the bytes of the step, which has ended."""
@@ -86,8 +100,8 @@ class Recorder:
             "between steps": (times.end, times.end),
             "highest of all": (0, times.end),
         }
-        *moments, highest = [moment(name, shares, self.existing, *interval) for name, interval in intervals.items()]
-        return Memory(tuple(moments), highest, self.existing, shares, times, dict(self.layout.sizes))
+        *moments, highest = [moment(name, shares, *interval) for name, interval in intervals.items()]
+        return Memory(tuple(moments), highest, shares, times, dict(self.layout.sizes))
 
     def _on_call(self, path: str, begins: bool, values: Any) -> None:
         if path in (self.layout.starts if begins else self.layout.ends):
@@ -112,23 +126,6 @@ class Recorder:
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield the tensors of an optimizer's state."""
     yield from (t for t in pytree.tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
-
-
-def _existing(model: nn.Module, batch: Any, optimizers: tuple[Optimizer, ...]) -> dict[Owner, int]:
-    """Return the bytes of storages that exist before the step, each counted once."""
-    kinds: dict[str, list[Any]] = {
-        PARAMETERS: list(model.parameters()),
-        BUFFERS: list(model.buffers()),
-        BATCH: pytree.tree_leaves(batch),
-        STATE: [t for optimizer in optimizers for t in state_tensors(optimizer)],
-    }
-    found: dict[Owner, int] = {}
-    known: set[int] = set()
-    for kind, tensors in kinds.items():
-        storages = {identity(t): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
-        found[Owner(kind)] = sum(size for key, size in storages.items() if key not in known)
-        known |= storages.keys()
-    return found
 
 
 def _first_tensor(values: Any) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from lightning_revlib.accounting.books import Moment, Share, Times
 from lightning_revlib.accounting.curve import curve_of
-from lightning_revlib.accounting.owners import HELD, NEEDED, Owner
+from lightning_revlib.accounting.owners import HELD, KINDS, NEEDED, Owner
 from lightning_revlib.accounting.picture import draw
 from lightning_revlib.nn.meter import format_bytes
 
@@ -32,16 +33,24 @@ class Memory:
 
     `moments` are four: after forward, the highest in backward, the highest in the optimizer, and between steps.
     `highest` is that of the whole step. Of each, `bytes` has the owners, and `total` is their sum: what
-    `MemoryMeter` counts, and `existing`, the bytes of parameters, buffers, batch and optimizer state.
+    `MemoryMeter` counts, and what was there before: parameters, buffers, batch and optimizer state. `shares` has each
+    storage with its owner.
     """
 
     moments: tuple[Moment, ...]
     highest: Moment
-    existing: Mapping[Owner, int]
     shares: tuple[Share, ...]
     times: Times
     blocks: Mapping[str, int]  # of each stack, their number
     advice: tuple[Advice, ...] = ()
+
+    @property
+    def existing(self) -> dict[Owner, int]:
+        """The bytes by owner when the step began."""
+        found = Counter[Owner]()
+        for share in self.shares:
+            found[share.owner] += share.size if share.born == 0 else 0
+        return +found
 
     @property
     def after_forward(self) -> Moment:
@@ -77,12 +86,16 @@ class Memory:
         return f"{stack or 'the model'}, {owner.kind.replace('blocks', f'its {self.blocks[stack]} blocks')}"
 
     def to_dict(self, prefix: str = "memory/") -> dict[str, float]:
-        """Return the bytes at each moment by owner, for loggers: "memory/after forward/parameters" and so on."""
-        names = [each.name.removeprefix("highest ").replace(" ", "_") for each in self.moments]
-        values = {f"{prefix}{name}/total": float(each.total) for name, each in zip(names, self.moments, strict=True)}
-        for owner, sizes in self.rows().items():
-            values |= {f"{prefix}{n}/{owner.replace(' ', '_')}": float(s) for n, s in zip(names, sizes, strict=True)}
-        return values | {f"{prefix}highest": float(self.highest.total)}
+        """Return the bytes at each moment by kind of owner, for loggers: "memory/in_backward/gradients" and so on."""
+        kinds = [kind for kind in KINDS if any(owner.kind == kind for each in self.moments for owner in each.bytes)]
+        values = {f"{prefix}highest": float(self.highest.total)}
+        for each in self.moments:
+            path = prefix + each.name.removeprefix("highest ").replace(" ", "_")
+            values[f"{path}/total"] = float(each.total)
+            for kind in kinds:
+                size = sum(size for owner, size in each.bytes.items() if owner.kind == kind)
+                values[f"{path}/{kind.replace(' ', '_')}"] = float(size)
+        return values
 
     def plot(self, path: str | Path, title: str = "one training step") -> Path:
         """Draw the bytes over the step, stacked by owner, with the peak named; return the path of the picture.
@@ -91,10 +104,9 @@ class Memory:
             path: a .png, .svg or .pdf file.
             title: of the picture.
         """
-        owners = sorted({*self.existing, *[share.owner for share in self.shares]}, key=lambda owner: owner.rank)
-        existing = {self.name(owner): size for owner, size in self.existing.items()}
+        owners = sorted({share.owner for share in self.shares}, key=lambda owner: owner.rank)
         names = {owner: self.name(owner) for owner in owners}
-        return draw(curve_of(self.shares, existing, names, self.times, self.highest), title, Path(path))
+        return draw(curve_of(self.shares, names, self.times, self.highest), title, Path(path))
 
     def __str__(self) -> str:
         head = ["", *[each.name for each in self.moments]]
