@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_revlib.accounting.owners import CASTS, Owner
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.meter import MemoryMeter
+from lightning_revlib.nn.meter import MemoryMeter, storage_of
 
 CAST = torch.ops.aten._to_copy.default  # what autocast does to a weight
 
@@ -52,7 +52,7 @@ class Ledger(MemoryMeter):
         """Have entries of storages that exist already, which `live` and `peak` do not count."""
         for tensor in pytree.tree_leaves(tensors):
             if isinstance(tensor, Tensor) and (key := identity(tensor)) not in self._before:
-                storage = tensor.untyped_storage()
+                storage = storage_of(tensor)
                 entry = Entry(storage.nbytes(), 0, None, "", owner)
                 self.entries.append(entry)
                 self._before[key] = weakref.finalize(storage, self._free_existing, key, entry)
@@ -83,7 +83,7 @@ class Ledger(MemoryMeter):
         super()._count(tensor, key)
         func, args = self._call
         self.time += 1
-        entry = Entry(tensor.untyped_storage().nbytes(), self.time, self.where(), str(func.overloadpacket))
+        entry = Entry(storage_of(tensor).nbytes(), self.time, self.where(), str(func.overloadpacket))
         if func is CAST and identity(args[0]) in self._parameters:
             entry.owner = Owner(CASTS)
         self.entries.append(entry)
@@ -102,4 +102,4 @@ class Ledger(MemoryMeter):
 
 def identity(tensor: Tensor) -> int:
     """Return a number that tensors have in common if they share a storage."""
-    return tensor.untyped_storage()._cdata
+    return storage_of(tensor)._cdata

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import Self
@@ -55,7 +56,7 @@ class MemoryMeter(TorchDispatchMode):
         return out
 
     def _count(self, tensor: Tensor, key: int) -> None:
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -91,7 +92,16 @@ class ColumnMeter(MemoryMeter):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_of(tensor)._cdata
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """Return a tensor's storage; of a DTensor, that of the shard that this process has."""
+    to_local = getattr(tensor, "to_local", None)
+    if to_local is None:
+        return tensor.untyped_storage()
+    with torch.no_grad():
+        return to_local().untyped_storage()
 
 
 def format_bytes(count: int) -> str:

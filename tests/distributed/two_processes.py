@@ -18,7 +18,10 @@ from unittest import mock
 import torch
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = [f"tests.distributed.{name}" for name in ("cells", "checkpoints", "killed_training", "layers", "sharded")]
+PROGRAMS = [
+    f"tests.distributed.{name}"
+    for name in ("breakdown", "cells", "checkpoints", "killed_training", "layers", "sharded")
+]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
 

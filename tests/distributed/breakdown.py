@@ -1,0 +1,61 @@
+"""The bytes of a step by owner in each of two processes, by DDP and by FSDP2, beside what the meter counts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_revlib as revlib
+
+
+def build(way: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(6)]
+    stack = revlib.ReversibleSequential(*blocks)
+    model: Any = nn.Sequential(nn.Linear(8, 32), stack, nn.Linear(32, 1))
+    if way == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        for block in stack:
+            fully_shard(block)
+        fully_shard(model)
+    return model, torch.optim.AdamW(model.parameters(), foreach=False)
+
+
+def main(out: Path) -> None:
+    """Save for each way the bytes at the four moments: those of the meter, and those of all owners together."""
+    rank = int(os.environ["LOCAL_RANK"])
+    distributed.init_process_group("gloo", rank=rank)
+    found: dict[str, Any] = {}
+    for way in ("ddp", "fsdp"):
+        model, steps = build(way)
+        batch = torch.randn(128, 8)
+        for _ in range(3):
+            with revlib.MemoryMeter() as meter:
+                loss = model(batch).sum()
+                held = meter.live
+                meter.reset_peak()
+                loss.backward()
+                backward = meter.peak
+                meter.reset_peak()
+                steps.step()
+                optimizer = meter.peak
+                steps.zero_grad()
+                del loss
+                expected = [held, backward, optimizer, meter.live]
+        memory = revlib.memory(lambda batch, model=model: model(batch).sum(), batch, steps, model=model, advice=False)
+        existing = sum(memory.existing.values())
+        found[way] = {
+            "expected": expected,
+            "found": [sum(each.bytes.values()) - existing for each in memory.moments],
+            "rows": {name: list(sizes) for name, sizes in memory.rows().items()},
+        }
+    if rank == 0:
+        torch.save(found, out / "result.pt")
+    distributed.destroy_process_group()
