@@ -13,9 +13,10 @@ from lightning_revlib.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-# tests/models runs the snippets of guide/models.md; the snippet of recipes/index.md needs a network of the reader's
+# tests/models runs the snippets of guide/models.md, tests/accounting those of guide/memory.md; the snippet of
+# recipes/index.md needs a network of the reader's
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.parts[-2:] not in {
-    ("guide", "models.md"), ("recipes", "index.md")
+    ("guide", "models.md"), ("guide", "memory.md"), ("recipes", "index.md")
 })]  # fmt: skip
 CLI = "docs/guide/lightning-cli.md"
 

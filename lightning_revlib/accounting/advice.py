@@ -15,6 +15,7 @@ from lightning_revlib.nn.convert.swap import stacks
 MOST = 4  # pieces of advice
 LEAST = 0.01  # share of the highest bytes that a change has to save
 EXPECTED = (STATE, GRADIENTS)  # when a step has ended
+FEW = 1024  # bytes
 FAILURES = (ValueError, TypeError, RuntimeError)  # of a change that does not suit the program
 
 
@@ -44,6 +45,7 @@ def _changes(program: Program, device: Any) -> Iterator[Advice]:
 def _kept(program: Program, result: Memory) -> Iterator[Advice]:
     """Yield what the program keeps although neither the step nor a later one needs it."""
     left = [s for s in result.shares if 0 < s.born and result.times.end < s.freed and s.owner.kind not in EXPECTED]
+    left = [s for s in left if s.size >= FEW]  # than numbers, such as a measured drift
     owners = ", ".join(dict.fromkeys(str(s.owner) for s in sorted(left, key=lambda s: -s.size)[:2]))
     yield Advice(
         f"do not keep tensors of the step when it has ended ({owners})",
