@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -45,15 +46,18 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
 def _run_of(module: nn.Module) -> Callable[[Any], Any]:
     """Return the function of a batch that trains a module."""
     training_step: Any = getattr(module, "training_step", None)
-    if training_step is not None:  # of a LightningModule
-        return lambda batch: training_step(batch, 0)
+
+    def train(batch: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*self.log.*self.trainer.*")  # there need not be one
+            return training_step(batch, 0)
 
     def run(batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return module(**batch)
         return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
 
-    return run
+    return run if training_step is None else train  # of a LightningModule
 
 
 def count(program: Program) -> Memory:

@@ -45,6 +45,7 @@ COMMANDS = {  # with a configuration of the same name
     ),
     "bench": Command("bench.command", "bench", "measure this library beside others: revlib bench full=true"),
 }
+FIT = Command("recipes.commands.fit", "report_fit", "say whether a recipe's training fits into a memory")
 BUDGET_SWEEP = Command("bench.command", "sweep_recipe", "measure a recipe under memory budgets")
 OTHERS = {  # without a configuration
     "list": Command(
@@ -213,7 +214,9 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
     original, traceback = sys.argv, _full_error()
 
     def task(cfg: DictConfig) -> Any:
-        chosen = BUDGET_SWEEP if command == "report" and cfg.budget_sweep else COMMANDS[command]
+        chosen = COMMANDS[command]
+        if command == "report":
+            chosen = FIT if cfg.simulate else BUDGET_SWEEP if cfg.budget_sweep else chosen
         function = chosen.load()
         sys.argv = original  # the command line that Lightning starts again for each further device
         try:
