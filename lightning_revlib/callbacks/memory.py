@@ -14,6 +14,8 @@ from typing_extensions import override
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Memory
 
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, on Linux and elsewhere
+
 
 class MemoryBreakdown(Callback):
     """Log the bytes of a training step by owner: `memory/in_backward/parameters`, `.../gradients` and so on.
@@ -88,4 +90,4 @@ class MemoryBreakdown(Callback):
 
 
 def _is_out_of_memory(exception: BaseException) -> bool:
-    return isinstance(exception, torch.OutOfMemoryError) or "not enough memory" in str(exception)  # on a CPU
+    return isinstance(exception, torch.OutOfMemoryError) or any(text in str(exception) for text in OUT_OF_MEMORY)

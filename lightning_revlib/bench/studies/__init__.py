@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-STUDIES = {
-    name: f"{__name__}.{name}"
-    for name in ("attention", "correctness", "drift", "memory", "minilm", "models", "overhead", "recipes", "smollm2")
-}
+NAMES = (
+    "attention", "correctness", "drift", "llama", "memory", "minilm", "models", "overhead", "recipes", "resident",
+    "smollm2",
+)  # fmt: skip
+STUDIES = {name: f"{__name__}.{name}" for name in NAMES}
 # Keys whose default is null: a study that does not take one of them refuses a value.
 OPTIONAL = (
     "batch", "builds", "contestants", "depths", "experiments", "lengths", "overrides", "seconds", "steps", "threads",
