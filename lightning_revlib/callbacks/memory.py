@@ -28,7 +28,7 @@ class MemoryBreakdown(Callback):
     A measured step is two to four times slower; other steps cost nothing.
 
     Args:
-        every_n_steps: measure the second batch, whose optimizer has its state, and each n-th after it.
+        every_n_steps: measure the second batch of an epoch, at which the optimizer has its state, and each n-th after it.
         picture: a .png file to draw each measured step into.
 
     Raises:

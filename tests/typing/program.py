@@ -66,6 +66,9 @@ def existing(model: nn.Module, batch: Tensor, hidden: Tensor, head: nn.Linear) -
     found = revlib.report(model, batch, max_change=0.1, progress=print)
     assert_type(found, revlib.Report)
     assert_type(revlib.restore(model), list[str])
+    step = revlib.memory(model, batch, torch.optim.AdamW, simulate=True)
+    assert_type(step, revlib.Memory)
+    assert_type(step.to_dict(), dict[str, float])
     revlib.chunk_loss(model, tokens=512)
     assert_type(revlib.chunked_cross_entropy(hidden, head, batch), Tensor)
     callback = revlib.ReversibleTrainerCallback({"layers": {"coupling": "additive"}}, memory_budget="2GiB")
@@ -84,6 +87,7 @@ def trainers(folder: Path) -> dict[str, Any]:
         revlib.ExactResume(),
         revlib.SpeedMonitor(every_n_steps=20),
         revlib.ActivationMemoryMonitor(),
+        revlib.MemoryBreakdown(every_n_steps=200),
         revlib.DriftMonitor(),
         revlib.CouplingAnnealing(steps=100),
     ]

@@ -2,9 +2,9 @@
 
     revlib bench study=resident
 
-Three processes train the same stack of 128 blocks, each for three steps of SGD: by ordinary autograd, checkpointed, and
+Three processes train the same stack of 128 blocks, each by SGD: by ordinary autograd, checkpointed, and
 reversibly. When its model and its gradients exist, a process limits its address space (RLIMIT_AS, which `ulimit -v`
-sets) to what it has then and 320 MiB. Three further processes train without the limit; the peak resident set is theirs,
+sets) to what it has then and 192 MiB. Three further processes train without the limit; the peak resident set is theirs,
 as the operating system says. Needs Linux.
 """
 
@@ -23,8 +23,8 @@ from lightning_revlib.nn import CoupledSequential, swap
 from lightning_revlib.nn.meter import format_bytes
 
 WAYS = ("plain", "checkpoint", "reversible")
-DEPTH, WIDTH, ROWS, STEPS = 128, 128, 4096, 3
-ROOM = 320 * 2**20  # bytes above those of the model and its gradients
+DEPTH, WIDTH, ROWS, STEPS = 128, 32, 16_384, 1
+ROOM = 192 * 2**20  # bytes above those of the model and its gradients
 
 
 def train(way: str, room: int | None) -> None:
