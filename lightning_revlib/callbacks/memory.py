@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,8 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_revlib.accounting.advice import advise
 from lightning_revlib.accounting.recorder import Recorder
-from lightning_revlib.accounting.result import Memory
+from lightning_revlib.accounting.result import Advice, Memory
+from lightning_revlib.accounting.step import program_of
+from lightning_revlib.nn.internals import pytree
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, on Linux and elsewhere
 
@@ -24,11 +29,12 @@ class MemoryBreakdown(Callback):
 
     There are four moments: `after_forward`, `in_backward`, `in_the_optimizer` and `between_steps`, of the last two the
     highest; `memory/highest` is that of the whole step. `memory` is the last measured step, a `Memory`: print it, or
-    draw it by `callback.memory.plot("step.png")`. If a later step runs out of memory, the error has its table.
+    draw it by `callback.memory.plot("step.png")`. If a later step runs out of memory, the error has its
+    table, and the changes that would save most, counted by simulation.
     A measured step is two to four times slower; other steps cost nothing.
 
     Args:
-        every_n_steps: measure the second batch of an epoch, at which the optimizer has its state, and each n-th after it.
+        every_n_steps: measure the second batch of an epoch, when the optimizer has its state, and each n-th after it.
         picture: a .png file to draw each measured step into.
 
     Raises:
@@ -41,6 +47,7 @@ class MemoryBreakdown(Callback):
         self.every_n_steps, self.picture = every_n_steps, picture
         self.memory: Memory | None = None  # of the last measured step
         self._recorder: Recorder | None = None  # while a step is measured
+        self._shapes: Any = None  # of its batch, without memory
         self._cleanup = ExitStack()
 
     @override
@@ -49,6 +56,7 @@ class MemoryBreakdown(Callback):
     ) -> None:
         if (batch_idx - 1) % self.every_n_steps == 0:
             self._recorder = self._cleanup.enter_context(Recorder(pl_module, batch, *trainer.optimizers))
+            self._shapes = pytree.tree_map_only(Tensor, partial(torch.empty_like, device="meta"), batch)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -81,7 +89,21 @@ class MemoryBreakdown(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
         if self.memory is not None and _is_out_of_memory(exception):
-            exception.args = (f"{exception}\nthe last measured step:\n{self.memory}", *exception.args[1:])
+            found = dataclasses.replace(self.memory, advice=self._advise(trainer, pl_module, self.memory))
+            exception.args = (f"{exception}\nthe last measured step:\n{found}", *exception.args[1:])
+
+    def _advise(self, trainer: pl.Trainer, module: Any, memory: Memory) -> tuple[Advice, ...]:
+        """Return what would save most of the measured step, which is simulated outside of the Trainer."""
+        optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
+        program = program_of(module, self._shapes, optimizer, None)
+        module.trainer = None  # what the step logs goes nowhere
+        try:
+            with trainer.precision_plugin.forward_context():
+                return advise(program, memory, module.device)
+        except Exception:  # of a step that cannot run by itself; the error to tell is another
+            return ()
+        finally:
+            module.trainer = trainer
 
     def _stop(self) -> None:
         """Stop measuring, if a step is being measured."""

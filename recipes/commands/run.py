@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_revlib.callbacks.memory import MemoryBreakdown
 from lightning_revlib.callbacks.monitors import DriftMonitor
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.nn.convert.swap import stacks
@@ -79,6 +80,9 @@ def train(cfg: DictConfig) -> float:
             measured=measured,
             original=original,
         )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MemoryBreakdown) and callback.memory is not None:
+                print(callback.memory)
         (Path(cfg.paths.output_dir) / RESULTS).write_text(json.dumps(metrics, indent=1))
         draw_curves(trainer.loggers)
     if cfg.optimized_metric not in metrics:

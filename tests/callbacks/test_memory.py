@@ -54,6 +54,7 @@ def test_running_out_of_memory_tells_the_last_measured_step(late: bool, tmp_path
         )
     assert ("the last measured step:\n" in str(caught.value)) == late
     assert ("highest in backward" in str(caught.value)) == late
+    assert ("# split the batch in two: saves " in str(caught.value)) == late
     assert meters() == before
 
 
