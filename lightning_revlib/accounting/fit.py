@@ -27,12 +27,11 @@ def ways(targets: Targets | None) -> list[Way]:
             count = len(model.get_submodule(path))
             swap(model, {path: {"treatments": ["checkpoint"] * count}})
 
-    def reversible(model: Any) -> None:
-        for path in swap(model, targets):
-            if model.get_submodule(path).grid_bits == "auto":
-                swap(model, {path: {"grid_bits": 12}})  # "auto" looks at values
-
-    return [Way("plain", restore), Way("checkpointed", checkpointed), Way("reversible", reversible)]
+    return [
+        Way("plain", restore),
+        Way("checkpointed", checkpointed),
+        Way("reversible", lambda model: swap(model, targets)),
+    ]
 
 
 def fill(program: Program, memory: int) -> tuple[int, str] | None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_revlib.accounting.step import Program
+from lightning_revlib.nn.convert.swap import Match, Record, put_back, record, stacks, swap_one
 from lightning_revlib.nn.internals import FakeTensorMode, pytree
 from lightning_revlib.pretrained.packing import unpacked
 
+GRID = 12  # bits, for "auto"; a step's bytes are the same with any number
 NO_VALUES = ("DataDependentOutputException", "DynamicOutputShapeException")  # of fake tensors; private in torch
 
 
@@ -39,6 +41,7 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
         return made[id(tensor)]
 
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as undo:
+        undo.callback(put_back, _choose_grids(program.model))
         for module in program.model.modules():
             kinds: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
             for tensors in kinds:
@@ -58,6 +61,16 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
                 f"simulate=True: the step reads the value of a tensor, which a simulated one has not ({error}): leave"
                 " out what needs it, such as a metric, .item() or a mask, or count the step on real tensors"
             ) from error
+
+
+def _choose_grids(model: nn.Module) -> list[Record]:
+    """Choose the grids that a first forward would choose by values, and return what it takes to undo that."""
+    found: list[Match] = [(path, stack, None) for path, stack in stacks(model).items() if stack.grid_bits == "auto"]
+    records = record(found)
+    for path, stack, _ in found:
+        vars(stack).pop("noted", None)  # the config of a pretrained model stays as it is
+        swap_one(path, stack, {"grid_bits": GRID})
+    return records
 
 
 def _twin(optimizer: Optimizer | None, fake: Any) -> Optimizer | None:

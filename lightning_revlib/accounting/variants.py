@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.accounting.layout import Layout
+from lightning_revlib.accounting.simulate import GRID
 from lightning_revlib.accounting.step import Program, losses_of
 from lightning_revlib.nn.convert.call import SILENT
 from lightning_revlib.nn.convert.candidates import paste
@@ -20,8 +21,6 @@ from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.state.snapshot import preserve_state
 from lightning_revlib.pretrained.lazy_logits import ChunkedForward, chunk_loss
 from lightning_revlib.strategies.optimizer_in_backward import ParameterStep
-
-GRID = 12  # bits, where "auto" would look at values
 
 
 class Variant(NamedTuple):

@@ -96,6 +96,18 @@ def test_all_is_as_before(simulate: bool, stepped: bool) -> None:
         assert p.grad is grad or (grad is not None and p.grad is not None and torch.equal(p.grad, grad))
 
 
+def test_a_grid_is_still_to_be_chosen_afterwards() -> None:
+    model = FAMILIES["llama"].model(3)
+    revlib.swap(model, {"model.layers": {"coupling": {"name": "momentum", "gamma": 0.5}, "grid_bits": "auto"}})
+    config, stack = copy.deepcopy(model.config.to_dict()), model.get_submodule("model.layers")
+    found = [
+        revlib.memory(model, FAMILIES["llama"].batch(), torch.optim.AdamW, simulate=simulate).rows()
+        for simulate in (False, True)
+    ]
+    assert (stack.grid_bits, stack.drift) == ("auto", None) and model.config.to_dict() == config  # type: ignore[operator]
+    assert found[0] == found[1]
+
+
 def test_a_model_that_has_no_memory() -> None:
     model = mlp()
     with torch.device("meta"):
