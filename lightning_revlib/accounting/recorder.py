@@ -21,7 +21,7 @@ from lightning_revlib.nn.stacks.module_list import Layerwise
 
 
 class Recorder:
-    """Watches one training step: `start`, then `end` after each of its parts, then `result`.
+    """A context manager that watches one training step; `end` follows each of its parts, and `result` the whole.
 
     >>> with Recorder(model, batch, optimizer) as recorder:
     ...     loss = model(**batch).loss
