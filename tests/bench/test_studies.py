@@ -20,6 +20,7 @@ TINY = {
     "minilm": ["steps=1", "batch=4"],
     "models": ["depths=[2]"],
     "overhead": ["builds=1", "steps=2"],
+    "peaks": ["workloads=[mlp]"],
     "recipes": ["experiments=[irevnet_digits]", 'overrides=["depth=1","trainer.max_epochs=1"]'],
     "resident": [],
     "smollm2": ["lengths=[8]", "contestants=[bdia]"],

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = (
-    "attention", "correctness", "drift", "llama", "memory", "minilm", "models", "overhead", "recipes", "resident",
-    "smollm2",
+    "attention", "correctness", "drift", "llama", "memory", "minilm", "models", "overhead", "peaks", "recipes",
+    "resident", "smollm2",
 )  # fmt: skip
 STUDIES = {name: f"{__name__}.{name}" for name in NAMES}
 # Keys whose default is null: a study that does not take one of them refuses a value.
