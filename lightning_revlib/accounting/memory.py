@@ -55,7 +55,7 @@ def memory(
 
     Raises:
         ValueError: for a function without `model`, and a step without anything that requires grad.
-        TypeError: for a simulated step that reads values, such as by ``.item()`` or by a mask.
+        TypeError: for another optimizer, and for a simulated step that reads values, by ``.item()`` or a mask, say.
     """
     program = program_of(step, batch, optimizer, model)
     if simulate:

@@ -30,7 +30,7 @@ class Program(NamedTuple):
 
 
 def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -> Program:
-    """Return the training step that the arguments of `memory` mean. Raises ValueError."""
+    """Return the training step that the arguments of `memory` mean. Raises ValueError, TypeError."""
     run = step
     if isinstance(step, nn.Module):
         model, run = model or step, _run_of(step)
@@ -39,6 +39,11 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
     if model is None:
         raise ValueError(f"memory: which module does {step!r} train? Pass it, as in memory(step, batch, model=model)")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
+        if not callable(optimizer):
+            raise TypeError(
+                f"memory: optimizer={optimizer!r}: pass an optimizer, or a function that makes one of parameters, such"
+                " as torch.optim.AdamW"
+            )
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     return Program(model, run, batch, optimizer)
 

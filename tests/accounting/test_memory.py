@@ -143,6 +143,8 @@ def test_errors_say_what_to_pass() -> None:
     model = mlp()
     with pytest.raises(ValueError, match=r"which module does .* train\? Pass it, as in memory\(step, batch, model="):
         revlib.memory(lambda batch: entropy(model, batch), BATCH)
+    with pytest.raises(TypeError, match=r"optimizer='adam': pass an optimizer, or a function that makes one"):
+        revlib.memory(nn.Linear(2, 2), torch.ones(1, 2), "adam")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no output of Sequential requires grad; unfreeze a parameter"):
         revlib.memory(model.requires_grad_(False), BATCH[0])
 
