@@ -51,8 +51,12 @@ class Attributes(State):
     __slots__ = ("before", "changed")
 
     def __init__(self, call: Call) -> None:
-        self.before: Snapshot | None = Snapshot(() if all(map(is_torch_layer, call.modules)) else call.modules)
+        self.before: Snapshot | None = Snapshot(call.modules)
         self.changed: Values = []
+
+    @classmethod
+    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
+        return not all(map(is_torch_layer, modules))
 
     def close(self) -> bool:
         assert self.before is not None
