@@ -80,3 +80,17 @@ def by_hand(model: nn.Module, batch: Any, steps: torch.optim.Optimizer) -> list[
             del loss
             figures = [held, backward, optimized, meter.live]
     return figures
+
+
+def check(model: nn.Module, batch: Any) -> None:
+    """Assert that the owners add up to what the meter counts, and that fake tensors have the same bytes."""
+    steps = optimizer(model.parameters())
+    expected = by_hand(model, batch, steps)
+    memory = revlib.memory(model, batch, steps, advice=False)
+    existing = sum(memory.existing.values())
+    assert [sum(each.bytes.values()) - existing for each in memory.moments] == expected
+    assert memory.highest.total == existing + max(expected)
+    assert [sum(sizes) for sizes in zip(*memory.rows().values(), strict=True)] == [m.total for m in memory.moments]
+    fake = revlib.memory(model, batch, steps, simulate=True, advice=False)
+    assert fake.rows() == memory.rows()
+    assert (fake.highest.bytes, fake.highest.cause) == (memory.highest.bytes, memory.highest.cause)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_revlib as revlib
-from tests.accounting.programs import FAMILIES, RECIPES, WAYS, by_hand, optimizer, program
+from tests.accounting.programs import FAMILIES, RECIPES, WAYS, check, program
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -19,16 +19,7 @@ from tests.accounting.programs import FAMILIES, RECIPES, WAYS, by_hand, optimize
 @pytest.mark.parametrize("name", [*FAMILIES, *RECIPES])
 def test_owners_add_up_to_the_meter_and_fake_tensors_agree(name: str, way: str, tmp_path: Path) -> None:
     model, batch, _ = program(name, tmp_path).run(way)
-    steps = optimizer(model.parameters())
-    expected = by_hand(model, batch, steps)
-    memory = revlib.memory(model, batch, steps, advice=False)
-    existing = sum(memory.existing.values())
-    assert [sum(each.bytes.values()) - existing for each in memory.moments] == expected
-    assert memory.highest.total == existing + max(expected)
-    assert [sum(sizes) for sizes in zip(*memory.rows().values(), strict=True)] == [m.total for m in memory.moments]
-    fake = revlib.memory(model, batch, steps, simulate=True, advice=False)
-    assert fake.rows() == memory.rows()
-    assert (fake.highest.bytes, fake.highest.cause) == (memory.highest.bytes, memory.highest.cause)
+    check(model, batch)
 
 
 def mlp(*blocks: nn.Module) -> nn.Module:
