@@ -55,7 +55,8 @@ def memory(
 
     Raises:
         ValueError: for a function without `model`, and a step without anything that requires grad.
-        TypeError: for another optimizer, and for a simulated step that reads values, by ``.item()`` or a mask, say.
+        TypeError: for another optimizer; for a simulated step that reads values, by ``.item()`` or a mask, say; for a
+            simulated module with sharded parameters, such as FSDP's.
     """
     program = program_of(step, batch, optimizer, model)
     if simulate:

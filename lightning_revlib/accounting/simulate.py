@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_revlib.accounting.step import Program
@@ -25,10 +26,13 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
     """Have a program of fake tensors inside, which computes shapes only. The module is put back at the end.
 
     Its tensors are said to be on `device`; without, where they are, or on the CPU if they are on the meta device.
+    DDP is passed over, whose buckets of gradients are there before the step.
 
-    Raises ValueError for a device that this machine does not have, TypeError for a step that reads values.
+    Raises ValueError for a device that this machine does not have, TypeError for a step that reads values and for
+    sharded parameters.
     """
     device = _known(device)
+    _check_whole(program.model)
     made: dict[int, Tensor] = {}  # by id of the original, for tensors that modules share
 
     def fake(tensor: Tensor) -> Tensor:
@@ -49,6 +53,9 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
                     if isinstance(tensor, Tensor):
                         undo.callback(tensors.__setitem__, name, tensor)
                         tensors[name] = fake(tensor)
+            if isinstance(module, DistributedDataParallel):
+                undo.callback(vars(module).pop, "forward")
+                vars(module)["forward"] = module.module
         if not (isinstance(program.batch, dict) and program.batch.get("position_ids") is not None):
             undo.enter_context(unpacked())
         batch = pytree.tree_map_only(Tensor, fake, program.batch)
@@ -61,6 +68,17 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
                 f"simulate=True: the step reads the value of a tensor, which a simulated one has not ({error}): leave"
                 " out what needs it, such as a metric, .item() or a mask, or count the step on real tensors"
             ) from error
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise TypeError if a parameter is a DTensor."""
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "to_local")), None)
+    if sharded is not None:
+        raise TypeError(
+            f"simulate=True: the parameter {sharded} is sharded, and simulated tensors are not gathered from other"
+            " processes: simulate the module as it is before fully_shard or another parallelism, with a share of"
+            " parameters, gradients and optimizer state in each process; or count the step on real tensors"
+        )
 
 
 def _choose_grids(model: nn.Module) -> list[Record]:

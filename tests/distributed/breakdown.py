@@ -1,4 +1,4 @@
-"""The bytes of a step by owner in each of two processes, by DDP and by FSDP2, beside what the meter counts."""
+"""The bytes of a step by owner in each of two processes, by DDP and by FSDP2: counted, and simulated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def build(way: str) -> tuple[Any, Any]:
 
 
 def main(out: Path) -> None:
-    """Save for each way the bytes at the four moments: those of the meter, and those of all owners together."""
+    """Save for each way the bytes at the four moments: of the meter, of all owners together, by owner, and simulated.
+
+    For a way that cannot be simulated it is the error.
+    """
     rank = int(os.environ["LOCAL_RANK"])
     distributed.init_process_group("gloo", rank=rank)
     found: dict[str, Any] = {}
@@ -49,13 +52,24 @@ def main(out: Path) -> None:
                 steps.zero_grad()
                 del loss
                 expected = [held, backward, optimizer, meter.live]
-        memory = revlib.memory(lambda batch, model=model: model(batch).sum(), batch, steps, model=model, advice=False)
+
+        def run(batch: Any, model: Any = model) -> Any:
+            return model(batch).sum()
+
+        memory = revlib.memory(run, batch, steps, model=model, advice=False)
         existing = sum(memory.existing.values())
         found[way] = {
             "expected": expected,
             "found": [sum(each.bytes.values()) - existing for each in memory.moments],
             "rows": {name: list(sizes) for name, sizes in memory.rows().items()},
         }
+        try:
+            fake = revlib.memory(run, batch, steps, model=model, simulate=True)
+            found[way]["fake"] = {name: list(sizes) for name, sizes in fake.rows().items()}
+        except TypeError as error:
+            found[way]["error"] = str(error)
+        after = revlib.memory(run, batch, steps, model=model, advice=False)
+        found[way]["after"] = {name: list(sizes) for name, sizes in after.rows().items()}
     if rank == 0:
         torch.save(found, out / "result.pt")
     distributed.destroy_process_group()
