@@ -89,7 +89,6 @@ def _run(program: Program, recorder: Recorder, precision: Any) -> Memory:
     with recorder:
         with precision():
             out = run(batch)
-        torch.clear_autocast_cache()
         losses = losses_of(out, model)
         del out  # as trainers do, which keep the loss alone
         recorder.end("forward")
@@ -127,11 +126,22 @@ def _preserve_stacks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _forward_in(model: nn.Module) -> Iterator[Callable[[], Any]]:
-    """Turn autocast off inside, and yield a function that makes a context with autocast as it was, for the forward."""
+    """Turn autocast off inside, and yield a function that makes a context with autocast as it was, for the forward.
+
+    Backward then runs outside of all contexts of autocast, as in a Trainer. Within one, the casts of weights that a
+    checkpoint makes anew would be kept.
+    """
     kind = next((p.device.type for p in model.parameters()), "cpu")
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         yield ExitStack
         return
-    dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
+    dtype, depth = torch.get_autocast_dtype(kind), torch.autocast_increment_nesting()
+    for _ in range(depth):
+        torch.autocast_decrement_nesting()
+    torch.set_autocast_enabled(kind, False)
+    try:
         yield lambda: torch.autocast(kind, dtype)
+    finally:
+        torch.set_autocast_enabled(kind, True)
+        for _ in range(depth - 1):
+            torch.autocast_increment_nesting()

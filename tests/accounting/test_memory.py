@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_revlib as revlib
 from tests.accounting.programs import FAMILIES, RECIPES, WAYS, check, program
@@ -53,6 +54,29 @@ def test_casts_of_weights_are_told_apart() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         memory = revlib.memory(model, torch.randn(4, 64), advice=False)
     assert memory.after_forward.bytes["casts of weights", ""] == 64 * 64 * 2  # the second weight
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_autocast_around_the_call_is_that_of_forward_alone(simulate: bool) -> None:
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(3)]
+    model, batch = nn.Sequential(*layers), torch.randn(4, 64)
+
+    def step(batch: Any) -> Tensor:
+        for layer in layers:
+            batch = checkpoint(layer, batch, use_reentrant=False, preserve_rng_state=False)
+        return batch.float().square().mean()
+
+    def cast(batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(batch)
+
+    inside = revlib.memory(cast, batch, model=model, simulate=simulate, advice=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = revlib.memory(step, batch, model=model, simulate=simulate, advice=False)
+        assert torch.is_autocast_enabled("cpu") and model(batch).dtype == torch.bfloat16
+    assert model(batch).dtype == torch.float32
+    assert around.rows() == inside.rows() and around.highest.bytes == inside.highest.bytes
+    assert not around.between_steps.bytes.get(("casts of weights", ""))
 
 
 class Noisy(nn.Module):
