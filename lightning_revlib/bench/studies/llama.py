@@ -6,15 +6,21 @@
 The highest bytes of one training step, with a batch of one sequence, under autocast to bfloat16. "full" trains float32
 weights by AdamW; "LoRA" trains adapters of rank 16 in all linear layers, of weights in bfloat16. `memory` counts them
 by fake tensors on the CPU, whose attention kernel holds what flash attention holds. Checkpoints are of each layer.
+With offload their inputs wait for backward in the host's memory, which is not counted, as by
+`torch.autograd.graph.save_on_cpu`; copies take no time here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from lightning_revlib.accounting.memory import memory
 from lightning_revlib.accounting.result import Memory
@@ -28,11 +34,15 @@ MOMENTUM = {"name": "momentum", "gamma": 2.0**-4}
 
 
 class Way(NamedTuple):
-    """A way to train: options of the layers' stack, or None for ordinary autograd, and whether the loss is chunked."""
+    """A way to train: options of the layers' stack, or None for ordinary autograd, and whether the loss is chunked.
+
+    If offloaded, the layers are checkpoints of torch, whose inputs are on the host.
+    """
 
     name: str
     options: dict[str, Any] | None
     is_chunked: bool = False
+    is_offloaded: bool = False
 
 
 def ways(depth: int) -> list[Way]:
@@ -47,6 +57,8 @@ def ways(depth: int) -> list[Way]:
         Way("plain", None),
         Way("checkpoint", checkpointed),
         Way("checkpoint, chunked loss", checkpointed, True),
+        Way("checkpoint with offload", None, is_offloaded=True),
+        Way("checkpoint with offload, chunked loss", None, True, is_offloaded=True),
         Way("exact momentum", exact),
         Way("exact momentum, chunked loss", exact, True),
         Way("midpoint by branches, chunked loss", {"coupling": "midpoint", "branches": BRANCHES}, True),
@@ -71,11 +83,36 @@ def build(depth: int, length: int, lora: bool) -> tuple[Any, Any, str]:
     return model, causal, "base_model.model.model.layers"
 
 
+def offload_inputs(layers: Any) -> None:
+    """Make each layer a checkpoint whose inputs are on the host until backward.
+
+    Simulated tensors have no values to copy: what goes to the host is dropped, and what comes back is a new tensor.
+    """
+    for layer in layers:
+        layer.forward = partial(_offloaded, layer.forward)
+
+
+def _offloaded(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with saved_tensors_hooks(_to_host, _from_host):
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _to_host(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _from_host(packed: Any) -> Tensor:
+    shape, stride, dtype = packed
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+
+
 def step(way: Way, depth: int, length: int, lora: bool) -> Memory:
     """Return the simulated step of a way."""
     model, causal, path = build(depth, length, lora)
     if way.options is not None:
         swap(model, {path: way.options})
+    if way.is_offloaded:
+        offload_inputs(model.get_submodule(path))
     if way.is_chunked:
         chunk_loss(causal)
     ids = torch.ones(1, length, dtype=torch.long, device="meta")
