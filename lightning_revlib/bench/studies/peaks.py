@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_revlib.bench.command import pick
 from lightning_revlib.bench.contestants import Build, checkpointed, ours, plain
 from lightning_revlib.bench.workloads import WORKLOADS, Size, Workload
 from lightning_revlib.nn import MemoryMeter
@@ -38,8 +37,10 @@ def peak(build: Build, workload: Workload, size: Size) -> int:
 
 def main(workloads: Sequence[str] | None = None) -> None:
     """Print a table with a row for each size. Raises ValueError for an unknown workload."""
+    if unknown := [name for name in workloads or () if name not in WORKLOADS]:
+        raise ValueError(f"workloads={unknown}: unknown; take some of {', '.join(WORKLOADS)}")
     print("|", " | ".join(["simulated peak", *WAYS]), "|\n|---" + "|---:" * len(WAYS) + "|")
-    for workload in pick("workloads", workloads, WORKLOADS):
+    for workload in [WORKLOADS[name] for name in workloads or WORKLOADS]:
         for size in workload.cuda:
             peaks = [format_bytes(peak(build, workload, size)) for build in WAYS.values()]
             name = f"{workload.name}, depth {size.depth}, width {size.width}, batch {size.batch}"
