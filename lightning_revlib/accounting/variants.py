@@ -38,6 +38,9 @@ def variants(program: Program) -> Iterator[Variant]:
         paths = ", ".join(targets) or "the stacks"
         line = paste(targets) if targets else "lightning_revlib.swap(model)"
         yield Variant(f"run {paths} reversibly", line, _swapped(program, targets))
+    if held := _held(program.model):
+        blocks = f"all blocks of {', '.join(held)}" if all(held) else "all blocks"
+        yield Variant(f"run {blocks} reversibly, without treatments or a budget", paste(held), _swapped(program, held))
     for path, head in _heads(program.model):
         name = f"model.{path}" if path else "model"
         yield Variant("compute the loss by chunks", f"lightning_revlib.chunk_loss({name})", _chunked(program, head))
@@ -61,6 +64,16 @@ def _targets(program: Program) -> Mapping[str, Any] | None:
         return {}
     with preserve_state(model):
         return discover(model, lambda: program.run(program.batch)).targets or None
+
+
+def _held(model: nn.Module) -> dict[str, Any]:
+    """Return the stacks whose treatments or budgets let blocks hold more than reversible ones, with what undoes it.
+
+    A budget that stacks share is their strategy's.
+    """
+    found = stacks(model).items()
+    own = {path for path, stack in found if stack.budget is not None and not stack.budget.paths}
+    return {path: {"store_last": 0} for path, s in found if path in own or set(s.step_treatments()) - {"reversible"}}
 
 
 @contextmanager

@@ -38,6 +38,19 @@ def test_a_container_to_swap_saves_what_it_says() -> None:
     assert memory.highest.total - after.highest.total == best.saved
 
 
+@pytest.mark.parametrize("options", [{"treatments": ["store"] * 6}, {"store_last": 3}, {"memory_budget": 0.8}])
+def test_blocks_of_a_swapped_stack_that_are_not_run_reversibly(options: dict[str, Any]) -> None:
+    model, data = llama(), batch()
+    revlib.swap(model, {"model.layers": {"coupling": "midpoint", "residual": True, **options}})
+    memory = revlib.memory(model, data, torch.optim.AdamW)
+    best = memory.advice[0]
+    assert best.change.startswith("run all blocks of model.layers reversibly")
+    exec(best.line, {"lightning_revlib": revlib, "model": model})
+    after = revlib.memory(model, data, torch.optim.AdamW)
+    assert memory.highest.total - after.highest.total == best.saved
+    assert not any("reversibly" in each.change for each in after.advice)
+
+
 def test_logits_that_dominate_a_swapped_model() -> None:
     """The first stranger: swapped the stack, and the logits are what the step holds."""
     model, data = llama(8192, depth=2), batch(8192)
