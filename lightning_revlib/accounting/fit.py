@@ -39,17 +39,17 @@ def fill(program: Program, memory: int) -> tuple[int, str] | None:
 
     None if the step does not fit. The stacks keep the budget.
     """
-    found = stacks(program.model)
-    share_budget(found, Budget("1000TiB"))
+    found, probe = stacks(program.model), Budget("1000TiB")
+    share_budget(found, probe)
     count(program)
-    least = sum(stack.plan.minimum for stack in found.values())
     share_budget(found, None)
-    if (left := memory - count(program).highest.total) < 0:
+    left = memory - count(program).highest.total
+    if left < 0 or probe.plan is None:
         return None
-    share_budget(found, Budget(least + left))
+    budget = Budget(probe.plan.minimum + left)
+    share_budget(found, budget)
     total = count(program).highest.total
-    plans = "; ".join(str(stack.plan).splitlines()[0] for stack in found.values())
-    return (total, plans) if total <= memory else None
+    return (total, str(budget.plan).partition("\n")[0]) if total <= memory else None
 
 
 def largest(bytes_of: Callable[[int], int], memory: int, first: int, unit: int = 1) -> int | None:
