@@ -15,7 +15,7 @@ from torch.nn import functional
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.pretrained.loss import TOKENS, chunked_cross_entropy
-from lightning_revlib.pretrained.planned_loss import budgets, count_loss
+from lightning_revlib.pretrained.planned_loss import count_loss, expecting_budgets
 
 
 def chunk_loss(model: nn.Module, tokens: int | None = TOKENS) -> None:
@@ -61,7 +61,7 @@ class ChunkedForward:
             return self.__wrapped__(*args, **kwargs)
         head = self.model.get_output_embeddings()  # type: ignore[operator]  # PEFT may have replaced it
         former = vars(head).get("forward")
-        loss = partial(self._loss, head, budgets(self.model))
+        loss = partial(self._loss, head, expecting_budgets(self.model))
         head.forward = partial(LazyLogits, former or partial(type(head).forward, head), head.weight.shape[0], loss)
         try:
             return self.__wrapped__(*args, **kwargs)

@@ -17,11 +17,11 @@ from lightning_revlib.nn.plan.profile import measure_loss
 from lightning_revlib.nn.state.context import autocast_kind
 
 
-def budgets(model: nn.Module) -> list[Budget]:
-    """Return the budgets of a model's stacks, each of which is to wait for the costs of the loss."""
+def expecting_budgets(model: nn.Module) -> list[Budget]:
+    """Have the budgets of a model's stacks expect the costs of the loss, and return them."""
     found = {id(stack.budget): stack.budget for stack in stacks(model).values() if stack.budget is not None}
     for budget in found.values():
-        budget.has_loss = True
+        budget.expect_loss()
     return [*found.values()]
 
 
@@ -30,7 +30,12 @@ def count_loss(
 ) -> None:
     """Tell a budget that the loss of these hidden states runs now; measure it if the budget does not know its costs.
 
-    `settings` are what the costs depend on besides the head and the hidden states.
+    Args:
+        budget: of the model's stacks.
+        loss: of hidden states, a number.
+        hidden: of shape (rows, width).
+        head: the module whose weights the loss reads.
+        *settings: what the costs depend on besides.
 
     Raises:
         ValueError: if the budget is too small.
