@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_revlib as revlib
+from tests.accounting.by_hand import by_hand
 from tests.conf.test_config import configuration
 from tests.models import test_gpt2, test_llama, test_vit
 from tests.recipes import standin
@@ -56,30 +57,6 @@ def program(name: str, folder: Path) -> Program:
 
 def optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, 1e-4, foreach=False)
-
-
-def loss_of(model: Any, batch: Any) -> Tensor:
-    if hasattr(model, "training_step"):
-        return model.training_step(batch, 0)
-    return model(**batch).loss if isinstance(batch, dict) else model(batch).sum()
-
-
-def by_hand(model: nn.Module, batch: Any, steps: torch.optim.Optimizer) -> list[int]:
-    """Return what `MemoryMeter` counts at the four moments of the third step."""
-    for _ in range(3):
-        with revlib.MemoryMeter() as meter:
-            loss = loss_of(model, batch)
-            held = meter.live
-            meter.reset_peak()
-            loss.backward()
-            backward = meter.peak
-            meter.reset_peak()
-            steps.step()
-            optimized = meter.peak
-            steps.zero_grad()
-            del loss
-            figures = [held, backward, optimized, meter.live]
-    return figures
 
 
 def check(model: nn.Module, batch: Any) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lightning_revlib as revlib
+from tests.accounting.by_hand import by_hand
 
 
 def build(way: str) -> tuple[Any, Any]:
@@ -39,19 +40,7 @@ def main(out: Path) -> None:
     for way in ("ddp", "fsdp"):
         model, steps = build(way)
         batch = torch.randn(128, 8)
-        for _ in range(3):
-            with revlib.MemoryMeter() as meter:
-                loss = model(batch).sum()
-                held = meter.live
-                meter.reset_peak()
-                loss.backward()
-                backward = meter.peak
-                meter.reset_peak()
-                steps.step()
-                optimizer = meter.peak
-                steps.zero_grad()
-                del loss
-                expected = [held, backward, optimizer, meter.live]
+        expected = by_hand(model, batch, steps)
 
         def run(batch: Any, model: Any = model) -> Any:
             return model(batch).sum()
