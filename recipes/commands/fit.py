@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -45,6 +46,7 @@ class Simulation:
     """A recipe with its stacks run in a way."""
 
     def __init__(self, cfg: DictConfig, way: str, device: str) -> None:
+        cfg = copy.deepcopy(cfg)  # which others read
         with open_dict(cfg):
             cfg.recipe.scheduler = None  # which would ask a Trainer for the number of steps
         self.module, self.device = build(cfg).train(), device
