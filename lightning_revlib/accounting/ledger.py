@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_revlib.accounting.owners import CASTS, Owner
+from lightning_revlib.accounting.owners import CASTS, GATHERED, Owner
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.meter import MemoryMeter, storage_of
 
@@ -88,6 +88,10 @@ class Ledger(MemoryMeter):
             entry.owner = Owner(CASTS)
         self.entries.append(entry)
         self._open[key] = entry
+
+    def _note_gathered(self, tensors: Sequence[Tensor]) -> None:
+        super()._note_gathered(tensors)
+        self.assign(tensors, Owner(GATHERED))
 
     def _free(self, key: int, size: int) -> None:
         super()._free(key, size)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH = "parameters", "gradients", "optimizer state", "buffers", "batch"
-CASTS, STREAMS, HELD, NEEDED = (
+CASTS, GATHERED, STREAMS, HELD, NEEDED = (
     "casts of weights",
+    "gathered weights",
     "inputs and outputs",
     "held by blocks",
     "needed in backward by blocks",
 )
 MODULE, LOSS, OPTIMIZER, REST = "outside of stacks", "logits and loss", "step of the optimizer", "the rest"
 KINDS = (
-    PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH, CASTS, STREAMS, HELD, NEEDED, MODULE, LOSS, OPTIMIZER, REST
+    PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH, CASTS, GATHERED, STREAMS, HELD, NEEDED, MODULE, LOSS, OPTIMIZER, REST
 )  # fmt: skip
 
 

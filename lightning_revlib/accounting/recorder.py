@@ -72,6 +72,7 @@ class Recorder:
     def __exit__(self, *error: Any) -> None:
         for optimizer in self.optimizers:
             self.ledger.assign(list(state_tensors(optimizer)), Owner(STATE))
+        self.ledger.notice_resharding()
         self._ends["step"] = self.ledger.time
         self._hooks.close()
         self.ledger.close()
@@ -80,6 +81,7 @@ class Recorder:
         """Note that "forward", "backward" or "optimizer" has ended."""
         if part == "forward":
             self._assign_streams()
+        self.ledger.notice_resharding()
         self._ends[part] = self.ledger.time
         self.places.is_backward = part == "forward"
 

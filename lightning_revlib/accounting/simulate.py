@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_revlib.accounting.fakes import Fakes
 from lightning_revlib.accounting.step import Program
 from lightning_revlib.nn.convert.swap import Match, Record, put_back, record, stacks, swap_one
-from lightning_revlib.nn.internals import FakeTensorMode, pytree
+from lightning_revlib.nn.internals import FakeTensorMode, fsdp_objects, pytree
 from lightning_revlib.pretrained.packing import unpacked
 
 GRID = 12  # bits, for "auto"; a step's bytes are the same with any number
-NO_VALUES = ("DataDependentOutputException", "DynamicOutputShapeException")  # of fake tensors; private in torch
+NO_VALUES = (
+    "the step reads the value of a tensor, which a simulated one has not: leave out what needs it, such as a metric,"
+    " .item() or a mask"
+)
+NO_KERNEL = "an operator takes no simulated tensors: torch.library.register_fake, or a newer torch, may give it shapes"
+WHY = {  # by torch's errors, whose names are private
+    "DataDependentOutputException": NO_VALUES,
+    "DynamicOutputShapeException": NO_VALUES,
+    "UnsupportedOperatorException": NO_KERNEL,
+}
 
 
 @contextmanager
@@ -28,31 +38,13 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
     Its tensors are said to be on `device`; without, where they are, or on the CPU if they are on the meta device.
     DDP is passed over, whose buckets of gradients are there before the step.
 
-    Raises ValueError for a device that this machine does not have, TypeError for a step that reads values and for
-    sharded parameters.
+    Raises ValueError for a device that this machine does not have, TypeError for a step that reads values.
     """
-    device = _known(device)
-    _check_whole(program.model)
-    made: dict[int, Tensor] = {}  # by id of the original, for tensors that modules share
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            where = device or ("cpu" if tensor.is_meta else tensor.device)
-            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
-            if isinstance(tensor, nn.Parameter):
-                new = nn.Parameter(new, tensor.requires_grad)
-            made[id(tensor)] = new
-        return made[id(tensor)]
-
+    fake = Fakes(_known(device, program.model))
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as undo:
         undo.callback(put_back, _choose_grids(program.model))
+        _fake_tensors(program.model, fake, undo)
         for module in program.model.modules():
-            kinds: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
-            for tensors in kinds:
-                for name, tensor in list(tensors.items()):
-                    if isinstance(tensor, Tensor):
-                        undo.callback(tensors.__setitem__, name, tensor)
-                        tensors[name] = fake(tensor)
             if isinstance(module, DistributedDataParallel):
                 undo.callback(vars(module).pop, "forward")
                 vars(module)["forward"] = module.module
@@ -62,23 +54,28 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
         try:
             yield program._replace(batch=batch, optimizer=_twin(program.optimizer, fake))
         except RuntimeError as error:
-            if type(error).__name__ not in NO_VALUES:
+            if (why := WHY.get(type(error).__name__)) is None:
                 raise
-            raise TypeError(
-                f"simulate=True: the step reads the value of a tensor, which a simulated one has not ({error}): leave"
-                " out what needs it, such as a metric, .item() or a mask, or count the step on real tensors"
-            ) from error
+            raise TypeError(f"simulate=True: {why}, or count the step on real tensors ({error})") from error
 
 
-def _check_whole(model: nn.Module) -> None:
-    """Raise TypeError if a parameter is a DTensor."""
-    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "to_local")), None)
-    if sharded is not None:
-        raise TypeError(
-            f"simulate=True: the parameter {sharded} is sharded, and simulated tensors are not gathered from other"
-            " processes: simulate the module as it is before fully_shard or another parallelism, with a share of"
-            " parameters, gradients and optimizer state in each process; or count the step on real tensors"
-        )
+def _fake_tensors(model: nn.Module, fake: Fakes, undo: ExitStack) -> None:
+    """Have fake tensors for all of a model's, and for those that FSDP2 has beside its modules."""
+    for module in model.modules():
+        kinds: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
+        for names in kinds:
+            tensors = {name: tensor for name, tensor in names.items() if isinstance(tensor, Tensor)}
+            undo.callback(names.update, tensors)
+            names.update({name: fake(tensor) for name, tensor in tensors.items()})
+    for part in fsdp_objects(model):
+        before = {name: [*value] if isinstance(value, list) else value for name, value in vars(part).items()}
+        undo.callback(vars(part).update, before)
+        undo.callback(vars(part).clear)  # the last callback is the first
+        vars(part).update(pytree.tree_map_only(Tensor, fake, {n: v for n, v in before.items() if _has_tensors(v)}))
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(t, Tensor) for t in value))
 
 
 def _choose_grids(model: nn.Module) -> list[Record]:
@@ -91,7 +88,7 @@ def _choose_grids(model: nn.Module) -> list[Record]:
     return records
 
 
-def _twin(optimizer: Optimizer | None, fake: Any) -> Optimizer | None:
+def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:
     """Return an optimizer of the same class and options for the fake parameters, without state."""
     if optimizer is None:
         return None
@@ -102,10 +99,13 @@ def _twin(optimizer: Optimizer | None, fake: Any) -> Optimizer | None:
     return twin
 
 
-def _known(device: torch.device | str | None) -> torch.device | None:
+def _known(device: torch.device | str | None, model: nn.Module) -> torch.device | None:
     if device is None:
         return None
     device = torch.device(device)
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    if others := {mesh.device_type for mesh in meshes} - {device.type}:
+        raise ValueError(f"device={str(device)!r}: the model is sharded on {others.pop()}; leave out device")
     if device.type not in ("cpu", "meta") and not torch.get_device_module(device).is_available():
         raise ValueError(
             f"device={str(device)!r}: fake tensors on it need a machine that has one; device='cpu' counts the same"

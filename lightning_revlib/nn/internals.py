@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -135,6 +136,29 @@ def use_parametrization_cache(cache: Any) -> Iterator[None]:
         yield
     finally:
         torch.nn.utils.parametrize._cache, torch.nn.utils.parametrize._cache_enabled = now
+
+
+def fsdp_objects(model: torch.nn.Module) -> list[Any]:
+    """Return the objects in which FSDP2 keeps the shards of a model that `fully_shard` has sharded.
+
+    Watch FSDPModule for a method such as `_apply` that takes shards away and puts the same ones back.
+    """
+    found: dict[int, Any] = {}
+    modules: list[Any] = list(model.modules())
+    waiting = [m._get_fsdp_state() for m in modules if hasattr(m, "_get_fsdp_state")]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (list, tuple)):
+            waiting.extend(each)
+        elif id(each) not in found and _is_of_fsdp(each):
+            found[id(each)] = each
+            waiting.extend(vars(each).values())
+    return list(found.values())
+
+
+def _is_of_fsdp(each: Any) -> bool:
+    ours = type(each).__module__.startswith("torch.distributed.fsdp.") and hasattr(each, "__dict__")
+    return ours and not isinstance(each, (torch.nn.Module, Enum, type))
 
 
 @contextmanager

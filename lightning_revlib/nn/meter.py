@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import flop_registry
 from typing_extensions import Self
 
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
+
+GATHER = "fsdp::split_with_sizes_copy"  # FSDP2's operator that writes the weights it has gathered
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -23,20 +26,36 @@ class MemoryMeter(TorchDispatchMode):
     ...     y.backward(g)
     >>> held / y.nbytes, meter.peak / y.nbytes
 
-    Storages allocated before, such as inputs and parameters, do not count. Views add nothing. Eager
-    execution takes two to four times as long. The scratch memory of kernels is not counted: use
-    `torch.cuda.max_memory_allocated` for it.
+    Storages allocated before, such as inputs and parameters, do not count, but for the weights that FSDP2 gathers: it
+    frees and allocates them by resizing their storages. Views add nothing. Eager execution takes two to four times as
+    long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
         self.peak = 0
-        self._known: dict[int, Any] = {}
+        self._live = 0
+        self._known: dict[int, Any] = {}  # finalizers
+        self._gathered: dict[int, Any] = {}  # weak references to storages
 
     def __enter__(self) -> Self:  # torch's has no type
         super().__enter__()
         return self
+
+    @property
+    def live(self) -> int:
+        """The bytes allocated so far and not yet freed."""
+        self.notice_resharding()
+        return self._live
+
+    def notice_resharding(self) -> None:
+        """Count as freed the gathered weights that FSDP2 has freed since the last operation, of which none tells."""
+        for key, reference in list(self._gathered.items()):
+            storage = reference()
+            if storage is None or storage.nbytes() == 0:
+                del self._gathered[key]
+                if known := self._known.get(key):
+                    known()
 
     def reset_peak(self) -> None:
         """Set the peak to the bytes that are alive now."""
@@ -48,7 +67,10 @@ class MemoryMeter(TorchDispatchMode):
             known()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.notice_resharding()
         out = func(*args, **(kwargs or {}))
+        if func.name() == GATHER:
+            self._note_gathered(kwargs["out"])
         given = {_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and (key := _key(tensor)) not in given and key not in self._known:
@@ -58,13 +80,20 @@ class MemoryMeter(TorchDispatchMode):
     def _count(self, tensor: Tensor, key: int) -> None:
         storage = storage_of(tensor)
         size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        self._live += size
+        self.peak = max(self.peak, self._live)
         self._known[key] = weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         del self._known[key]
-        self.live -= size
+        self._live -= size
+
+    def _note_gathered(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            key = _key(tensor)
+            self._gathered[key] = weakref.ref(storage_of(tensor))
+            if key not in self._known:
+                self._count(tensor, key)
 
 
 class CostMeter(MemoryMeter):

@@ -174,3 +174,32 @@ def test_a_step_that_reads_values_cannot_be_simulated() -> None:
     assert not revlib.memory(step, BATCH, model=model).advice
     with pytest.raises(TypeError, match="reads the value of a tensor, which a simulated one has not"):
         revlib.memory(step, BATCH, model=model, simulate=True)
+
+
+torch.library.define("lightning_revlib_tests::twice", "(Tensor x) -> Tensor")
+torch.library.impl("lightning_revlib_tests::twice", "cpu", lambda x: 2 * x)
+torch.library.register_autograd("lightning_revlib_tests::twice", lambda context, g: 2 * g)
+
+
+def test_an_operator_without_shapes_cannot_be_simulated() -> None:
+    model = mlp()
+
+    def step(batch: Any) -> Tensor:
+        return torch.ops.lightning_revlib_tests.twice(entropy(model, batch))
+
+    assert revlib.memory(step, BATCH, model=model, advice=False)
+    with pytest.raises(TypeError, match=r"torch\.library\.register_fake.*or count the step on real tensors .*twice"):
+        revlib.memory(step, BATCH, model=model, simulate=True)
+
+
+def test_tensors_that_share_a_storage_do_so_when_they_are_simulated() -> None:
+    model = mlp()
+    flat = torch.zeros(2**10)
+    model[0].weight, model[0].bias = (nn.Parameter(flat[:256].view(8, 32).t()), nn.Parameter(flat[-32:]))
+    counted, simulated = [
+        revlib.memory(lambda batch: entropy(model, batch), BATCH, model=model, advice=False, simulate=simulate)
+        for simulate in (False, True)
+    ]
+    others = sum(p.nbytes for part in model[1:] for p in part.parameters())
+    assert counted.rows()["parameters"][0] == flat.nbytes + others
+    assert simulated.rows() == counted.rows()

@@ -15,20 +15,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_owners_add_up_to_the_meter_in_each_process(found: Any) -> None:
     for figures in found.values():
         assert figures["found"] == figures["expected"]
-    ddp, fsdp = found["ddp"]["rows"], found["fsdp"]["rows"]
+    ddp, fsdp = found["ddp"]["counted"], found["fsdp"]["counted"]
     for owner in ("parameters", "gradients", "optimizer state"):  # of the latter some numbers of steps
         assert 0.5 <= fsdp[owner][2] / ddp[owner][2] < 0.55
 
 
-def test_a_step_by_ddp_is_simulated_to_the_byte(found: Any) -> None:
-    assert found["ddp"]["fake"] == found["ddp"]["rows"]
+def test_gathered_weights_are_freed_when_they_are_sharded_again(found: Any) -> None:
+    block, rest = 2 * 16 * 64 + 64 + 16, 8 * 32 + 32 + 64 + 2  # of one output the second process has padding
+    after_forward, highest, *_ = found["fsdp"]["counted"]["gathered weights"]
+    assert after_forward == 4 * rest  # FSDP2 keeps those of the module at the root
+    assert highest == 4 * (rest + block)
 
 
-def test_sharded_parameters_are_not_simulated(found: Any) -> None:
-    assert "parameter 0.weight is sharded" in found["fsdp"]["error"]
-    assert "simulate the module as it is before fully_shard" in found["fsdp"]["error"]
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_simulated_step_agrees_to_the_byte(found: Any, way: str) -> None:
+    assert found[way]["before"] == found[way]["fake"] == found[way]["counted"]
 
 
-def test_a_simulation_leaves_the_wrapper_as_it_was(found: Any) -> None:
-    for figures in found.values():
-        assert figures["after"] == figures["rows"]
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_simulation_leaves_the_model_as_it_was(found: Any, way: str) -> None:
+    assert found[way]["after"] == found[way]["counted"]
+    model, fresh = found[way]["weights"]
+    assert model == fresh

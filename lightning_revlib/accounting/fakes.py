@@ -1,0 +1,49 @@
+"""Fake tensors for real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Fakes:
+    """Makes fake tensors inside a FakeTensorMode, the same one for the same original, on storages of the same size.
+
+    Tensors that share a storage have fakes that do. A tensor of tensors, such as a sharded one, becomes one of fakes.
+
+    Args:
+        device: of all fakes; without, that of the original, or the CPU if that is on the meta device.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, lest another gets its id
+        self._storages: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __call__(self, tensor: Any) -> Any:
+        if id(tensor) not in self._made:
+            new = self._of_fakes(tensor) if hasattr(tensor, "__tensor_flatten__") else self._view(tensor)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, tensor.requires_grad)
+            self._made[id(tensor)] = tensor, new
+        return self._made[id(tensor)][1]
+
+    def _of_fakes(self, tensor: Any) -> Tensor:
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name) for name in names}
+        parts = {name: self(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
+        return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        """Return a fake of the same shape, strides and offset in its storage."""
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"simulate=True: there are no simulated tensors of layout {tensor.layout}; count real ones")
+        storage = tensor.untyped_storage()
+        key = storage._cdata, tensor.dtype
+        if key not in self._storages:
+            size = storage.nbytes() // tensor.itemsize
+            device = self.device or ("cpu" if tensor.is_meta else tensor.device)
+            self._storages[key] = torch.empty(size, dtype=tensor.dtype, device=device)
+        return self._storages[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
