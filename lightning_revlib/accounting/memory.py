@@ -50,13 +50,14 @@ def memory(
         model: the module that a function trains.
         simulate: compute shapes only, by fake tensors, without memory and arithmetic. The model may be on the meta
             device. Sequences of transformers' models are taken to be not packed, and an attention mask to have padding.
+            Shards of FSDP2 are simulated, too, in a release of torch whose collectives take fake tensors.
         device: that simulated tensors are said to be on; without, where they are, or "cpu" if on the meta device.
         advice: count what changes would save, by simulation.
 
     Raises:
         ValueError: for a function without `model`, and a step without anything that requires grad.
-        TypeError: for another optimizer; for a simulated step that reads values, by ``.item()`` or a mask, say; for a
-            simulated module with sharded parameters, such as FSDP's.
+        TypeError: for another optimizer; for a simulated step that reads values, by ``.item()`` or a mask, say, or has
+            an operator without shapes.
     """
     program = program_of(step, batch, optimizer, model)
     if simulate:

@@ -86,15 +86,6 @@ def holders(tensor: Tensor) -> tuple[int, int]:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata), tensor._use_count()  # type: ignore[attr-defined]
 
 
-def detach_with_version(tensor: Tensor) -> Tensor:
-    """Detach inside a dispatch mode so that in-place changes of `tensor` show in the version of the result.
-
-    There, `detach` by itself starts a version of its own. `torch.utils.checkpoint` does the same for its caches.
-    """
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tensor.detach()
-
-
 def function_modes() -> list[Any]:
     """Return the TorchFunctionModes that are active, outermost first. Watch torch.overrides."""
     return _get_current_function_mode_stack()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lightning_revlib.nn.internals import TorchDispatchMode, detach_with_version, pytree
+from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 from lightning_revlib.nn.state.base import version
 from lightning_revlib.nn.treatments.checkpoint import Checkpoint, CheckpointFrame, Contexts
 
@@ -68,7 +68,7 @@ class _Keep(_Counting):
         out = func(*args, **kwargs)
         if heavy:
             number, self.count = self.count, self.count + 1
-            self.kept[number] = pytree.tree_map_only(Tensor, detach_with_version, out)
+            self.kept[number] = out
             self.before[number] = len(self.frame.saved or ())
             self.owners.update((t.untyped_storage()._cdata, number) for t in _tensors(out))
         return out
@@ -78,8 +78,9 @@ class _Keep(_Counting):
         for number, count in self.before.items():
             if count == len(self.frame.saved or ()):
                 del self.kept[number]
-            else:
-                self.kept[number] = self.kept[number], versions(self.kept[number])
+            else:  # without its graph; outside of the mode, in-place changes show in the version of what is detached
+                out = pytree.tree_map_only(Tensor, Tensor.detach, self.kept[number])
+                self.kept[number] = out, versions(out)
 
 
 class _Reuse(_Counting):
