@@ -9,7 +9,7 @@ train: .venv/installed
 	$(BIN)/revlib train
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 docs: .venv/installed-docs # the site, in build/site
 	$(BIN)/mkdocs build --strict --quiet

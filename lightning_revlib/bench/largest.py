@@ -93,10 +93,10 @@ def most(bytes_of: Callable[[int], int], limit: int) -> int:
 
 def step_bytes(contestant: Contestant, size: Size, length: int, limit: int, device: torch.device) -> int:
     """Return the bytes of weights, gradients and a training step; `TOO_MANY` if CUDA runs out of memory."""
-    gc.collect()
     cuda = device.type == "cuda"
     try:
         if cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info(device)[1], device)

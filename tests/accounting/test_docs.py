@@ -22,5 +22,5 @@ def test_programs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert printed.strip() in TEXT and (tmp_path / "step.png").exists()
     if number == 1:
         assert "# compute the loss by chunks: saves 43.9 MiB" in printed
-        assert "hidden states of 6 blocks of model.layers: saves 768.0 KiB" in printed
+        assert "hidden states of 2 blocks of model.layers: saves 256.0 KiB" in printed
         assert "when it has ended (logits and loss): saves 256.0 KiB" in printed

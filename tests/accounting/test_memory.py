@@ -116,7 +116,7 @@ def test_a_grid_is_still_to_be_chosen_afterwards() -> None:
     revlib.swap(model, {"model.layers": {"coupling": {"name": "momentum", "gamma": 0.5}, "grid_bits": "auto"}})
     config, stack = copy.deepcopy(model.config.to_dict()), model.get_submodule("model.layers")
     found = [
-        revlib.memory(model, FAMILIES["llama"].batch(), torch.optim.AdamW, simulate=simulate).rows()
+        revlib.memory(model, FAMILIES["llama"].batch(), torch.optim.AdamW, simulate=simulate, advice=simulate).rows()
         for simulate in (False, True)
     ]
     assert (stack.grid_bits, stack.drift) == ("auto", None) and model.config.to_dict() == config  # type: ignore[operator]
@@ -129,7 +129,9 @@ def test_a_model_that_has_no_memory() -> None:
         shapes = mlp()
     batches = [tuple(t.to(device) for t in BATCH) for device in ("cpu", "meta")]
     found = [
-        revlib.memory(lambda batch, m=m: entropy(m, batch), batch, torch.optim.AdamW, model=m, simulate=True)
+        revlib.memory(
+            lambda batch, m=m: entropy(m, batch), batch, torch.optim.AdamW, model=m, simulate=True, advice=False
+        )
         for m, batch in zip((model, shapes), batches, strict=True)
     ]
     assert found[0].rows() == found[1].rows()

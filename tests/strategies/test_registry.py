@@ -12,22 +12,6 @@ from lightning_revlib.strategies.registry import NAMES
 from tests.strategies.helpers import trainer
 
 
-def test_names_are_registered_when_lightning_is_imported_later() -> None:
-    """All other tests import Lightning first."""
-    code = """
-import sys, lightning_revlib
-assert not {"torch", "lightning"} & {*sys.modules}
-from lightning_revlib import ReversibleSequential
-assert "torch" in sys.modules and "lightning" not in sys.modules
-import lightning
-options = {"strategy": "reversible", "accelerator": "cpu", "devices": 1}
-assert type(lightning.Trainer(**options, logger=False).strategy) is lightning_revlib.ReversibleStrategy
-assert type(lightning.Fabric(**options).strategy) is lightning_revlib.ReversibleFabricStrategy
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_lightning_cli_knows_short_names() -> None:
     pytest.importorskip("jsonargparse")
     code = """
