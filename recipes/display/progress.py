@@ -10,19 +10,28 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich import get_console
 from rich.progress import BarColumn, TextColumn
 
 
 class ProgressBar(RichProgressBar):
     """Show loss, `val/...`, drift, the MiB of activations held, steps per second and the time left.
 
-    The time left is that of all epochs, with their validation. Loggers have all metrics.
+    The time left is that of all epochs, with their validation. Loggers have all metrics. Without a terminal or a
+    notebook there is no bar: a file or a pipe would get its last state only, after a wait of up to a second.
     """
 
     def __init__(self, refresh_rate: int = 1) -> None:
+        if refresh_rate < 0:
+            raise ValueError(f"refresh_rate={refresh_rate}: pass the number of batches between refreshes, 0 for no bar")
         super().__init__(refresh_rate=refresh_rate, theme=RichProgressBarTheme(metrics_format=".3g"))
         self._loss: Any = None  # of the last batch, on its device
         self._begin = (0.0, 0)  # when the training began, and after which step
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not (get_console().is_terminal or get_console().is_jupyter):
+            self.disable()
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         """Return the columns of the bar: the epoch, the bar and the number of batches."""
