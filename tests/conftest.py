@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,13 @@ def device_of_tensors(request: pytest.FixtureRequest) -> None:
     if (device := request.config.getoption("--device")) != "cpu":
         torch.set_default_device(device)
         torch.backends.cudnn.deterministic = True  # exact mode is compared to the last bit
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what is imported by now, a million objects: a twelfth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,7 +22,7 @@ class ProgressBar(RichProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 1) -> None:
-        if refresh_rate < 0:
+        if not isinstance(refresh_rate, int) or refresh_rate < 0:
             raise ValueError(f"refresh_rate={refresh_rate}: pass the number of batches between refreshes, 0 for no bar")
         super().__init__(refresh_rate=refresh_rate, theme=RichProgressBarTheme(metrics_format=".3g"))
         self._loss: Any = None  # of the last batch, on its device

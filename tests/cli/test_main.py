@@ -388,7 +388,7 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "data.batch_size=0"], "batch_size=0"),
         (
             ["train", "callbacks.progress_bar.refresh_rate=abc"],
-            "was callbacks.progress_bar.refresh_rate=abc meant as a",
+            "refresh_rate=abc: pass the number of batches between refreshes, 0 for no bar",
         ),
         (["train", "data=fashion_mnist", "data.root=nowhere"], "data.root=nowhere has no train-images"),
         (["train", "strategy.memory_budget=much"], "memory_budget='much'"),
