@@ -88,16 +88,18 @@ def _wait(x: Tensor) -> None:
 def frozen() -> Iterator[None]:
     """Exclude all present objects from garbage collection until the outermost of these contexts ends.
 
-    A collection that visits the objects of all imported libraries takes a third of a second.
+    A collection that visits the objects of all imported libraries takes a third of a second. A process that has
+    excluded some already is left as it is.
     """
-    outermost = not gc.get_freeze_count()
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        if outermost:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 @contextmanager

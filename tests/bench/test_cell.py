@@ -100,12 +100,16 @@ def test_times_take_turns_and_ratios_have_an_interval():
 
 
 def test_the_collector_is_left_as_it_was():
-    before = gc.get_freeze_count()
     with timing.frozen():
+        before = gc.get_freeze_count()  # as of the tests themselves
         with timing.frozen():
             pass
-        assert gc.get_freeze_count() > before  # until the outermost ends
-    assert gc.get_freeze_count() == before and gc.isenabled()
+        assert gc.get_freeze_count() == before > 0 and gc.isenabled()
+    gc.unfreeze()
+    with timing.frozen():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
+    gc.freeze()
 
 
 def test_the_fastest_is_chosen_by_other_rounds_than_it_is_compared_in():

@@ -53,9 +53,10 @@ def main(out: Path) -> None:
 
 
 def figures(way: str) -> dict[str, Any]:
-    """Return the bytes at the four moments, and the weights after two steps with and without a simulation before.
+    """Return the bytes at the four moments, and the weights after some steps with and without a simulation before.
 
-    The bytes are those of the meter, of all owners together, and by owner: counted, simulated, and counted again.
+    The bytes are those of the meter, of all owners together, and by owner: counted, simulated, and counted again. They
+    are the least of several steps, as gloo may let go of a tensor late for all that.
     """
     count = functools.partial(revlib.memory, advice=False)
     model, steps = build(way)
@@ -66,9 +67,14 @@ def figures(way: str) -> dict[str, Any]:
 
     fresh, fresh_steps = build(way)
     before = count(lambda x: fresh(x).sum(), batch, fresh_steps, model=fresh, simulate=True)
-    by_hand(fresh, batch, fresh_steps)
-    expected = by_hand(model, batch, steps)
-    memory, fake, after = [count(run, batch, steps, model=model, simulate=each) for each in (False, True, False)]
+    least_by_hand(fresh, batch, fresh_steps)
+    expected = least_by_hand(model, batch, steps)
+
+    def least() -> revlib.Memory:
+        found = [count(run, batch, steps, model=model) for _ in range(3)]
+        return min(found, key=lambda memory: sum(moment.total for moment in memory.moments))
+
+    memory, fake, after = least(), count(run, batch, steps, model=model, simulate=True), least()
     existing = sum(memory.existing.values())
     return {
         "expected": expected,
@@ -79,6 +85,10 @@ def figures(way: str) -> dict[str, Any]:
         "after": rows(after),
         "weights": [[local(p).tolist() for p in each.parameters()] for each in (model, fresh)],
     }
+
+
+def least_by_hand(*program: Any) -> list[int]:
+    return [min(found) for found in zip(*[by_hand(*program) for _ in range(3)], strict=True)]
 
 
 def rows(memory: Any) -> dict[str, list[int]]:
