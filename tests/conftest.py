@@ -19,7 +19,7 @@ def device_of_tensors(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector pass over what is imported by now, a million objects: a twelfth of the tests' time."""
+    """Exclude what is imported by now from garbage collection: a million objects, a twelfth of the tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 1000)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Fakes:
     """Makes fake tensors inside a FakeTensorMode, the same one for the same original, on storages of the same size.
 
-    Tensors that share a storage have fakes that do. A tensor of tensors, such as a sharded one, becomes one of fakes.
+    Tensors that share a storage have fakes that do. A subclass that wraps tensors, such as DTensor, wraps fakes then.
 
     Args:
         device: of all fakes; without, that of the original, or the CPU if that is on the meta device.
@@ -19,8 +19,8 @@ class Fakes:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, lest another gets its id
-        self._storages: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, whose id no other tensor gets then
+        self._storages: dict[int, Tensor] = {}
 
     def __call__(self, tensor: Any) -> Any:
         if id(tensor) not in self._made:
@@ -41,9 +41,9 @@ class Fakes:
         if tensor.layout is not torch.strided:
             raise TypeError(f"simulate=True: there are no simulated tensors of layout {tensor.layout}; count real ones")
         storage = tensor.untyped_storage()
-        key = storage._cdata, tensor.dtype
-        if key not in self._storages:
-            size = storage.nbytes() // tensor.itemsize
+        if storage._cdata not in self._storages:
             device = self.device or ("cpu" if tensor.is_meta else tensor.device)
-            self._storages[key] = torch.empty(size, dtype=tensor.dtype, device=device)
-        return self._storages[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            self._storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device)
+        size = storage.nbytes() // tensor.itemsize * tensor.itemsize
+        numbers = self._storages[storage._cdata][:size].view(tensor.dtype)
+        return numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach()  # no view of another

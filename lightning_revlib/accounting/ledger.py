@@ -84,7 +84,7 @@ class Ledger(MemoryMeter):
         func, args = self._call
         self.time += 1
         entry = Entry(storage_of(tensor).nbytes(), self.time, self.where(), str(func.overloadpacket))
-        if func is CAST and identity(args[0]) in self._parameters:
+        if func is CAST and ((cast := identity(args[0])) in self._parameters or cast in self._gathered):
             entry.owner = Owner(CASTS)
         self.entries.append(entry)
         self._open[key] = entry

@@ -39,7 +39,7 @@ def memory(
     left of forward's output. Autocast that is active is active in forward, as in a Trainer. Weights, gradients,
     buffers, the optimizer's state and options, and random states are as before when it returns. Counts are those of
     `MemoryMeter`: exact, and the same on every machine. Not counted are scratch memory of kernels, what the allocator
-    reserves, and buffers of collectives.
+    reserves, DDP's buckets, and buffers within collectives.
 
     Args:
         step: a module, called with the batch, or with its entries if it is a mapping or a tuple; a LightningModule,

@@ -20,10 +20,10 @@ from lightning_revlib.pretrained.packing import unpacked
 
 GRID = 12  # bits, for "auto"; a step's bytes are the same with any number
 NO_VALUES = (
-    "the step reads the value of a tensor, which a simulated one has not: leave out what needs it, such as a metric,"
-    " .item() or a mask"
+    "the step reads the value of a tensor, which a simulated one does not have: leave out what needs it, such as a"
+    " metric, .item() or a mask"
 )
-NO_KERNEL = "an operator takes no simulated tensors: torch.library.register_fake, or a newer torch, may give it shapes"
+NO_KERNEL = "an operator has no function of shapes: register one by torch.library.register_fake, take a newer torch"
 WHY = {  # by torch's errors, whose names are private
     "DataDependentOutputException": NO_VALUES,
     "DynamicOutputShapeException": NO_VALUES,
@@ -36,9 +36,10 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
     """Have a program of fake tensors inside, which computes shapes only. The module is put back at the end.
 
     Its tensors are said to be on `device`; without, where they are, or on the CPU if they are on the meta device.
-    DDP is passed over, whose buckets of gradients are there before the step.
+    DDP's wrapper is bypassed, whose buckets of gradients are there before the step.
 
-    Raises ValueError for a device that this machine does not have, TypeError for a step that reads values.
+    Raises ValueError for a device that this machine does not have, or that a model is not sharded on; TypeError for a
+    step that reads values, an operator without shapes, and tensors that are not strided.
     """
     fake = Fakes(_known(device, program.model))
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as undo:
@@ -60,7 +61,7 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
 
 
 def _fake_tensors(model: nn.Module, fake: Fakes, undo: ExitStack) -> None:
-    """Have fake tensors for all of a model's, and for those that FSDP2 has beside its modules."""
+    """Replace a model's tensors by fakes, those that FSDP2 keeps in objects of its own included."""
     for module in model.modules():
         kinds: list[dict[str, Any]] = [module._parameters, module._buffers, vars(module)]
         for names in kinds:
@@ -68,14 +69,14 @@ def _fake_tensors(model: nn.Module, fake: Fakes, undo: ExitStack) -> None:
             undo.callback(names.update, tensors)
             names.update({name: fake(tensor) for name, tensor in tensors.items()})
     for part in fsdp_objects(model):
-        before = {name: [*value] if isinstance(value, list) else value for name, value in vars(part).items()}
+        before = dict(vars(part))
         undo.callback(vars(part).update, before)
-        undo.callback(vars(part).clear)  # the last callback is the first
-        vars(part).update(pytree.tree_map_only(Tensor, fake, {n: v for n, v in before.items() if _has_tensors(v)}))
-
-
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list) and any(isinstance(t, Tensor) for t in value))
+        undo.callback(vars(part).clear)  # called first
+        for value in before.values():
+            if isinstance(value, set):  # which hooks refer to
+                undo.callback(value.update, [*value])
+                undo.callback(value.clear)
+        vars(part).update(pytree.tree_map_only(Tensor, fake, before))
 
 
 def _choose_grids(model: nn.Module) -> list[Record]:

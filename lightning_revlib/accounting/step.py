@@ -45,6 +45,10 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
                 " as torch.optim.AdamW"
             )
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        if hasattr(module, "reshard"):  # of FSDP2, which leaves weights gathered after a forward without backward
+            module.reshard()
     return Program(model, run, batch, optimizer)
 
 

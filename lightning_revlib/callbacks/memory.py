@@ -17,7 +17,7 @@ from lightning_revlib.accounting.advice import advise
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Advice, Memory
 from lightning_revlib.accounting.step import program_of
-from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.internals import fsdp_objects, pytree
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, on Linux and elsewhere
 
@@ -93,7 +93,12 @@ class MemoryBreakdown(Callback):
             exception.args = (f"{exception}\nthe last measured step:\n{found}", *exception.args[1:])
 
     def _advise(self, trainer: pl.Trainer, module: Any, memory: Memory) -> tuple[Advice, ...]:
-        """Return what would save most of the measured step, which is simulated outside of the Trainer."""
+        """Return what would save most of the measured step, which is simulated outside of the Trainer.
+
+        It is nothing under FSDP2, which the error has left in the midst of a step.
+        """
+        if fsdp_objects(module):
+            return ()
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         program = program_of(module, self._shapes, optimizer, None)
         module.trainer = None  # what the step logs goes nowhere

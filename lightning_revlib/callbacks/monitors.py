@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_revlib.nn import MemoryMeter
 from lightning_revlib.nn.convert.swap import stacks
 from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.meter import ActivationMeter
 
 
 class DriftMonitor(Callback):
@@ -55,7 +55,7 @@ class ActivationMemoryMonitor(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: measure each step with 1, or fewer with more")
         self.every_n_steps = every_n_steps
-        self._meter: MemoryMeter | None = None  # while a step is measured
+        self._meter: ActivationMeter | None = None  # while a step is measured
         self._cleanup = ExitStack()
         self._held = 0
         self._measured: dict[str, int] = {}
@@ -66,7 +66,7 @@ class ActivationMemoryMonitor(Callback):
     ) -> None:
         if batch_idx % self.every_n_steps:
             return
-        self._meter = meter = self._cleanup.enter_context(MemoryMeter())
+        self._meter = meter = self._cleanup.enter_context(ActivationMeter())
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(meter.forget_gradient)

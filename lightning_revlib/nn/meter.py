@@ -26,8 +26,8 @@ class MemoryMeter(TorchDispatchMode):
     ...     y.backward(g)
     >>> held / y.nbytes, meter.peak / y.nbytes
 
-    Storages allocated before, such as inputs and parameters, do not count, but for the weights that FSDP2 gathers: it
-    frees and allocates them by resizing their storages. Views add nothing. Eager execution takes two to four times as
+    Storages allocated before, such as inputs and parameters, do not count, but for the weights that FSDP2 gathers along
+    their first dimension from several processes. Views add nothing. Eager execution takes two to four times as
     long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
     """
 
@@ -49,13 +49,14 @@ class MemoryMeter(TorchDispatchMode):
         return self._live
 
     def notice_resharding(self) -> None:
-        """Count as freed the gathered weights that FSDP2 has freed since the last operation, of which none tells."""
+        """Count as freed the gathered weights that FSDP2 has freed, by resizing storages, which no mode sees."""
         for key, reference in list(self._gathered.items()):
             storage = reference()
-            if storage is None or storage.nbytes() == 0:
-                del self._gathered[key]
-                if known := self._known.get(key):
-                    known()
+            if storage is not None and storage.nbytes():
+                continue
+            del self._gathered[key]
+            if storage is not None and (known := self._known.get(key)):  # else its finalizer has run
+                known()
 
     def reset_peak(self) -> None:
         """Set the peak to the bytes that are alive now."""
@@ -96,6 +97,15 @@ class MemoryMeter(TorchDispatchMode):
             self._gathered[key] = weakref.ref(storage_of(tensor))
             if key not in self._known:
                 self._count(tensor, key)
+
+
+class ActivationMeter(MemoryMeter):
+    """Counts no gathered weights, which are parameters."""
+
+    def _note_gathered(self, tensors: Sequence[Tensor]) -> None:
+        for known in [self._known.get(_key(tensor)) for tensor in tensors]:
+            if known is not None:
+                known()
 
 
 class CostMeter(MemoryMeter):

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import TrainerCallback
 from typing_extensions import override
 
-from lightning_revlib.nn import MemoryMeter, swap
+from lightning_revlib.nn import swap
 from lightning_revlib.nn.convert.swap import Targets, stacks
+from lightning_revlib.nn.meter import ActivationMeter
 from lightning_revlib.nn.plan.budget import Budget, share_budget
 from lightning_revlib.nn.plan.limit import MemoryBudget
 from lightning_revlib.pretrained.lazy_logits import chunk_loss
@@ -59,7 +60,7 @@ class ReversibleTrainerCallback(TrainerCallback):
         self.budget = None if memory_budget is None else Budget(memory_budget)
         self._swapped: nn.Module | None = None
         self._measured: dict[str, int] = {}
-        self._meter: MemoryMeter | None = None  # while a step is measured
+        self._meter: ActivationMeter | None = None  # while a step is measured
         self._cleanup = ExitStack()
 
     @override
@@ -84,7 +85,7 @@ class ReversibleTrainerCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self.every_n_steps or state.global_step % self.every_n_steps:
             return
-        self._meter = meter = self._cleanup.enter_context(MemoryMeter())
+        self._meter = meter = self._cleanup.enter_context(ActivationMeter())
         self._measured = {"activation_held_bytes": 0}
         self._cleanup.callback(model.register_forward_hook(self._after_forward).remove)
         for p in model.parameters():

@@ -174,7 +174,7 @@ def test_a_step_that_reads_values_cannot_be_simulated() -> None:
         return loss if loss.item() > 0 else -loss
 
     assert not revlib.memory(step, BATCH, model=model).advice
-    with pytest.raises(TypeError, match="reads the value of a tensor, which a simulated one has not"):
+    with pytest.raises(TypeError, match="reads the value of a tensor, which a simulated one does not have"):
         revlib.memory(step, BATCH, model=model, simulate=True)
 
 

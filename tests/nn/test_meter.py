@@ -43,3 +43,18 @@ def test_repeats_to_the_byte_and_forgets_gradients() -> None:
             hook.remove()
     assert figures[0] == figures[1]
     assert figures[0][0] == 0
+
+
+def test_weights_that_fsdp_gathers_and_frees_by_resizing_them() -> None:
+    from torch.distributed import fsdp  # noqa: F401  # has the operator
+
+    gathered, weight = torch.ones(2, 50), torch.empty(100)
+    weight.untyped_storage().resize_(0)
+    with revlib.MemoryMeter() as meter:
+        for _ in range(2):
+            weight.untyped_storage().resize_(400)
+            torch.ops.fsdp.split_with_sizes_copy(gathered, [50], dim=1, out=[weight.view(2, 50)])
+            assert (meter.live, meter.peak) == (400, 400)
+            weight.untyped_storage().resize_(0)
+            assert meter.live == 0
+            meter.reset_peak()

@@ -55,6 +55,7 @@ class _Keep(_Counting):
         super().__init__(kept)
         self.frame = frame
         self.before: dict[int, int] = {}  # how much was saved before an output, its operation's inputs included
+        self.storages: dict[int, list[int]] = {}  # of what is kept
         self.owners: dict[int, int] = {}  # by storage, the output in it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,21 +65,24 @@ class _Keep(_Counting):
             for t in written(func, args, kwargs):
                 number = self.owners.pop(t.untyped_storage()._cdata, None)
                 if number is not None:
-                    self.kept[number] = pytree.tree_map_only(Tensor, torch.clone, self.kept[number])
+                    self._keep(number, pytree.tree_map_only(Tensor, torch.clone, self.kept[number]))
         out = func(*args, **kwargs)
         if heavy:
             number, self.count = self.count, self.count + 1
-            self.kept[number] = out
             self.before[number] = len(self.frame.saved or ())
-            self.owners.update((t.untyped_storage()._cdata, number) for t in _tensors(out))
+            self._keep(number, out)
+            self.owners.update(dict.fromkeys(self.storages[number], number))
         return out
+
+    def _keep(self, number: int, out: Any) -> None:
+        self.kept[number], self.storages[number] = out, _storages(out)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for number, count in self.before.items():
-            if count == len(self.frame.saved or ()):
-                del self.kept[number]
-            else:  # without its graph; outside of the mode, in-place changes show in the version of what is detached
+            if count == len(self.frame.saved or ()) or _storages(self.kept[number]) != self.storages[number]:
+                del self.kept[number]  # or it was given other data, of which no operation tells
+            else:  # without its graph; detached outside of the mode, it has the version that in-place changes raise
                 out = pytree.tree_map_only(Tensor, Tensor.detach, self.kept[number])
                 self.kept[number] = out, versions(out)
 
@@ -119,3 +123,7 @@ def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _storages(out: Any) -> list[int]:
+    return [t.untyped_storage()._cdata for t in _tensors(out)]

@@ -157,3 +157,19 @@ def test_contexts_of_a_user_are_refused() -> None:
         revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), **options)
     options["treatments"][1] = "reversible"
     revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), **options)
+
+
+def test_a_product_that_is_given_other_data() -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x)
+            h.data = 2 * h.data
+            return h.tanh()
+
+    blocks, x = [Doubles().double() for _ in range(3)], leaf(2, 8)
+    expected, found = (grads(stack_of(*blocks, treatment=treatment), x) for treatment in ("store", "selective"))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
