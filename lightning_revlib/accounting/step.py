@@ -17,6 +17,7 @@ from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Memory
 from lightning_revlib.nn.convert.call import judged
 from lightning_revlib.nn.convert.swap import put_back, record, stacks
+from lightning_revlib.nn.plan.unshard import fsdp_modules
 from lightning_revlib.nn.state.snapshot import preserve_state
 
 
@@ -45,10 +46,8 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
                 " as torch.optim.AdamW"
             )
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
-    modules: list[Any] = [*model.modules()]
-    for module in modules:
-        if hasattr(module, "reshard"):  # of FSDP2, which leaves weights gathered after a forward without backward
-            module.reshard()
+    for module in fsdp_modules(model):  # FSDP2 leaves weights gathered after a forward without backward
+        module.reshard()
     return Program(model, run, batch, optimizer)
 
 

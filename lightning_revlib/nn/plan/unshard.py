@@ -12,6 +12,12 @@ from torch import nn
 from lightning_revlib.nn.internals import fsdp_as_in_backward
 
 
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """Return the modules in it that `fully_shard` has sharded."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if nobody has imported it, nothing is sharded
+    return [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
+
+
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Gather the parameters of a module's FSDP units inside, and shard at the end those that were sharded before.
@@ -19,9 +25,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     FSDP's hooks act inside as they do in the second run of a checkpointed block. Otherwise they would take a backward
     inside for the model's, and at its end shard modules that are still in their forward.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if nobody has imported it, nothing is sharded
-    modules: list[Any] = [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
-    sharded = []
+    modules, sharded = fsdp_modules(module), []
     try:
         for m in modules:
             before = list(m.parameters())
