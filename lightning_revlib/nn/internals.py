@@ -132,7 +132,7 @@ def use_parametrization_cache(cache: Any) -> Iterator[None]:
 def fsdp_objects(model: torch.nn.Module) -> list[Any]:
     """Return the objects in which FSDP2 keeps the shards of a model that `fully_shard` has sharded.
 
-    Watch FSDPModule for a method such as `_apply` that takes shards away and puts the same ones back.
+    Watch for a public way to the shards of an FSDPModule.
     """
     found: dict[int, Any] = {}
     modules: list[Any] = list(model.modules())

@@ -82,7 +82,7 @@ class _Keep(_Counting):
         for number, count in self.before.items():
             if count == len(self.frame.saved or ()) or _storages(self.kept[number]) != self.storages[number]:
                 del self.kept[number]  # or it was given other data, of which no operation tells
-            else:  # without its graph; detached outside of the mode, it has the version that in-place changes raise
+            else:  # without its graph; detached outside of the mode, it shares the version that in-place changes raise
                 out = pytree.tree_map_only(Tensor, Tensor.detach, self.kept[number])
                 self.kept[number] = out, versions(out)
 
