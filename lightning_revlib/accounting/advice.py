@@ -11,7 +11,7 @@ from lightning_revlib.accounting.simulate import simulated
 from lightning_revlib.accounting.step import Program, count
 from lightning_revlib.accounting.variants import variants
 from lightning_revlib.nn.convert.swap import stacks
-from lightning_revlib.nn.internals import fsdp_objects
+from lightning_revlib.nn.plan.unshard import fsdp_modules
 
 MOST = 4  # pieces of advice
 LEAST = 0.01  # share of the highest bytes that a change has to save
@@ -39,7 +39,7 @@ def _changes(program: Program, device: Any) -> Iterator[Advice]:
                 with change as changed:
                     after = count(changed).highest.total
             except FAILURES:
-                if fsdp_objects(program.model):  # which the failure has left in the midst of a forward
+                if fsdp_modules(program.model):  # which the failure has left in the midst of a forward
                     return
                 continue
             yield Advice(name, before - after, line)

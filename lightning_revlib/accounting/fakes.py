@@ -1,4 +1,4 @@
-"""Fake tensors for real ones."""
+"""Fake tensors, which have shapes and no memory, in place of real ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 
 class Fakes:
-    """Makes fake tensors inside a FakeTensorMode, the same one for the same original, on storages of the same size.
+    """Makes fake tensors inside a FakeTensorMode: of the same shape, strides and dtype, one for each original.
 
     Tensors that share a storage have fakes that do. A subclass that wraps tensors, such as DTensor, wraps fakes then.
 
     Args:
         device: of all fakes; without, that of the original, or the CPU if that is on the meta device.
+
+    Raises TypeError, when called, for a tensor that is not strided, such as a sparse one.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

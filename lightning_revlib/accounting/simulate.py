@@ -16,6 +16,7 @@ from lightning_revlib.accounting.fakes import Fakes
 from lightning_revlib.accounting.step import Program
 from lightning_revlib.nn.convert.swap import Match, Record, put_back, record, stacks, swap_one
 from lightning_revlib.nn.internals import FakeTensorMode, fsdp_objects, pytree
+from lightning_revlib.nn.plan.unshard import fsdp_modules
 from lightning_revlib.pretrained.packing import unpacked
 
 GRID = 12  # bits, for "auto"; a step's bytes are the same with any number
@@ -68,7 +69,7 @@ def _fake_tensors(model: nn.Module, fake: Fakes, undo: ExitStack) -> None:
             tensors = {name: tensor for name, tensor in names.items() if isinstance(tensor, Tensor)}
             undo.callback(names.update, tensors)
             names.update({name: fake(tensor) for name, tensor in tensors.items()})
-    for part in fsdp_objects(model):
+    for part in fsdp_objects(fsdp_modules(model)):
         before = dict(vars(part))
         undo.callback(vars(part).update, before)
         undo.callback(vars(part).clear)  # called first
@@ -101,6 +102,7 @@ def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:
 
 
 def _known(device: torch.device | str | None, model: nn.Module) -> torch.device | None:
+    """Return the device. Raises ValueError if the machine has none, or the model is sharded on others."""
     if device is None:
         return None
     device = torch.device(device)

@@ -17,7 +17,8 @@ from lightning_revlib.accounting.advice import advise
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Advice, Memory
 from lightning_revlib.accounting.step import program_of
-from lightning_revlib.nn.internals import fsdp_objects, pytree
+from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.plan.unshard import fsdp_modules
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, on Linux and elsewhere
 
@@ -97,7 +98,7 @@ class MemoryBreakdown(Callback):
 
         It is nothing under FSDP2, which the error has left in the midst of a step.
         """
-        if fsdp_objects(module):
+        if fsdp_modules(module):
             return ()
         optimizer = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
         program = program_of(module, self._shapes, optimizer, None)

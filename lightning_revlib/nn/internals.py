@@ -129,14 +129,13 @@ def use_parametrization_cache(cache: Any) -> Iterator[None]:
         torch.nn.utils.parametrize._cache, torch.nn.utils.parametrize._cache_enabled = now
 
 
-def fsdp_objects(model: torch.nn.Module) -> list[Any]:
-    """Return the objects in which FSDP2 keeps the shards of a model that `fully_shard` has sharded.
+def fsdp_objects(modules: Sequence[Any]) -> list[Any]:
+    """Return the objects in which FSDP2 keeps the shards of modules that `fully_shard` has sharded.
 
     Watch for a public way to the shards of an FSDPModule.
     """
     found: dict[int, Any] = {}
-    modules: list[Any] = list(model.modules())
-    waiting = [m._get_fsdp_state() for m in modules if hasattr(m, "_get_fsdp_state")]
+    waiting = [m._get_fsdp_state() for m in modules]
     while waiting:
         each = waiting.pop()
         if isinstance(each, (list, tuple)):

@@ -205,3 +205,10 @@ def test_tensors_that_share_a_storage_do_so_when_they_are_simulated() -> None:
     others = sum(p.nbytes for part in model[1:] for p in part.parameters())
     assert counted.rows()["parameters"][0] == flat.nbytes + others
     assert simulated.rows() == counted.rows()
+
+
+def test_a_sparse_buffer_cannot_be_simulated() -> None:
+    model = mlp()
+    model.register_buffer("adjacency", torch.eye(4).to_sparse())
+    with pytest.raises(TypeError, match=r"no simulated tensors of layout torch\.sparse_coo; count real ones"):
+        revlib.memory(lambda batch: entropy(model, batch), BATCH, model=model, simulate=True)

@@ -85,8 +85,42 @@ def figures(way: str) -> dict[str, Any]:
         "counted": rows(memory),
         "fake": rows(fake),
         "after": rows(after),
+        "casts": casts(model, batch),
+        "elsewhere": refusal(lambda: count(run, batch, model=model, simulate=True, device="meta"))
+        if way == "fsdp"
+        else "",
+        "advice": advice_after_a_failure(model, batch),
         "weights": [[local(p).tolist() for p in each.parameters()] for each in (model, fresh)],
     }
+
+
+def casts(model: Any, batch: Any) -> int:
+    """Return the highest bytes of weights that autocast has cast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = revlib.memory(lambda x: model(x).sum(), batch, model=model, simulate=True, advice=False)
+    return max(memory.rows().get("casts of weights", [0]))
+
+
+def refusal(call: Any) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def advice_after_a_failure(model: Any, batch: Any) -> list[str]:
+    """Return the advice if the step fails once, in the midst of a forward with a frozen first layer."""
+    failures: list[Any] = []
+    first = (model.module if isinstance(model, DistributedDataParallel) else model)[0]
+
+    def fails(*_: Any) -> None:
+        if not first.weight.requires_grad and not failures:
+            failures.append(first)
+            raise RuntimeError("no step")
+
+    with first.register_forward_hook(fails):
+        return [each.change for each in revlib.memory(lambda x: model(x).sum(), batch, model=model).advice]
 
 
 def least_by_hand(*program: Any) -> list[int]:

@@ -37,3 +37,17 @@ def test_a_simulation_leaves_the_model_as_it_was(found: Any, way: str) -> None:
     assert found[way]["after"] == found[way]["counted"]
     model, fresh = found[way]["weights"]
     assert model == fresh
+
+
+def test_casts_of_gathered_weights_are_casts(found: Any) -> None:
+    weights = 2 * 16 * 64  # of a block, two bytes each
+    assert found["fsdp"]["casts"] >= 2 * weights
+
+
+def test_a_model_is_simulated_where_it_is_sharded(found: Any) -> None:
+    assert "device='meta': the model is sharded on cpu; leave out device" in found["fsdp"]["elsewhere"]
+
+
+def test_no_advice_is_counted_after_a_failure_that_leaves_weights_gathered(found: Any) -> None:
+    split = "split the batch in two"  # which is counted after the change that fails
+    assert split in found["ddp"]["advice"] and split not in found["fsdp"]["advice"]
