@@ -9,11 +9,10 @@ from lightning_revlib.nn.state.frozen import Frozen
 from lightning_revlib.nn.state.kernels import Kernels
 from lightning_revlib.nn.state.parameters import Parameters
 from lightning_revlib.nn.state.parametrizations import Parametrizations
-from lightning_revlib.nn.state.rng import Generators, Random
-from lightning_revlib.nn.state.tensor_attributes import TensorAttributes
+from lightning_revlib.nn.state.rng import Random
 
 __all__ = ["KINDS", "Call", "CallState", "Scope", "State"]
 
 # Buffers and parameters come first, as they may raise; function modes last, as they see what torch does from then on.
-KINDS += [Buffers, Frozen, Containers, Attributes, TensorAttributes, Parametrizations, Generators]
+KINDS += [Buffers, Frozen, Containers, Attributes, Parametrizations]
 KINDS += [Random, Parameters, Context, Kernels, FunctionModes]

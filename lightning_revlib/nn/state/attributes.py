@@ -1,4 +1,4 @@
-"""Plain attributes of modules: numbers, flags, texts and None, such as a counter or a data-dependent initialisation."""
+"""Attributes of modules: plain values such as a counter, tensors such as style weights, and generators."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from operator import is_not
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.state.base import Call, State
-from lightning_revlib.nn.state.torch_layers import is_torch_layer
+from lightning_revlib.nn.state.base import Call, State, StateError, brief, is_fake, version, without_graph
+from lightning_revlib.nn.state.parameters import modified
+from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes, is_torch_layer
 
 PLAIN = (bool, int, float, str, type(None))
 ABSENT: Any = object()
@@ -25,7 +27,7 @@ class Snapshot:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.before = [(vars(m), vars(m).copy()) for m in modules]
 
-    def changes(self) -> Values:
+    def changes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return the plain values that are others now, and ABSENT for those that were not there."""
         # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
         touched = [(o, b) for o, b in self.before if len(o) != len(b) or any(map(is_not, o.values(), b.values()))]
@@ -44,33 +46,59 @@ class Snapshot:
 class Attributes(State):
     """The plain attributes that a block's call changes, adds or deletes, as they were before the call.
 
-    A container among the attributes stays as it is; `TensorAttributes` has the tensors. Torch's own layers change none,
-    but the block that has them may set theirs.
+    Of its tensors and generators all are restored: their owner may set others before backward. What the call itself
+    sets instead of a tensor is left for the next call. A container stays as it is.
+
+    Torch's own layers change none, but the block that has them may set theirs.
     """
 
-    __slots__ = ("before", "changed")
+    __slots__ = ("before", "former", "generators", "tensors")
 
     def __init__(self, call: Call) -> None:
         self.before: Snapshot | None = Snapshot(call.modules)
-        self.changed: Values = []
+        self.former: Values = []
+        tensors = attributes_of(call.modules, Tensor)
+        self.tensors = [(m, name, without_graph(t), version(t)) for m, name, t in tensors]
+        found = [] if is_fake(call.stream) else attributes_of(call.modules, torch.Generator)
+        self.generators = [(g, g.get_state()) for g in dict.fromkeys(g for _, _, g in found)]
 
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return not all(map(is_torch_layer, modules))
+        return not all([is_torch_layer(m) and has_only_usual_attributes(m) for m in modules])
 
     def close(self) -> bool:
+        for m, name, t, count in self.tensors:
+            if version(t) != count:
+                raise StateError(
+                    f"attribute {name!r} of {brief(m)} is changed in place by its own call, which backward has to run"
+                    f" again; make it a buffer, as in register_buffer({name!r}, ...), which is put back"
+                )
         assert self.before is not None
-        self.changed, self.before = self.before.changes(), None
-        return bool(self.changed)
+        self.former = self.before.changes() + [(vars(m), {name: t}) for m, name, t, _ in self.tensors]
+        self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
+        self.before = None
+        return bool(self.former or self.generators)
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in self.changed]
-        set_attributes(self.changed)
+        for m, name, t, count in self.tensors:
+            if version(t) != count:
+                raise modified(f"attribute {name!r} of {brief(m)}")
+        now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in self.former]
+        drawn = [(g, g.get_state()) for g, _ in self.generators]
+        set_attributes(self.former)
+        _set_generators(self.generators)
         try:
             yield
         finally:
             set_attributes(now)
+            _set_generators(drawn)
+
+
+def attributes_of(modules: Sequence[nn.Module], kind: type) -> list[tuple[nn.Module, str, Any]]:
+    """Return the attributes of a type: module, name and value."""
+    unusual = [m for m in modules if not has_only_usual_attributes(m)]
+    return [(m, name, value) for m in unusual for name, value in vars(m).items() if isinstance(value, kind)]
 
 
 def set_attributes(values: Values) -> None:
@@ -81,6 +109,11 @@ def set_attributes(values: Values) -> None:
                 own.pop(name, None)
             else:
                 own[name] = value
+
+
+def _set_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)
 
 
 def _is_other(before: Any, now: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Random numbers: the generators of the CPU and of a stream's device, and those that blocks have of their own."""
+"""Random numbers: the generators of the CPU and of a stream's device."""
 
 from __future__ import annotations
 
@@ -61,35 +61,6 @@ class Random(State):
     def _set(self, states: tuple[Any, ...]) -> None:
         Random.last_replay = next(Random.replays)
         set_generator_states(states)
-
-
-class Generators(State):
-    """The states of the `torch.Generator`s among the attributes of modules, before a call that draws from them."""
-
-    __slots__ = ("states",)
-
-    def __init__(self, call: Call) -> None:
-        found = dict.fromkeys(x for m in call.modules for x in vars(m).values() if type(x) is torch.Generator)
-        self.states = [] if is_fake(call.stream) else [(generator, generator.get_state()) for generator in found]
-
-    @classmethod
-    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return any([torch.Generator in map(type, vars(m).values()) for m in modules])
-
-    def close(self) -> bool:
-        self.states = [(g, state) for g, state in self.states if not torch.equal(g.get_state(), state)]
-        return bool(self.states)
-
-    @contextmanager
-    def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        now = [(g, g.get_state()) for g, _ in self.states]
-        for generator, state in self.states:
-            generator.set_state(state)
-        try:
-            yield
-        finally:
-            for generator, state in now:
-                generator.set_state(state)
 
 
 def generator_states(like: Tensor) -> tuple[Any, ...]:

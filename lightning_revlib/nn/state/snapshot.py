@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.state.attributes import Snapshot
-from lightning_revlib.nn.state.base import Call
-from lightning_revlib.nn.state.rng import EMPTY
-from lightning_revlib.nn.state.tensor_attributes import TensorAttributes
+from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
+from lightning_revlib.nn.state.base import without_graph
 
 
 @contextmanager
@@ -28,8 +26,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         undo.callback(torch.clear_autocast_cache)  # torch 2.8 keeps casts of weights that have no gradient
         attributes = Snapshot([m for m in modules if not isinstance(m, LazyModuleMixin)])  # lazy ones get sizes
         undo.callback(attributes.put_back)
-        undo.enter_context(TensorAttributes(Call(modules, EMPTY, (), (), {})).restore(modules))
-        for generator in _generators(modules):
+        tensors = attributes_of(modules, Tensor)
+        undo.callback(set_attributes, [(vars(m), {name: t}) for m, name, t in tensors])
+        set_attributes([(vars(m), {name: without_graph(t)}) for m, name, t in tensors])
+        for _, _, generator in attributes_of(modules, torch.Generator):
             undo.callback(generator.set_state, generator.get_state())
         for p in model.parameters():
             undo.callback(setattr, p, "grad", p.grad)
@@ -47,7 +47,3 @@ def _devices(model: nn.Module) -> set[torch.device]:
     if torch.cuda.is_initialized():  # of blocks without parameters
         devices.add(torch.device("cuda", torch.cuda.current_device()))
     return devices
-
-
-def _generators(modules: Sequence[nn.Module]) -> set[torch.Generator]:
-    return {x for m in modules for x in vars(m).values() if isinstance(x, torch.Generator)}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from types import FunctionType
+
+import torch
 from torch import nn
 
 _LAYERS = [kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
 _FORWARDS = {kind: kind.forward for kind in _LAYERS if kind.forward is not nn.Module.forward}  # no containers
+_USUAL = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple, torch.Size, FunctionType})
 
 
 def is_torch_layer(m: nn.Module) -> bool:
@@ -16,3 +21,8 @@ def is_torch_layer(m: nn.Module) -> bool:
         and kind.forward is _FORWARDS[kind]
         and not (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
     )
+
+
+def has_only_usual_attributes(m: nn.Module) -> bool:
+    """Return whether no attribute of the module itself is a tensor or a generator, by a look at the types of all."""
+    return _USUAL.issuperset(map(type, vars(m).values()))
