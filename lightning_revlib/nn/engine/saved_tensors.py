@@ -73,7 +73,7 @@ class SavedTensors(ABC):
         """
         try:
             with torch.set_grad_enabled(self.state.scope.grad_enabled), catch(saved, enough), self.rerun:
-                return self.step.branch(x, compiler)[0]
+                return self.step.again().branch(x, compiler)[0]
         finally:
             clear_autocast_cache()  # backward may run within autocast, which would keep the weights as it casts them
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -51,14 +51,14 @@ class Frame(SavedTensors):
     coupling: Coupling  # as bound to this call
 
     def __init__(self, tape: Tape, step: Step, state: CallState, a: Tensor, b: Tensor) -> None:
-        super().__init__(step, state)
+        super().__init__(step.again(), state)
         self.tape, self.index = tape, tape.add(self)
         self.needs_grad, self.stride = (a.requires_grad, b.requires_grad), b.stride()
         self.next: Frame | None = None
 
-    def record(self, a: Tensor, b: Tensor) -> Streams:
+    def record(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the step, leaving autograd with numbers, and return the streams after it. See rule 1."""
-        step, tape = self.step, self.tape
+        tape = self.tape
         first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else make_contexts(tape.context_fn)
         try:
             with self.hooks():
@@ -70,7 +70,7 @@ class Frame(SavedTensors):
             raise errors.of_state(step, error) from error
         finally:
             self.end()
-        step.end_first_run(self.state.arguments)
+        step.check_arguments(self.state.arguments)
         return streams
 
     def keep_next(self, frame: Frame) -> None:
@@ -154,12 +154,16 @@ class Tape:
         self.read = read
         self.outputs[:] = [(t.detach(), t._version) for t in outputs]
 
-    def hold(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
-        """Keep what comes out of the last step; `read` makes streams of the outputs. See rule 2."""
+    def hold(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor, entry: Collection[Any] = ()) -> None:
+        """Keep what comes out of the last step; `read` makes streams of the outputs. See rule 2.
+
+        `entry` are the nodes of the streams before the first step, one of which may come out as it is: a backward that
+        comes to such a node is perhaps of something else.
+        """
         self.keep(read, *outputs)
-        for t in outputs:
-            if t.grad_fn is not None:
-                t.grad_fn.register_prehook(partial(_reach_output, weakref.ref(self), self.outputs))
+        for node in (t.grad_fn for t in outputs):
+            if node is not None and node not in entry:
+                node.register_prehook(partial(_reach_output, weakref.ref(self), self.outputs))
 
     def start(self) -> None:
         """Read the last streams: a backward begins."""

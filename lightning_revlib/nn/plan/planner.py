@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, clear_autocast_cache
+from torch.nn.parameter import is_lazy
 
 from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.engine.drift import Sentinel
@@ -49,7 +50,9 @@ class PlannedRun(Run):
             self.budget.add(self.stack.path, self.signature, StackCosts(self.measured, y.nbytes))
 
     def _begin(self, step: Step, a: Tensor, b: Tensor) -> None:
-        """Follow the plan from the first step on, or begin to measure."""
+        """Follow the plan from the first step on, or begin to measure; lazy modules get their parameters first."""
+        if any(map(is_lazy, self.stack.parameters())):
+            return
         if surrounding_hooks() is not None:
             warnings.warn(
                 f"{self.stack.path}: within a block that backward runs again, or other saved-tensor hooks, its"
@@ -99,6 +102,7 @@ class PlannedRun(Run):
 
     def _cost(self, step: Step, treatment: str, a: Tensor, b: Tensor, last: bool) -> StepCost:
         """Return the step's cost alone, by the budget's model of costs."""
+        step = step.again()  # whatever a run does to arguments and their graphs
         try:
             run = partial(self._run_alone, step, treatment, last)
             cost = self.budget.cost_model(step, treatment, a, b, last=last, run=run)

@@ -3,16 +3,17 @@
 from lightning_revlib.nn.state.attributes import Attributes
 from lightning_revlib.nn.state.base import KINDS, Call, CallState, Scope, State
 from lightning_revlib.nn.state.buffers import Buffers
-from lightning_revlib.nn.state.containers import Containers
 from lightning_revlib.nn.state.context import Context, FunctionModes
 from lightning_revlib.nn.state.frozen import Frozen
 from lightning_revlib.nn.state.kernels import Kernels
 from lightning_revlib.nn.state.parameters import Parameters
 from lightning_revlib.nn.state.parametrizations import Parametrizations
 from lightning_revlib.nn.state.rng import Random
+from lightning_revlib.nn.state.settings import Settings
 
 __all__ = ["KINDS", "Call", "CallState", "Scope", "State"]
 
-# Buffers and parameters come first, as they may raise; function modes last, as they see what torch does from then on.
-KINDS += [Buffers, Frozen, Containers, Attributes, Parametrizations]
+# Settings come before the attributes that a call itself has changed; function modes last, as they see what torch does
+# from then on.
+KINDS += [Buffers, Frozen, Settings, Attributes, Parametrizations]
 KINDS += [Random, Parameters, Context, Kernels, FunctionModes]

@@ -1,4 +1,4 @@
-"""Attributes of modules: plain values such as a counter, tensors such as style weights, and generators."""
+"""Attributes of modules that calls read and change: plain values, tuples, tensors and generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.state.base import Call, State, StateError, brief, is_fake, version, without_graph
+from lightning_revlib.nn.state.base import (
+    Call,
+    State,
+    StateError,
+    brief,
+    is_fake,
+    version,
+    without_graph,
+    without_graphs,
+)
 from lightning_revlib.nn.state.parameters import modified
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes, is_torch_layer
 
@@ -20,7 +29,7 @@ Values: TypeAlias = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # attribute
 
 
 class Snapshot:
-    """All attributes of some modules at a time, of which the plain ones can be told and put back."""
+    """All attributes of some modules at a time, of which plain ones and tuples can be told and put back."""
 
     __slots__ = ("before",)
 
@@ -28,7 +37,7 @@ class Snapshot:
         self.before = [(vars(m), vars(m).copy()) for m in modules]
 
     def changes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return the plain values that are others now, and ABSENT for those that were not there."""
+        """Return the plain values and tuples that are others now, and ABSENT for those that were not there."""
         # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
         touched = [(o, b) for o, b in self.before if len(o) != len(b) or any(map(is_not, o.values(), b.values()))]
         found = []
@@ -44,10 +53,10 @@ class Snapshot:
 
 
 class Attributes(State):
-    """The plain attributes that a block's call changes, adds or deletes, as they were before the call.
+    """The plain attributes and tuples that a block's call changes, adds or deletes, as they were before the call.
 
     Of its tensors and generators all are restored: their owner may set others before backward. What the call itself
-    sets instead of a tensor is left for the next call. A container stays as it is.
+    sets instead of a tensor is left for the next call. A dict or list stays as it is.
 
     Torch's own layers change none, but the block that has them may set theirs.
     """
@@ -74,7 +83,8 @@ class Attributes(State):
                     f" again; make it a buffer, as in register_buffer({name!r}, ...), which is put back"
                 )
         assert self.before is not None
-        self.former = self.before.changes() + [(vars(m), {name: t}) for m, name, t, _ in self.tensors]
+        changes = [(own, {k: without_graphs(v) for k, v in former.items()}) for own, former in self.before.changes()]
+        self.former = changes + [(vars(m), {name: t}) for m, name, t, _ in self.tensors]
         self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
         self.before = None
         return bool(self.former or self.generators)
@@ -117,7 +127,9 @@ def _set_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> None:
 
 
 def _is_other(before: Any, now: Any) -> bool:
-    """Return whether a plain attribute has changed. One that was added counts if it is plain, or a tensor."""
+    """Return whether a plain attribute or a tuple has changed. One that was added may be a tensor, too."""
     if before is ABSENT:
-        return isinstance(now, (*PLAIN, Tensor)) and now is not None
+        return isinstance(now, (*PLAIN, tuple, Tensor)) and now is not None
+    if isinstance(before, tuple):  # of tensors, perhaps
+        return now is not before
     return isinstance(before, PLAIN) and (type(now) is not type(before) or now != before)

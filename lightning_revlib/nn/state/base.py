@@ -6,6 +6,7 @@ forward, in a `Scope`; the others are captured for each call, in a `CallState`. 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import graph_task, pytree
+from lightning_revlib.nn.internals import graph_task
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 Former: TypeAlias = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and version: a tensor, and its value then
@@ -27,15 +28,14 @@ class StateError(RuntimeError):
 class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
-    `inputs` are the arguments of a call, `arguments` the tensors among them. Those of a whole forward are complete when
-    its scope is closed. `former` has what calls of the forward have changed in place, for the calls before them. `part`
-    tells calls of a block's branches apart.
+    `arguments` are the tensors among them; those of a whole forward are complete when its scope is closed. `former` has
+    what calls of the forward have changed in place, for the calls before them. `part` tells calls of a block's branches
+    apart.
     """
 
     modules: Sequence[nn.Module]
     stream: Tensor
     arguments: Sequence[Tensor]
-    inputs: Sequence[Any]
     former: Former
     part: str = ""
 
@@ -95,7 +95,17 @@ class Scope:
     `blocks` are those that are called, `stream` is a tensor on their device. `close` it after the last call.
     """
 
-    __slots__ = ("_arguments", "_former", "_kinds", "_modules", "_outdated", "_shared", "_task", "grad_enabled")
+    __slots__ = (
+        "_arguments",
+        "_former",
+        "_kinds",
+        "_modules",
+        "_order",
+        "_outdated",
+        "_shared",
+        "_task",
+        "grad_enabled",
+    )
 
     def __init__(self, blocks: Iterable[nn.Module], stream: Tensor, former: Former) -> None:
         self.grad_enabled = torch.is_grad_enabled()
@@ -105,28 +115,27 @@ class Scope:
         self._task: int | None = None  # the backward for which it is known what is outdated
         self._outdated: list[State] = []
         modules = [m for inside in self._modules.values() for m in inside]
-        call = Call(modules, stream, self._arguments, (), former)
+        call = Call(modules, stream, self._arguments, former)
+        self._order = {kind: number for number, kind in enumerate(KINDS)}
         self._shared = [kind(call) for kind in KINDS if kind.shared]
         self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(modules)]
 
-    def capture(
-        self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], inputs: Sequence[Any], part: str
-    ) -> CallState:
+    def capture(self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], part: str) -> CallState:
         """Return the state before a call of `block`."""
         arguments = [without_graph(t) for t in arguments]
         self._arguments += arguments
-        call = Call(self._modules[block], stream, arguments, inputs, self._former, part)
+        call = Call(self._modules[block], stream, arguments, self._former, part)
         return CallState(self, call, [kind(call) for kind in self._kinds])
 
     def close(self) -> None:
         self._shared = [state for state in self._shared if state.close()]
 
-    def outdated(self) -> list[State]:
-        """Return the shared states that have to be restored in the backward that runs."""
-        if self._task is None or self._task != graph_task():
+    def with_outdated(self, parts: list[State]) -> list[State]:
+        """Return a call's states, and the shared ones that have to be restored in the backward that runs, in order."""
+        if self._task != graph_task():
             self._task = graph_task()
             self._outdated = [state for state in self._shared if not state.is_current()]
-        return self._outdated
+        return sorted(parts + self._outdated, key=lambda state: self._order[type(state)]) if self._outdated else parts
 
 
 class CallState:
@@ -146,7 +155,7 @@ class CallState:
 
     def restore(self) -> AbstractContextManager[Any]:
         """Put in place what the call has met, and at the end what was there before."""
-        parts = [*self.parts, *self.scope.outdated()]
+        parts = self.scope.with_outdated(self.parts)
         if len(parts) < 2:
             return parts[0].restore(self.modules) if parts else NOTHING
         return self._restore(parts)
@@ -191,5 +200,15 @@ def without_graph(tensor: Tensor) -> Tensor:
 
 
 def without_graphs(value: Any) -> Any:
-    """Return the value, and if it is a tensor or a tuple, `without_graph` what tensors it has."""
-    return pytree.tree_map_only(Tensor, without_graph, value, is_leaf=lambda each: not isinstance(each, tuple))
+    """Return a value to be held by a frame: `without_graph` what tensors are in it, and dicts and lists as copies."""
+    if isinstance(value, Tensor):
+        return without_graph(value)
+    if type(value) is tuple or hasattr(value, "_fields"):
+        inner = map(without_graphs, value)
+        return tuple(inner) if type(value) is tuple else type(value)(*inner)
+    if isinstance(value, (dict, list)):
+        copied = copy.copy(value)
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            copied[key] = without_graphs(each)
+        return copied
+    return value

@@ -17,6 +17,7 @@ from lightning_revlib.nn.state.attributes import ABSENT
 from lightning_revlib.nn.state.base import Call, State, brief, is_fake, version
 from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
 from lightning_revlib.nn.state.parameters import value_then
+from lightning_revlib.nn.state.torch_layers import is_torch_layer
 
 
 class Buffers(State):
@@ -29,14 +30,15 @@ class Buffers(State):
     into copies of the present values.
     """
 
-    __slots__ = ("former", "met", "norms", "part", "read", "values", "written")
+    __slots__ = ("former", "met", "names", "norms", "part", "read", "values", "written")
 
     def __init__(self, call: Call) -> None:
         self.values, self.part = call.former, call.part
         _tell_of_threads(call.modules)
+        self.names = [(m, tuple(m._buffers.keys())) for m in call.modules]  # a scripted module has no dict of them
         self.met: list[tuple[nn.Module, str, Tensor, Tensor, int, bool]] = []  # with a copy, version and training flag
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []  # with its version
-        self.former: list[tuple[nn.Module, str, Tensor]] = []
+        self.former: list[tuple[nn.Module, str, Any]] = []  # None, or ABSENT, if the call has set it, or registered it
         self.norms: list[tuple[nn.Module, int | None]] = []  # with the batches they have counted before
         self.written: list[nn.Module] = []  # norms
         for m in call.modules:
@@ -53,10 +55,14 @@ class Buffers(State):
 
     @classmethod
     def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return any([m._buffers for m in modules])
+        return any([m._buffers or not is_torch_layer(m) for m in modules])
 
     def close(self) -> bool:
-        self.read = [met for met in self.read if _now(met[0]._buffers, met[1]) is None]
+        empty = [(m, name) for m, name, _, _ in self.read]
+        self.read = [(m, name, None, 0) for m, name in empty if _now(m._buffers, name) is None]
+        self.former += [(m, name, None) for m, name in empty if _now(m._buffers, name) is not None]
+        grown = [(m, names) for m, names in self.names if len(m._buffers) > len(names)]
+        self.former += [(m, name, ABSENT) for m, names in grown for name in m._buffers.keys() if name not in names]
         for m, name, before, buffer, count, training in self.met:
             if (
                 _now(m._buffers, name) is not buffer
@@ -68,7 +74,7 @@ class Buffers(State):
             else:
                 self.read.append((m, name, buffer, count))
         self._close_norms()
-        self.met, self.norms = [], []
+        self.met, self.norms, self.names = [], [], []
         return bool(self.read or self.former or self.written)
 
     def _close_norms(self) -> None:
@@ -85,7 +91,7 @@ class Buffers(State):
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         lent = [(m._buffers, name, value_then(b, n, self.values, "buffer", name, m)) for m, name, b, n in self.read]
         lent = [(buffers, name, b) for buffers, name, b in lent if _now(buffers, name) is not b]
-        lent += [(m._buffers, name, b.clone()) for m, name, b in self.former]
+        lent += [(m._buffers, name, b.clone() if isinstance(b, Tensor) else b) for m, name, b in self.former]
         lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
         _tell_of_threads(modules)
@@ -141,12 +147,12 @@ def _flags(m: nn.Module, name: str, training: bool, part: str) -> tuple[Any, ...
 
 
 def _now(buffers: Any, name: str) -> Any:
-    return buffers[name] if name in buffers else ABSENT  # a scripted module has no dict of them
+    return buffers[name] if name in buffers else ABSENT
 
 
 def _set(values: Iterable[tuple[Any, str, Any]]) -> None:
     for buffers, name, buffer in values:
-        if buffer is ABSENT:
-            del buffers[name]
-        else:
+        if buffer is not ABSENT:
             buffers[name] = buffer
+        elif name in buffers:
+            del buffers[name]

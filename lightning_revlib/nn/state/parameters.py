@@ -1,4 +1,4 @@
-"""Parameters, training flags and arguments: what a block reads, and what an optimizer or the user may change since."""
+"""Parameters and arguments: what a block reads, and what an optimizer or the user may change since."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def named_parameters(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str,
 
 
 class Parameters(State):
-    """Parameters and training flags of modules when a forward ended, and the versions of arguments by then.
+    """Parameters of modules when a forward ended, and the versions of arguments by then.
 
     They are noted at the end, as lazy modules make their parameters on the way. Parameters that are others by now, as
     `torch.func.functional_call` lends them, can be put in place; a tensor that was modified in place cannot.
@@ -61,7 +61,7 @@ class Parameters(State):
 
     shared = True
     __slots__ = (
-        "arguments", "before", "changed", "checked", "flags", "index", "modules", "moved", "named", "requires_grad",
+        "arguments", "before", "changed", "checked", "index", "modules", "moved", "named", "requires_grad",
         "versions",
     )  # fmt: skip
 
@@ -70,11 +70,10 @@ class Parameters(State):
         _refuse_sample_gradients(call.modules)
         ready = [p for _, _, p in named_parameters(call.modules) if not isinstance(p, UninitializedParameter)]
         self.before = [*zip(ready, map(version, ready), strict=True)]
-        self.index: dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]] = {}  # made when it is needed
+        self.index: dict[nn.Module, list[tuple[str, nn.Parameter, bool]]] = {}  # made when it is needed
 
     def close(self) -> bool:
         self.arguments = [*{id(t): t for t in self.arguments}.values()]
-        self.flags = [m.training for m in self.modules]
         self.named = named_parameters(self.modules)
         self.requires_grad = [p.requires_grad for _, _, p in self.named]
         self.checked = self.named
@@ -94,7 +93,6 @@ class Parameters(State):
         return (
             len(now) == len(self.named)
             and not any(map(is_not, now, [p for _, _, p in self.named]))
-            and [m.training for m in self.modules] == self.flags
             and [p.requires_grad for p in now] == self.requires_grad
         )
 
@@ -103,11 +101,7 @@ class Parameters(State):
         lent: list[tuple[nn.Module, str, nn.Parameter, Lent]] = []
         with ExitStack() as undo:
             for m in filter(self._by_module().__contains__, modules):
-                training, parameters = self.index[m]
-                if m.training != training:
-                    undo.callback(setattr, m, "training", m.training)
-                    m.training = training
-                for name, p, requires_grad in parameters:
+                for name, p, requires_grad in self.index[m]:
                     if (m, name) in self.changed:
                         raise modified(f"parameter {name!r} of {brief(m)}")
                     if p in self.moved and type(p) in ORDINARY:
@@ -134,11 +128,11 @@ class Parameters(State):
             raise modified(f"an argument of shape {list(t.shape)}")
         return {(m, name) for m, name, _ in compress(self.checked, changed)}
 
-    def _by_module(self) -> dict[nn.Module, tuple[bool, list[tuple[str, nn.Parameter, bool]]]]:
+    def _by_module(self) -> dict[nn.Module, list[tuple[str, nn.Parameter, bool]]]:
         if not self.index:
-            self.index = {m: (training, []) for m, training in zip(self.modules, self.flags, strict=True)}
+            self.index = {m: [] for m in self.modules}
             for (m, name, p), requires_grad in zip(self.named, self.requires_grad, strict=True):
-                self.index[m][1].append((name, p, requires_grad))
+                self.index[m].append((name, p, requires_grad))
         return self.index
 
     def _versions(self) -> list[int]:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
 from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
 from lightning_revlib.nn.state.base import without_graph
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put back at the end gradients, buffers, random states, and attributes: plain values, tensors and generators.
+    """Put back at the end gradients, buffers, random states, hooks, and attributes that are no dicts, lists or objects.
 
     Parameters have no gradient inside.
     """
     modules = list(model.modules())
     with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
+        if (cache := parametrization_cache()) is not None:
+            undo.enter_context(use_parametrization_cache({key: without_graph(t) for key, t in cache.items()}))
         undo.callback(torch.clear_autocast_cache)  # torch 2.8 keeps casts of weights that have no gradient
-        attributes = Snapshot([m for m in modules if not isinstance(m, LazyModuleMixin)])  # lazy ones get sizes
-        undo.callback(attributes.put_back)
+        settled = [m for m in modules if not isinstance(m, LazyModuleMixin)]  # lazy ones get sizes, and lose a hook
+        undo.callback(Snapshot(settled).put_back)
+        for hooks in [value for m in settled for name, value in vars(m).items() if "_hooks" in name]:
+            if isinstance(hooks, dict):
+                undo.callback(_put_back, hooks, dict(hooks))
         tensors = attributes_of(modules, Tensor)
         undo.callback(set_attributes, [(vars(m), {name: t}) for m, name, t in tensors])
         set_attributes([(vars(m), {name: without_graph(t)}) for m, name, t in tensors])
@@ -35,11 +42,20 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             undo.callback(setattr, p, "grad", p.grad)
             p.grad = None
         for m in modules:
-            for name, buffer in list(m._buffers.items()):
+            before = dict(m._buffers.items())
+            undo.callback(_put_back, m._buffers, before)
+            for name, buffer in before.items():
                 if buffer is not None:
-                    undo.callback(m._buffers.__setitem__, name, buffer)
                     m._buffers[name] = copy.deepcopy(buffer) if is_lazy(buffer) else buffer.detach().clone()
         yield
+
+
+def _put_back(entries: Any, before: Mapping[Any, Any]) -> None:
+    """Put back what was in a dict, or what a scripted module has instead of one."""
+    for key in [key for key, _ in entries.items() if key not in before]:
+        del entries[key]
+    for key, value in before.items():
+        entries[key] = value
 
 
 def _devices(model: nn.Module) -> set[torch.device]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -126,30 +126,31 @@ class Step:
         extra, self.extra = self.extra, None
         return extra
 
-    def inputs(self) -> Sequence[Any]:
-        """Return the call's arguments besides the stream."""
-        return (*self.args, *self.kwargs.values()) if self.args or self.kwargs else ()
-
     def arguments(self) -> list[Tensor]:
         """Return the tensors among the call's arguments."""
         if not self.args and not self.kwargs:
             return []
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
-    def end_first_run(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
-        """Detach the tensors among the arguments: their graph may refer to a frame, and the frame to this step.
+    def again(self) -> Step:
+        """Return the step for another run of its block, to be held by a frame: with the arguments as they are now.
 
-        Raises RuntimeError if the block has changed an argument in place, given its version before the call.
+        Tensors among them are without their graph, which may refer to the frame. Dicts and lists are copies, as the
+        block or their owner may fill them anew.
         """
+        if not self.args and not self.kwargs:
+            return self
+        kwargs = {name: without_graphs(value) for name, value in self.kwargs.items()}
+        return replace(self, args=without_graphs(tuple(self.args)), kwargs=kwargs, extra=None)
+
+    def check_arguments(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
+        """Raise RuntimeError if the block has changed an argument in place, given its version before the call."""
         for t, count in arguments:
             if version(t) != count:
                 raise RuntimeError(
                     f"{self.name} changes an argument of shape {list(t.shape)} in place, and backward has to run it"
                     " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
                 )
-        if arguments:
-            self.args = without_graphs(tuple(self.args))
-            self.kwargs = {name: without_graphs(value) for name, value in self.kwargs.items()}
 
     def check(self, b: Tensor, f: Any) -> None:
         """Raise TypeError or ValueError if f is no branch for stream b."""

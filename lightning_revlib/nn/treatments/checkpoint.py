@@ -32,7 +32,7 @@ class CheckpointFrame(SavedTensors):
     __slots__ = ("compiler", "input", "lock", "needs_grad", "unpack_input", "version")
 
     def __init__(self, step: Step, state: CallState, b: Tensor, compiler: Any) -> None:
-        super().__init__(step, state)
+        super().__init__(step.again(), state)
         self.compiler, self.needs_grad = compiler, b.requires_grad
         # Hooks around the stack say how its input is kept: `save_on_cpu`, or a block that is itself run again.
         pack, unpack = surrounding_hooks() or (None, None)
@@ -41,19 +41,19 @@ class CheckpointFrame(SavedTensors):
         self.version = version(b)
         self.lock = threading.RLock()  # backward on an accelerator runs in a thread of its own, beside the CPU's
 
-    def record(self, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
+    def record(self, step: Step, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
         """Run the block, leaving autograd with numbers, and return what `step.branch` returns."""
         try:
             first, self.rerun = (NOTHING, NOTHING) if contexts is None else contexts(self)
             with self.hooks(), first:
-                out = self.step.branch(b, self.compiler)
+                out = step.branch(b, self.compiler)
         finally:
             self.end()
-        self.step.end_first_run(self.state.arguments)
+        step.check_arguments(self.state.arguments)
         try:
             self.state.close()
         except StateError as error:
-            raise errors.of_state(self.step, error) from error
+            raise errors.of_state(step, error) from error
         return out
 
     def recompute(self) -> None:
@@ -101,5 +101,5 @@ class Checkpoint(Treatment):
         return None if context_fn is None else lambda frame: make_contexts(context_fn)
 
     def _branch(self, step: Step, b: Tensor, compiler: Any) -> tuple[Any, Any]:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs(), step.key)
-        return CheckpointFrame(step, state, b, compiler).record(b, self.contexts())
+        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.key)
+        return CheckpointFrame(step, state, b, compiler).record(step, b, self.contexts())

@@ -30,6 +30,7 @@ class Reversible(Treatment):
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
         super().__init__(forward, a, b)
         self.last: Frame | None = None
+        self.entry = a.grad_fn, b.grad_fn
 
     @classmethod
     def is_possible(cls, step: Step, device: torch.device) -> bool:
@@ -55,7 +56,7 @@ class Reversible(Treatment):
         return Batched() if self.forward.batched else Schedule()
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.inputs(), step.key)
+        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.key)
         if chunk is None:
             frame = Frame(self.tape, step, state, a, b)
         else:
@@ -63,13 +64,13 @@ class Reversible(Treatment):
         if self.last is not None:
             self.last.keep_next(frame)
         self.last = frame
-        return frame.record(a, b)
+        return frame.record(step, a, b)
 
     def pause(self, a: Tensor, b: Tensor) -> None:
         self.tape.keep(tuple, a, b)  # type: ignore[arg-type]
 
     def close(self, a: Tensor, b: Tensor) -> None:
-        self.tape.hold(tuple, a, b)  # type: ignore[arg-type]
+        self.tape.hold(tuple, a, b, entry=self.entry)  # type: ignore[arg-type]
 
     def close_joined(self, y: Tensor, halve: Callable[[Tensor, bool], Streams]) -> None:
         assert self.last is not None

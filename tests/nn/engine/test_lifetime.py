@@ -26,10 +26,10 @@ class Block(nn.Module):
     def __init__(self, draws: bool = False) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        self.draws, self.fails = draws, False
+        self.draws, self.fails = draws, [False]  # a list, as plain attributes are put back
 
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor]:
-        if self.fails:
+        if self.fails[0]:
             raise MemoryError
         out = self.layers(x)
         if self.draws:
@@ -124,14 +124,14 @@ def second_backward_of_a_freed_graph(model: Any, call: Call) -> None:
 
 
 def error_in_forward(model: Any, call: Call) -> None:
-    model.blocks[2].fails = True
+    model.blocks[2].fails[0] = True
     with pytest.raises(MemoryError):
         call()
 
 
 def error_in_backward(model: Any, call: Call) -> None:
     y, loss = call()
-    model.blocks[1].fails = True
+    model.blocks[1].fails[0] = True
     with pytest.raises(MemoryError):
         (y.sum() + loss).backward()
 
@@ -189,7 +189,7 @@ def test_nothing_outlives_its_graph(kind: Any, use: Any, treatments: str, withou
         for _ in range(2):
             use(model, call)
             for block in model.blocks:
-                block.fails = False
+                block.fails[0] = False
             if use.__name__.startswith("error"):
                 torch.zeros((), requires_grad=True).square().backward()  # until then torch keeps a graph that failed
                 gc.collect()  # a traceback makes cycles that Python sees
@@ -212,8 +212,30 @@ def test_what_is_rebuilt_last_is_freed_while_the_output_is_alive() -> None:
 
 def test_a_forward_that_fails_leaves_no_hooks() -> None:
     model = ModuleList(*[Block() for _ in range(3)])
-    model.blocks[1].fails = True  # type: ignore[union-attr]
+    model.blocks[1].fails[0] = True  # type: ignore[union-attr]
     with pytest.raises(MemoryError):
         model(torch.randn(2, WIDTH), Given())
     y = torch.randn(3, requires_grad=True)
     assert torch.equal((y * y).grad_fn._saved_self, y)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
+def test_a_list_that_blocks_add_outputs_to(treatment: str) -> None:
+    class Adds(nn.Linear):
+        def forward(self, x: Tensor, seen: list[Tensor]) -> Tensor:  # type: ignore[override]
+            seen.append(super().forward(x))
+            return seen[-1]
+
+    stack = revlib.ReversibleSequential(*[Adds(WIDTH, WIDTH) for _ in range(3)], treatments=[treatment] * 3)
+    gc.disable()
+    try:
+        x = torch.randn(2, 2 * WIDTH, requires_grad=True) * 1
+        given = Given()
+        x.register_hook(lambda grad, given=given: None)
+        alive = weakref.ref(given)
+        del given
+        stack(x, [])
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -47,3 +47,49 @@ def test_gradients_and_buffers_are_those_of_autograd(kind: str, fraction: float)
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(stack.buffers(), after, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class Conditioned(nn.Module):
+    """Is given the output of an embedding, which all blocks may share, and a list to add to."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.linear = embed, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, condition: Tensor, seen: list[Tensor]) -> Tensor:
+        seen.append(x.detach().mean())
+        return torch.tanh(self.linear(x) + self.embed(condition)) * condition
+
+
+def test_measuring_leaves_arguments_and_their_graphs() -> None:
+    results = []
+    for budget in (None, 0.8):
+        torch.manual_seed(0)
+        embed = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        blocks = [Conditioned(embed) for _ in range(6)]
+        stack = revlib.ReversibleSequential(*blocks, memory_budget=budget).double()
+        x, seen = torch.randn(5, 8, dtype=torch.float64), []  # type: ignore[var-annotated]
+        for _ in range(2):  # the first step measures
+            stack(x, embed(x[:, 4:]), seen).square().sum().backward()
+        results.append([p.grad for p in stack.parameters()])
+        assert len(seen) == 12
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_measuring_leaves_cached_weights() -> None:
+    blocks = [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(4)]
+    stack = revlib.ReversibleSequential(*blocks, memory_budget="1MiB").double()
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    with nn.utils.parametrize.cached():
+        (grad,) = torch.autograd.grad(stack(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(revlib.CoupledSequential(*blocks)(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_lazy_modules_are_measured_when_they_have_their_parameters() -> None:
+    stack = revlib.ReversibleSequential(nn.LazyLinear(4), nn.LazyLinear(4), memory_budget="1MiB")
+    x = torch.randn(5, 8)
+    for _ in range(2):
+        stack(x).sum().backward()
+    assert stack.plan is not None

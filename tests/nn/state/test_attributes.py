@@ -55,3 +55,62 @@ def test_what_is_learnt_in_evaluation_is_learnt_anew_in_training(treatment: Any)
         (grad,) = torch.autograd.grad(stack.train(training)(x).square().sum(), x)
         assert torch.allclose(grad, expected, rtol=1e-12)
         assert [b.calls for b in stack] == [b.calls for b in plain]  # type: ignore[attr-defined]
+
+
+class Tempered(nn.Module):
+    """Depends on a number of its own, and on one of a torch layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.temperature = nn.Linear(4, 4).double(), nn.Dropout(0.1), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(self.dropout(x)) * self.temperature)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_settings_that_their_owner_changes_before_backward(treatment: Any) -> None:
+    x, results = sample(), []
+    for model in twins(Tempered, treatment):
+        torch.manual_seed(1)
+        outputs = []
+        for temperature in (1.0, 3.0):  # two forwards by other settings, and yet others for the next step
+            for block in model:  # type: ignore[attr-defined]
+                block.temperature, block.dropout.p = temperature, 0.2 * temperature
+            outputs.append(model(x).square().sum())
+        for block in model:  # type: ignore[attr-defined]
+            block.temperature, block.dropout.p, block.is_late = 9.0, 0.9, True
+        results.append(torch.autograd.grad(sum(outputs), [x, *model.parameters()]))  # type: ignore[arg-type]
+        assert all((b.temperature, b.dropout.p, b.is_late) == (9.0, 0.9, True) for b in model)  # type: ignore[attr-defined]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_recurrent_state_in_a_tuple(treatment: Any) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.state = nn.LSTM(8, 8).double(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, self.state = self.lstm(x, self.state)
+            return out  # type: ignore[no-any-return]
+
+    x, results = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True), []
+    for model in twins(Recurrent, treatment):
+        for block in model:  # type: ignore[attr-defined]
+            block.state = None
+        steps = [
+            torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]) for _ in range(3) if detach(model)
+        ]
+        results.append([*[g for step in steps for g in step], *[t for b in model for t in b.state]])  # type: ignore[attr-defined]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def detach(model: Any) -> bool:
+    """Cut the states off from the step before, as truncated backpropagation through time does."""
+    for block in model:
+        block.state = None if block.state is None else tuple(t.detach() for t in block.state)
+    return True

@@ -172,3 +172,32 @@ def test_other_buffers_of_a_batch_norm_are_its_own_in_the_second_run() -> None:
     x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(revlib.CoupledSequential(*stack)(x).square().sum(), x)[0]
     assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+@pytest.mark.parametrize("how", ["registered", "filled"])
+def test_a_buffer_that_the_first_call_makes(how: str, treatment: Any) -> None:
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+            if how == "filled":
+                self.register_buffer("mean", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            is_first = self._buffers.get("mean") is None
+            if is_first and how == "filled":
+                self.mean = x.detach().mean(0)
+            elif is_first:
+                self.register_buffer("mean", x.detach().mean(0))
+            else:
+                self.mean = self.mean * 0.5  # type: ignore[operator]
+            return self.linear(x + self.mean).tanh() * (2 if is_first else 1)  # type: ignore[no-any-return]
+
+    stack, plain = twins(Makes, treatment)
+    x = sample()
+    for _ in range(3):
+        (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+        assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-9)
+        for ours, theirs in zip(stack.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
