@@ -49,18 +49,20 @@ def steps_of(
     `number` counts the stack's blocks that have a coupling. `forward` is called instead of the block, `split` parts
     what it returns.
     """
-    options, branches = stack.options, stack.options.branches or (None,)
+    options, resolved = stack.options, stack.resolved
+    branches = options.branches or (None,)
+    watch = stack.note_largest if options.grid_bits == "auto" else None
+    shared = dtype, *arguments, options.residual, stack.training, split, watch
     steps = []
     for index, spec in enumerate(branches, number * len(branches)):
-        branch = None if spec is None else Branch(module, spec)
-        key = name if branch is None else f"{name}.{branch.name}"
-        coupling, chunks = (cycled[index % len(cycled)] for cycled in (stack.couplings, stack.chunks))
-        call = branch or forward or module
-        watch = stack.note_largest if options.grid_bits == "auto" else None
-        fields = (stack.path, key, module, coupling, call, dtype, *arguments, options.residual, stack.training, split)
-        steps.append(
-            Step(*fields, watch) if chunks == 1 else ChunkedStep(*fields, watch, count=chunks, dim=options.chunk_dim)
-        )
+        key, call = name, forward or module
+        if spec is not None:
+            call = Branch(module, spec)
+            key = f"{name}.{call.name}"
+        coupling = resolved.couplings[index % len(resolved.couplings)]
+        fields = stack.path, key, module, coupling, call, *shared
+        chunks = resolved.chunks[index % len(resolved.chunks)]
+        steps.append(Step(*fields) if chunks == 1 else ChunkedStep(*fields, count=chunks, dim=options.chunk_dim))
     return steps
 
 

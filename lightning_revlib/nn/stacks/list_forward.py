@@ -102,10 +102,17 @@ def _caches(call: Any) -> list[Any]:
 
 def has_cache(call: Any, path: str) -> bool:
     """Return whether the call brings a cache that is not empty: layers are stored then, as they would append twice."""
-    if not (found := any(cache.get_seq_length() for cache in _caches(call))):
+    if not any(map(_is_filled, _caches(call))):
         return False
     warnings.warn(f"{path}: gradients with a cache that is not empty: activations are stored", stacklevel=5)
-    return found
+    return True
+
+
+def _is_filled(cache: Any) -> bool:
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # of linear attention only, as Mamba's, which has a state instead
+        return bool(cache.has_previous_state())
 
 
 def without_cache(call: Any, path: str) -> Any:

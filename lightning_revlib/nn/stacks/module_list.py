@@ -45,6 +45,12 @@ class LayerProxy:
         call = self.owner.call if is_exporting() else self.owner.call_eagerly
         return call(self, args, kwargs)
 
+    def release(self) -> None:
+        """Give the layer its own forward back."""
+        del self.module.forward
+        if self.inner is not None:
+            self.module.forward = self.inner
+
     def original(self) -> Any:
         return self.inner or partial(type(self.module).forward, self.module)
 
@@ -90,9 +96,7 @@ class Layerwise(Reversible):
         for layer in self:
             proxy = vars(layer).get("forward")
             if isinstance(proxy, LayerProxy):
-                del layer.forward
-                if proxy.inner is not None:
-                    layer.forward = proxy.inner
+                proxy.release()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forwards": {}}

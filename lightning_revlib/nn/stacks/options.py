@@ -15,7 +15,7 @@ from lightning_revlib.nn.engine.saved_tensors import ContextFunction
 from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.nn.plan.limit import MemoryBudget, read_budget
 from lightning_revlib.nn.stacks.build import is_invertible
-from lightning_revlib.nn.steps.branches import BranchSpec, check_branches
+from lightning_revlib.nn.steps.branches import BranchSpec, check_branches, is_list
 from lightning_revlib.nn.steps.chunks import check_chunks, read_chunks
 from lightning_revlib.nn.treatments.base import TREATMENTS
 
@@ -25,6 +25,7 @@ RIVALS = (
     {"coupling", "coupling_forward", "coupling_inverse"},
     {"store_last", "treatments", "memory_budget"},
 )
+CYCLED = ("coupling", "coupling_forward", "coupling_inverse", "chunks")  # if they are lists, over the steps
 
 
 @dataclass
@@ -161,3 +162,27 @@ class StackOptions:
                     f"grid_bits={self.grid_bits}: invertible step {name} ({type(module).__name__}) is not exact; steps"
                     " that only move numbers, and say so by an attribute `exact`, are"
                 )
+
+
+def options_of_slice(
+    options: StackOptions, resolved: Resolved, blocks: Sequence[nn.Module], index: slice
+) -> tuple[StackOptions, Resolved]:
+    """Return the options by which a slice of a stack computes what these blocks compute in the stack."""
+    numbers = range(len(blocks))[index]
+    coupled = [i for i, block in enumerate(blocks) if i >= options.ordinary and not is_invertible(block)]
+    each = len(options.branches or (None,))
+    steps = [coupled.index(i) * each + branch for i in numbers if i in coupled for branch in range(each)]
+
+    def cut(cycled: Any) -> Any:
+        return [cycled[n % len(cycled)] for n in steps] if is_list(cycled) and len(cycled) > 1 and steps else cycled
+
+    changes: dict[str, Any] = {name: cut(getattr(options, name)) for name in CYCLED}
+    treatments = resolved.treatments[index]
+    if options.store_last or options.treatments:
+        changes |= {"store_last": 0, "treatments": treatments}
+    ordinary = sum(i < options.ordinary for i in numbers)
+    budget = None if resolved.budget is None else Budget(resolved.budget.value)
+    return (
+        replace(options, ordinary=ordinary, **changes),
+        Resolved(tuple(cut(resolved.couplings)), treatments, tuple(cut(resolved.chunks)), budget),
+    )

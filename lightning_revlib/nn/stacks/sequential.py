@@ -21,9 +21,9 @@ from lightning_revlib.nn.engine.saved_tensors import ContextFunction
 from lightning_revlib.nn.internals import in_transform, is_exporting, set_compiler
 from lightning_revlib.nn.plan.limit import MemoryBudget
 from lightning_revlib.nn.stacks.build import arguments_of, build_steps
-from lightning_revlib.nn.stacks.options import OnDrift, StackOptions
+from lightning_revlib.nn.stacks.options import OnDrift, StackOptions, options_of_slice
 from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
-from lightning_revlib.nn.stacks.stack import Stack, fresh_budget
+from lightning_revlib.nn.stacks.stack import Stack
 from lightning_revlib.nn.steps.branches import BranchSpec
 from lightning_revlib.nn.steps.step import Arguments, Step
 
@@ -159,12 +159,23 @@ class CoupledSequential(Stack, nn.Sequential):
         if not isinstance(index, slice):
             return super().__getitem__(index)
         part = type(self).__new__(type(self))
-        part.__dict__ = {**self.__dict__, "_modules": dict(list(self._modules.items())[index])}
+        own = {"_modules": dict(list(self._modules.items())[index]), "training": self.training}
+        part.__dict__ = {**self.__dict__, **vars(nn.Module()), **own}
         part.__dict__.pop("_history", None)
-        part.treatments = self.treatments[index]
-        part.budget = fresh_budget(self.budget)
-        part.ordinary = sum(i < self.options.ordinary for i in range(len(self))[index])
+        part.options, part.resolved = options_of_slice(self.options, self.resolved, list(self), index)
         return part
+
+    def __add__(self, other: Any) -> Any:
+        """Return a stack of the blocks of both, with the options of this one."""
+        if isinstance(other, Stack) and other.options != self.options:
+            raise ValueError(
+                "stack + stack: their options differ; make one stack of all blocks, with the options wanted"
+            )
+        return self[:].__iadd__(other)
+
+    def __mul__(self, other: int) -> Any:
+        """Return a stack of the blocks so many times, with their weights shared."""
+        return self[:].__imul__(other)
 
     def _run_ordinary(
         self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Arguments] | None

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
 from lightning_revlib.nn.coupling.grid import grid_limit, round_to_grid
-from lightning_revlib.nn.plan.budget import Budget
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
 
 # Of the grid that `grid_bits="auto"` chooses: the factor by which streams may exceed what the first forward has met,
@@ -106,6 +105,8 @@ class Stack:
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the {what} must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
+        if x.layout is not torch.strided and not x.is_nested:
+            raise TypeError(f"the {what} is {x.layout}, and streams are dense; pass x.to_dense()")
         options, given = self.options, x
         x = x.resolve_neg()
         if options.stream_dtype is not None or x.dtype in (torch.bfloat16, torch.float16):
@@ -176,8 +177,3 @@ def _check_size(x: Tensor, dim: int, what: str) -> None:
             f"split_dim={dim}: size {x.shape[dim]} of an {what} of shape {list(x.shape)} cannot be halved;"
             " pad it to an even size, take another dimension, or split_dim=None to run the input on both streams"
         )
-
-
-def fresh_budget(budget: Budget | None) -> Budget | None:
-    """Return a budget of the same value that knows nothing yet."""
-    return None if budget is None else Budget(budget.value)

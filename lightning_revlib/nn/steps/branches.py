@@ -60,6 +60,7 @@ def _accepted(part: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that a part of a block accepts by name, besides its first."""
     part = part.forward if isinstance(part, nn.Module) else part
     names, accepts_others = _parameters(getattr(part, "__func__", part))
+    names = names[1:] if inspect.ismethod(part) else names  # of a method, the first is its module
     return {name: value for name, value in given.items() if accepts_others or name in names}
 
 

@@ -236,3 +236,55 @@ def test_couplings_without_an_inverse_store(coupling: revlib.Coupling) -> None:
 def test_the_inverse_names_a_block_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"stack\.0 \(Linear\) returned shape \[2, 1\]"):
         revlib.CoupledSequential(nn.Linear(4, 1)).inverse(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
+def test_slices_compute_what_their_blocks_do_in_the_stack(cls: type[Any]) -> None:
+    blocks = [nn.Linear(8, 8), *[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(5)]]
+    couplings = ["additive", {"name": "scaled", "scale": 0.5}, "additive"]
+    names = ["store", "reversible", "checkpoint", "reversible", "store", "checkpoint"]
+    stack = cls(*blocks, ordinary=1, coupling=couplings, chunks=[1, 2], treatments=names)
+    x = torch.randn(4, 8)
+    for cut in range(2, 6):
+        first, second = stack[:cut], stack[cut:]
+        assert torch.equal(second(first(x)), stack(x))
+        assert (*first.treatments, *second.treatments) == tuple(names)
+        revlib.swap(second, {"": {"on_drift": "ignore"}})  # options of the whole do not come back
+        assert torch.equal(second(first(x)), stack(x)) and second.treatments == tuple(names[cut:])
+    assert revlib.ReversibleSequential(*blocks[1:], store_last=1)[:3].options.store_last == 0
+
+
+def test_slices_have_hooks_and_buffers_of_their_own() -> None:
+    stack, called = revlib.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(3)]), []
+    part = stack.eval()[:2]
+    part.register_forward_hook(lambda *_: called.append(1))
+    part.register_buffer("late", torch.ones(1))
+    stack(torch.randn(2, 8))
+    assert not called and "late" not in stack.state_dict() and not part.training
+
+
+def test_sums_and_multiples_of_stacks() -> None:
+    a, b = (revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), coupling="midpoint") for _ in range(2))
+    x = torch.randn(2, 8)
+    for both, blocks in ((a + b, [*a, *b]), (a * 2, [*a, *a]), (2 * a, [*a, *a]), (a + nn.Sequential(*b), [*a, *b])):
+        assert type(both) is revlib.ReversibleSequential and list(both) == blocks and len(a) == 2
+        assert torch.equal(both(x), revlib.CoupledSequential(*blocks, coupling="midpoint")(x))
+    with pytest.raises(ValueError, match="their options differ"):
+        a + revlib.ReversibleSequential(nn.Linear(4, 4))
+
+
+def test_a_sparse_input() -> None:
+    with pytest.raises(TypeError, match="to_dense"):
+        revlib.ReversibleSequential(nn.Linear(4, 4))(torch.eye(8).to_sparse())
+
+
+@pytest.mark.parametrize("treatments", [["reversible"], ["reversible", "store"], ["checkpoint", "reversible"]])
+def test_an_earlier_backward_through_what_made_the_input(treatments: list[str]) -> None:
+    stack = revlib.ReversibleSequential(*[nn.Linear(4, 4) for _ in treatments], split_dim=None, treatments=treatments)
+    z = torch.randn(2, 4, requires_grad=True)
+    x = z + 1
+    y = stack(x)
+    x.sum().backward()
+    y.sum().backward()
+    expected = torch.autograd.grad(revlib.CoupledSequential(*stack, split_dim=None)(z + 1).sum(), z)[0] + 1
+    torch.testing.assert_close(z.grad, expected)

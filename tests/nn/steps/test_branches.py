@@ -177,3 +177,31 @@ def test_a_branch_that_changes_what_another_has_read(branches: Any, cls: Any, tr
         grads = torch.autograd.grad(losses[0] + losses[1], [x, *[p for p in model.parameters() if p.requires_grad]])
         found.append([*grads, *model.buffers(), *model.parameters()])
     assert all(map(torch.allclose, *found))
+
+
+def test_an_argument_with_the_name_of_a_parts_first_parameter() -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, context: Tensor) -> Tensor:
+            return self.linear(context).tanh()  # type: ignore[no-any-return]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.other = Mlp(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            x = x + self.add(x, context)
+            return x + self.mlp(x)  # type: ignore[no-any-return]
+
+        def add(self, x: Tensor, context: Tensor) -> Tensor:
+            return self.other(x) + context  # type: ignore[no-any-return]
+
+    block, x, context = Block(), torch.randn(3, 4), torch.randn(3, 4)
+    stack = revlib.ReversibleSequential(
+        block, branches=[["add"], ["mlp"]], split_dim=None, coupling={"name": "momentum", "gamma": 0.0}
+    )
+    torch.testing.assert_close(stack(x, context), block(x, context))
