@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial, partialmethod, reduce
 from operator import attrgetter, methodcaller
 from types import EllipsisType
 from typing import Any
@@ -185,3 +185,11 @@ class LazyLogits:
 
     def _of_rows(self, hidden: Tensor) -> LazyLogits:
         return LazyLogits(self.head, self.classes, self.loss, hidden, self.then)
+
+
+# Operators, which Python looks up in the class, and not by `__getattr__`.
+OPERATORS = (
+    "abs add bool eq float floordiv ge gt iter le len lt matmul mod ne neg pow radd rmatmul rmul rpow rsub rtruediv sub"
+)
+for _name in [f"__{operator}__" for operator in OPERATORS.split()]:
+    setattr(LazyLogits, _name, partialmethod(lambda logits, name, *args: getattr(logits.whole, name)(*args), _name))

@@ -202,7 +202,8 @@ class _Watched:
     def _on_block(self, block: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         y = out if isinstance(out, Tensor) else split_output(out)[0]
-        is_chained = not self.calls or (isinstance(x, Tensor) and same_memory(x, self.last))
+        is_stream = isinstance(x, Tensor) and isinstance(self.last, Tensor) and same_memory(x, self.last)
+        is_chained = not self.calls or is_stream
         self.calls.append(_Call(block, _shape(x), _shape(y), is_chained, self.shapes.count))
         self.last = y
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.convert.describe import STACKS, note_in_configs, noted_in_configs
 from lightning_revlib.nn.coupling.base import Coupling
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise, ReversibleModuleList
+from lightning_revlib.nn.stacks.module_list import IteratedSequential, LayerProxy, Layerwise, ReversibleModuleList
 from lightning_revlib.nn.stacks.options import StackOptions
 from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
@@ -125,6 +125,10 @@ def restore(model: nn.Module) -> list[str]:
         for name in ("options", "resolved", "path", "_history", "_forwards", "noted"):
             own.pop(name, None)
         own.update(attributes)
+    for path, m in model.named_modules():  # the rest of a list, as after model.layers = model.layers[:2]
+        if isinstance(proxy := vars(m).get("forward"), LayerProxy) and proxy.owner not in restored.values():
+            proxy.release()
+            restored[path] = m
     note_in_configs(model)
     return list(restored)
 
