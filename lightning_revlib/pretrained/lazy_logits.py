@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.plan.budget import Budget
-from lightning_revlib.pretrained.loss import TOKENS, chunked_cross_entropy
+from lightning_revlib.pretrained.loss import TOKENS, check_tokens, chunked_cross_entropy
 from lightning_revlib.pretrained.planned_loss import count_loss, expecting_budgets
 
 
@@ -29,8 +29,10 @@ def chunk_loss(model: nn.Module, tokens: int | None = TOKENS) -> None:
     computed when something reads them. In evaluation, and with gradients off, nothing changes.
     ``chunk_loss(model, tokens=None)`` undoes it.
 
-    Raises TypeError if the model does not say which module is its head.
+    Raises TypeError if the model does not say which module is its head, ValueError for other `tokens` than at least 1.
     """
+    if tokens is not None:
+        check_tokens(tokens)
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None or get_head() is None:
         raise TypeError(

@@ -50,8 +50,7 @@ def chunked_cross_entropy(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: pass 'mean' or 'sum'")
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: pass the number of rows in a chunk, such as {TOKENS}")
+    check_tokens(tokens)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
 
     def one(rows: Tensor, classes: Tensor) -> Tensor:
@@ -60,3 +59,9 @@ def chunked_cross_entropy(
     chunks = zip(hidden.split(tokens), labels.split(tokens), strict=True)
     total = torch.stack([checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise ValueError if it is no number of rows in a chunk."""
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r}: pass the number of rows in a chunk, such as {TOKENS}")

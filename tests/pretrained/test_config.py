@@ -70,3 +70,26 @@ def test_a_model_within_a_model_and_a_restored_one() -> None:
     outer = nn.ModuleDict({"net": transformers.LlamaForCausalLM(config)})
     assert revlib.swap(outer) == ["net.model.layers"]
     assert outer["net"].model.layers.couplings == (revlib.get_coupling("midpoint"),)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("saved", ["MaskedLM", "Model"])
+@pytest.mark.parametrize("loaded", ["Model", "ForSequenceClassification"])
+def test_a_swapped_body_under_another_head(saved: str, loaded: str, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    kinds = {"MaskedLM": transformers.BertForMaskedLM, "Model": transformers.BertModel}
+    model = kinds[saved](config)
+    revlib.swap(model, {"*encoder.layer": "midpoint"})
+    model.save_pretrained(tmp_path)
+    other = {**kinds, "ForSequenceClassification": transformers.BertForSequenceClassification}[loaded]
+    again = other.from_pretrained(tmp_path)
+    assert revlib.swap(again) == [("" if loaded == "Model" else "bert.") + "encoder.layer"]
+
+
+def test_a_saved_path_that_a_model_does_not_have() -> None:
+    model: Any = make("Llama")
+    model.config.reversible_targets = {"blocks": {"coupling": "midpoint"}}
+    with pytest.raises(ValueError, match="'blocks' was swapped, and the model has no such module; name it by targets"):
+        revlib.swap(model)
+    assert revlib.swap(model, strict=False) == []

@@ -185,7 +185,29 @@ def test_logits_of_a_model_are_never_whole(family: str, loss: str) -> None:
     assert found == [39, 16]  # all tokens; the weights' 16 columns, and chunks of 5
 
 
+def test_logits_take_the_operators_of_a_tensor() -> None:
+    model, ids = make("Llama").train(), inputs()[0]
+    revlib.chunk_loss(model)
+    lazy = model(input_ids=ids, labels=ids).logits
+    logits = lazy + 0
+    assert type(logits) is Tensor
+    for ours, theirs in (
+        (1 - lazy, 1 - logits),
+        (-lazy * 2, -logits * 2),
+        (2 * lazy**2, 2 * logits**2),
+        (abs(lazy), abs(logits)),
+        (lazy > 0, logits > 0),
+        (lazy == lazy, logits == logits),
+        (list(lazy)[1], logits[1]),
+        (lazy @ logits.mT, logits @ logits.mT),
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert len(lazy) == len(ids)
+
+
 def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="tokens=0: pass the number of rows"):
+        revlib.chunk_loss(make("Llama"), tokens=0)
     with pytest.raises(TypeError, match=r"Linear does not say which module is its head.*chunked_cross_entropy"):
         revlib.chunk_loss(nn.Linear(2, 2))
     hidden, labels = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)

@@ -30,29 +30,25 @@ def note_in_configs(model: nn.Module) -> None:
             delattr(pretrained.config, KEY)
 
 
-def noted_in_configs(model: nn.Module) -> dict[str, Any]:
-    """Return the targets that `note_in_configs` has written, with their paths in `model`."""
-    return {
-        f"{prefix}.{_path_in(pretrained, path)}".lstrip("."): options
-        for prefix, pretrained in _pretrained(model)
-        for path, options in (getattr(pretrained.config, KEY, None) or {}).items()
-    }
+def noted_in_configs(model: nn.Module, *, strict: bool = True) -> dict[str, Any]:
+    """Return the targets that `note_in_configs` has written, with their paths in `model`.
 
-
-def _path_in(pretrained: Any, path: str) -> str:
-    """Return the path of a stack in a pretrained model, which was perhaps saved with another head, or with none.
-
-    Raises ValueError if there is no such path.
+    A pretrained model was perhaps saved with another head, or with none. Raises ValueError for a path that it does not
+    have in any case; without `strict`, it is left out.
     """
-    base = f"{pretrained.base_model_prefix}."
-    paths = dict(pretrained.named_modules())
-    for each in (path, path.removeprefix(base), base + path):
-        if each in paths:
-            return each
-    raise ValueError(
-        f"the config of {type(pretrained).__name__} says that {path!r} was swapped, and the model has no such module;"
-        f" name it by targets, or del model.config.{KEY}"
-    )
+    targets = {}
+    for prefix, pretrained in _pretrained(model):
+        paths, base = dict(pretrained.named_modules()), f"{pretrained.base_model_prefix}."
+        for path, options in (getattr(pretrained.config, KEY, None) or {}).items():
+            found = [each for each in (path, path.removeprefix(base), base + path) if each in paths]
+            if found:
+                targets[f"{prefix}.{found[0]}".lstrip(".")] = options
+            elif strict:
+                raise ValueError(
+                    f"the config of {type(pretrained).__name__} says that {path!r} was swapped, and the model has no"
+                    f" such module; name it by targets, or del model.config.{KEY}"
+                )
+    return targets
 
 
 def _pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ class _Watched:
         """Return what is wrong with the order of the calls, or with their inputs."""
         order = [call.block for call in self.calls]
         if not order:
-            return "its blocks are not called with these inputs"
+            return "its blocks are not called with these inputs, or by their method forward alone"
         if repeated := [i for i in sorted(order) if order.count(i) > 1]:
             return f"{self._name(repeated[0])} is called {order.count(repeated[0])} times in a forward"
         if order != list(range(len(self.container))):
@@ -191,9 +192,12 @@ class _Watched:
         return f"{self._name(i)} ({kinds[0]}) changes the shape from {before} to {after}"
 
     def _count_ordinary(self) -> int:
-        """Return the number of blocks before the last ones that are of one type and keep the shape."""
+        """Return the number of blocks before the last ones that keep the shape and are of one type, or take turns."""
+        kinds = Counter(type(block) for block in self.container if any(block.children()))
+        turns = {kind for kind, count in kinds.items() if count > 1}  # as attention and Mamba in a hybrid model
         kind = type(self.container[-1])
-        fits = [type(self.container[c.block]) is kind and c.before == c.after for c in reversed(self.calls)]
+        alike = turns if kind in turns else {kind}
+        fits = [type(self.container[c.block]) in alike and c.before == c.after for c in reversed(self.calls)]
         return len(fits) - len(list(takewhile(bool, fits)))
 
     def _name(self, index: int) -> str:

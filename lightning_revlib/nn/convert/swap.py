@@ -64,6 +64,8 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
         ValueError, TypeError, RuntimeError: with `inputs`, for blocks that change the shape, and layers called
             out of order, twice, or with something else than the previous layer returned.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: pass an nn.Module, an object and no class")
     found = find(model, targets, strict=strict)
     if strict and not found:
         raise ValueError(
@@ -140,11 +142,15 @@ def stacks(model: nn.Module) -> dict[str, Any]:
 
 def find(model: nn.Module, targets: Targets | None = None, *, strict: bool = True) -> list[Match]:
     """Return what `swap` would swap: the path, the module and the options of each stack."""
+    if targets is not None and not isinstance(targets, Mapping):
+        raise TypeError(
+            f"targets={targets!r}: pass a mapping of paths, such as {{'layers': {{'coupling': 'midpoint'}}}}"
+        )
     modules = dict(model.named_modules())
     found: dict[str, Mapping[str, Any] | None] = {}
     if targets is None:
         found.update((path, None) for path, m in modules.items() if isinstance(m, STACKS))
-        found = found or noted_in_configs(model)
+        found = found or noted_in_configs(model, strict=strict)
     for target, options in (targets or {}).items():
         paths = _paths_of(model, target)
         if strict and not paths:

@@ -275,6 +275,6 @@ class IteratedSequential(Layerwise, nn.Sequential):
 
 
 ORDER = (
-    "the layers of a reversible list run once each, in their order. A model that skips or repeats layers cannot be"
-    " swapped; lightning_revlib.restore(model) undoes the swap"
+    "the layers of a reversible list run once each, in their order. A model that skips layers, as by layerdrop, or"
+    " repeats them cannot be swapped; lightning_revlib.restore(model) undoes the swap"
 )

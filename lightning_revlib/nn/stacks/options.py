@@ -68,9 +68,14 @@ class StackOptions:
             raise TypeError(f"split_dim={self.split_dim!r}: pass the dimension to halve as an int, or None")
         if self.on_drift not in get_args(OnDrift):
             raise ValueError(f"on_drift={self.on_drift!r} is none of {', '.join(map(repr, get_args(OnDrift)))}")
-        for name, value in (("offload", self.offload), ("overlap", self.overlap)):
-            if not isinstance(value, bool):
+        for name in ("residual", "offload", "overlap"):
+            if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r}: pass True or False")
+        dtype, tolerance = self.stream_dtype, self.drift_tolerance
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"stream_dtype={dtype!r}: pass a floating-point dtype such as torch.float32, or None")
+        if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+            raise ValueError(f"drift_tolerance={tolerance!r}: pass a number, at least 0")
         if isinstance(self.treatments, str):
             raise TypeError(f"treatments={self.treatments!r}: pass a list, one treatment for each block")
         if self.context_fn is not None and "selective" in (self.treatments or ()):
@@ -101,7 +106,7 @@ class StackOptions:
                 name = type(needy[0]).__name__.lower()
                 raise ValueError(f"coupling {name!r} works on the exact grid only; set grid_bits, such as grid_bits=12")
             return couplings
-        if not isinstance(bits, int) or not 0 <= bits < 24:
+        if not isinstance(bits, int) or isinstance(bits, bool) or not 0 <= bits < 24:
             raise ValueError(
                 f"grid_bits={bits!r}: the grid is 2^-grid_bits; take an int from 0 to 23, such as 12, or 'auto'"
             )

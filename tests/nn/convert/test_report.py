@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_revlib as revlib
 
@@ -219,3 +219,56 @@ def test_a_batch_that_is_the_argument() -> None:
             return super().forward(batch["x"])
 
     assert revlib.report(Whole(), {"x": torch.randn(16, 8)}).stacks
+
+
+class CountsOnce(nn.Module):
+    """Adds a hook to its layers in the first forward, as transformers does to give out hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.is_hooked, self.seen = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]), False, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_hooked:
+            self.is_hooked = True
+            for number, layer in enumerate(self.layers):
+                layer.register_forward_hook(lambda *_, number=number: self.seen.append(number))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_hooks_that_the_first_forward_adds_are_taken_back() -> None:
+    model, x = CountsOnce(), torch.randn(2, 4)
+    targets = {"layers": {"coupling": "midpoint", "residual": True}}
+    revlib.report(model, x)
+    revlib.memory(model, x, torch.optim.SGD)
+    revlib.swap(model, targets, inputs=x)
+    revlib.restore(model)
+    model.seen.clear()
+    model(x)
+    assert model.seen == [0, 1, 2]
+
+
+class Attention(nn.Sequential):
+    pass
+
+
+class Mamba(nn.Sequential):
+    pass
+
+
+def test_layers_of_two_kinds_that_take_turns_are_proposed() -> None:
+    class Hybrid(nn.Module):
+        def __init__(self, kinds: list[type[nn.Sequential]]) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([kind(nn.Linear(4, 4), nn.Tanh()) for kind in kinds])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    assert list(revlib.report(Hybrid([Mamba, Attention] * 2), torch.randn(2, 4)).targets) == ["layers"]
+    others = dict(revlib.report(Hybrid([Mamba, Attention]), torch.randn(2, 4)).others)
+    assert "its blocks are of different kinds: Mamba, Attention" in others["layers"]

@@ -218,3 +218,24 @@ def test_a_swap_that_is_tried_and_works() -> None:
         model = Reading("pyramid")
         assert revlib.swap(model, {"layers": {"coupling": "midpoint"}}, inputs=inputs) == ["layers"]
         assert model.layers[0].norm.num_batches_tracked == 0  # type: ignore[union-attr]
+
+
+def test_layers_that_were_cut_off_a_swapped_list_are_restored() -> None:
+    model: Any = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])})
+    revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
+    model["layers"] = model["layers"][:2]
+    assert revlib.restore(model) == ["layers.0", "layers.1"]
+    x, first = torch.randn(2, 4), model["layers"][0]
+    assert torch.equal(first(x), nn.functional.linear(x, first.weight, first.bias))
+    assert revlib.swap(model, {"layers": "midpoint"}) == ["layers"]
+
+
+@pytest.mark.parametrize("given", [["layers"], "layers"])
+def test_targets_that_are_no_mapping(given: Any) -> None:
+    with pytest.raises(TypeError, match="pass a mapping of paths"):
+        revlib.swap(nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 4))}), given)
+
+
+def test_a_model_that_is_a_class() -> None:
+    with pytest.raises(TypeError, match="an object and no class"):
+        revlib.swap(Net)  # type: ignore[arg-type]

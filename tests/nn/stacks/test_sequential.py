@@ -110,6 +110,11 @@ def test_half_precision_input_has_float32_streams(cls: type[Any], half: torch.dt
             "'checkpoint', 'selective', 'offload', 'store'",
         ),
         ({"grid_bits": 24}, ValueError, "grid_bits=24: .* from 0 to 23"),
+        ({"grid_bits": True}, ValueError, "grid_bits=True: .* from 0 to 23"),
+        ({"residual": "yes"}, TypeError, "residual='yes': pass True or False"),
+        ({"stream_dtype": "float32"}, TypeError, "stream_dtype='float32': pass a floating-point dtype such as"),
+        ({"stream_dtype": torch.int32}, TypeError, "stream_dtype=torch.int32: pass a floating-point dtype such as"),
+        ({"drift_tolerance": "x"}, ValueError, "drift_tolerance='x': pass a number, at least 0"),
         ({"grid_bits": 12, "coupling": "affine"}, ValueError, "affine cannot be exact"),
         ({"grid_bits": 12, "coupling": "momentum"}, ValueError, "gamma=0.9: on the grid it must be a power of two"),
         (
