@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_revlib.accounting.owners import CASTS, GATHERED, Owner
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.meter import MemoryMeter, storage_of
+from lightning_revlib.nn.meter import MemoryMeter, storage_key, storage_of
 
 CAST = torch.ops.aten._to_copy.default  # what autocast does to a weight
 
@@ -43,7 +43,7 @@ class Ledger(MemoryMeter):
     def __init__(self, where: Callable[[], str | None], parameters: list[Tensor]) -> None:
         super().__init__()
         self.where, self.time, self.entries = where, 0, list[Entry]()
-        self._parameters = {identity(p) for p in parameters}
+        self._parameters = {storage_key(p) for p in parameters}
         self._open: dict[int, Entry] = {}
         self._before: dict[int, Any] = {}  # finalizers of storages that were there before
         self._call: tuple[Any, Any] = None, ()
@@ -51,7 +51,7 @@ class Ledger(MemoryMeter):
     def note_existing(self, tensors: Any, owner: Owner) -> None:
         """Have entries of storages that exist already, which `live` and `peak` do not count."""
         for tensor in pytree.tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and (key := identity(tensor)) not in self._before:
+            if isinstance(tensor, Tensor) and (key := storage_key(tensor)) not in self._before:
                 storage = storage_of(tensor)
                 entry = Entry(storage.nbytes(), 0, None, "", owner)
                 self.entries.append(entry)
@@ -65,7 +65,7 @@ class Ledger(MemoryMeter):
     def assign(self, tensors: Any, owner: Owner) -> None:
         """Say whose the storages of tensors are, from their birth, if they were counted."""
         for tensor in pytree.tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and (entry := self._open.get(identity(tensor))) is not None:
+            if isinstance(tensor, Tensor) and (entry := self._open.get(storage_key(tensor))) is not None:
                 entry.owner = owner
 
     def alive(self) -> list[Entry]:
@@ -84,7 +84,7 @@ class Ledger(MemoryMeter):
         func, args = self._call
         self.time += 1
         entry = Entry(storage_of(tensor).nbytes(), self.time, self.where(), str(func.overloadpacket))
-        if func is CAST and ((cast := identity(args[0])) in self._parameters or cast in self._gathered):
+        if func is CAST and ((cast := storage_key(args[0])) in self._parameters or cast in self._gathered):
             entry.owner = Owner(CASTS)
         self.entries.append(entry)
         self._open[key] = entry
@@ -102,8 +102,3 @@ class Ledger(MemoryMeter):
         self.time += 1
         entry.freed = self.time
         del self._before[key]
-
-
-def identity(tensor: Tensor) -> int:
-    """Return a number that tensors have in common if they share a storage."""
-    return storage_of(tensor)._cdata

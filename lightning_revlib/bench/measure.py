@@ -2,42 +2,23 @@
 
 held    bytes allocated in forward that are alive after it, without the input
 peak    the most bytes alive in backward, with the output's gradient, without the parameters' gradients
-flops   forward and backward, by FlopCounterMode, which on CPU does not count attention's own products
+flops   forward and backward, by the formulas of FlopCounterMode, which has none for attention on the CPU
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_revlib.nn import MemoryMeter
+from lightning_revlib.nn.meter import CostMeter
 
 TOLERANCE = (
     1e-5  # relative error of gradients in float64: rounding grows with depth and stays below, wrong gradients lie above
 )
-
-
-class _NoModules:
-    """Replace the counter's module tracker, whose hooks fail for a backward within a backward."""
-
-    parents = ("Global",)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *args: Any) -> None: ...
-
-
-class Flops(FlopCounterMode):
-    """FlopCounterMode that counts the total only, of any module."""
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        self.mod_tracker = _NoModules()  # type: ignore[assignment]
 
 
 class Counts(NamedTuple):
@@ -89,23 +70,22 @@ def error(reference: Sequence[Tensor | None], found: Sequence[Tensor | None]) ->
     return largest if math.isfinite(largest) else math.inf
 
 
-def counted(module: nn.Module, x: Tensor) -> tuple[int, int, int]:
-    """Return the bytes held, the peak and the bytes of the output; gradients stay."""
+def counted(module: nn.Module, x: Tensor) -> tuple[int, int, int, int]:
+    """Return the bytes held, the peak, the bytes of the output, and FLOPs; gradients stay."""
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     x.grad = None
-    with MemoryMeter() as meter:
+    with CostMeter() as meter:
         y = _forward(module, x)
         held, gradient = meter.live, torch.ones_like(y)
         meter.reset_peak()
         y.backward(gradient)
-        return held, meter.peak, y.nbytes
+        return held, meter.peak, y.nbytes, meter.flops
 
 
 def counts(module: nn.Module, x: Tensor) -> Counts:
     """Return bytes and FLOPs of one forward and backward, and free the gradients."""
-    with Flops() as counter:
-        held, peak, output = counted(module, x)
+    held, peak, output, flops = counted(module, x)
     allocated = None
     if x.is_cuda:
         x.grad = None
@@ -115,4 +95,4 @@ def counts(module: nn.Module, x: Tensor) -> Counts:
         step(module, x)
         allocated = torch.cuda.max_memory_allocated(x.device) - before
     clear(module, x)
-    return Counts(held, peak, output, counter.get_total_flops(), allocated)
+    return Counts(held, peak, output, flops, allocated)

@@ -17,10 +17,10 @@ from lightning_revlib.accounting.advice import advise
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Advice, Memory
 from lightning_revlib.accounting.step import program_of
+from lightning_revlib.callbacks.every import check_every_n_steps
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.plan.unshard import fsdp_modules
-
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # of the CPU's allocator, on Linux and elsewhere
+from lightning_revlib.strategies.setup import is_out_of_memory
 
 
 class MemoryBreakdown(Callback):
@@ -43,8 +43,7 @@ class MemoryBreakdown(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, picture: str | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: measure each step with 1, or fewer with more")
+        check_every_n_steps(every_n_steps)
         self.every_n_steps, self.picture = every_n_steps, picture
         self.memory: Memory | None = None  # of the last measured step
         self._recorder: Recorder | None = None  # while a step is measured
@@ -89,7 +88,7 @@ class MemoryBreakdown(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
-        if self.memory is not None and _is_out_of_memory(exception):
+        if self.memory is not None and is_out_of_memory(exception):
             found = dataclasses.replace(self.memory, advice=self._advise(trainer, pl_module, self.memory))
             exception.args = (f"{exception}\nthe last measured step:\n{found}", *exception.args[1:])
 
@@ -115,7 +114,3 @@ class MemoryBreakdown(Callback):
         """Stop measuring, if a step is being measured."""
         self._recorder = None
         self._cleanup.close()
-
-
-def _is_out_of_memory(exception: BaseException) -> bool:
-    return isinstance(exception, torch.OutOfMemoryError) or any(text in str(exception) for text in OUT_OF_MEMORY)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_revlib.callbacks.every import check_every_n_steps
 from lightning_revlib.nn.convert.swap import stacks
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.meter import ActivationMeter
@@ -52,8 +53,7 @@ class ActivationMemoryMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: measure each step with 1, or fewer with more")
+        check_every_n_steps(every_n_steps)
         self.every_n_steps = every_n_steps
         self._meter: ActivationMeter | None = None  # while a step is measured
         self._cleanup = ExitStack()
@@ -119,8 +119,7 @@ class SpeedMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: average over one step or more")
+        check_every_n_steps(every_n_steps)
         self.every_n_steps = every_n_steps
         self._open_window()
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_revlib.strategies.saved_targets import save_targets
+from lightning_revlib.strategies.saved_targets import KEY, save_targets, take_grids
 from lightning_revlib.strategies.setup import (
     Budget,
     MemoryBudget,
@@ -77,6 +77,7 @@ class ReversibleCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        take_grids(pl_module, checkpoint.get(KEY, {}), self._find_budget(trainer))
         take_memory_figures(pl_module, checkpoint.get("memory_figures", {}))
 
     @override

@@ -204,7 +204,8 @@ def _with_settings(command: str, overrides: list[str]) -> list[str]:
     file = find(path, command)
     taken = settings(file, command, {key_of(each) for each in overrides})
     quoted = f"ckpt_path='{file}'" if file != path else word
-    return [each if each != word else quoted for each in overrides] + taken
+    place = overrides.index(word)  # in one row: argparse takes no others behind an option such as --config-dir
+    return [*overrides[:place], quoted, *taken, *overrides[place + 1 :]]
 
 
 def _compose_and_run(command: str, overrides: Sequence[str]) -> None:

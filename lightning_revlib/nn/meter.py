@@ -64,7 +64,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def forget_gradient(self, parameter: Tensor) -> None:
         """Stop counting the gradient of a parameter, as a hook for `register_post_accumulate_grad_hook`."""
-        if parameter.grad is not None and (known := self._known.get(_key(parameter.grad))):
+        if parameter.grad is not None and (known := self._known.get(storage_key(parameter.grad))):
             known()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,9 +72,9 @@ class MemoryMeter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.name() == GATHER:
             self._note_gathered(kwargs["out"])
-        unknown = {key: t for t in _tensors(out) if (key := _key(t)) not in self._known}
+        unknown = {key: t for t in _tensors(out) if (key := storage_key(t)) not in self._known}
         if unknown:
-            given = {_key(t) for t in _tensors([args, kwargs])}
+            given = {storage_key(t) for t in _tensors([args, kwargs])}
             for key, tensor in unknown.items():
                 if key not in given:
                     self._count(tensor, key)
@@ -93,7 +93,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def _note_gathered(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            key = _key(tensor)
+            key = storage_key(tensor)
             self._gathered[key] = weakref.ref(storage_of(tensor))
             if key not in self._known:
                 self._count(tensor, key)
@@ -103,7 +103,7 @@ class ActivationMeter(MemoryMeter):
     """Counts no gathered weights, which are parameters."""
 
     def _note_gathered(self, tensors: Sequence[Tensor]) -> None:
-        for known in [self._known.get(_key(tensor)) for tensor in tensors]:
+        for known in [self._known.get(storage_key(tensor)) for tensor in tensors]:
             if known is not None:
                 known()
 
@@ -141,7 +141,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share a storage."""
     return storage_of(tensor)._cdata
 
 

@@ -69,11 +69,6 @@ class ReversibleFabricMixin(Strategy):
             )
         return super().optimizer_step(optimizer, **kwargs)
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register nothing: `registry.py` has the names, and the inherited method would register Fabric's again."""
-
 
 class ReversibleFabricDDPStrategy(ReversibleFabricMixin, DDPStrategy):
     """Fabric's DDPStrategy with reversible stacks. `ReversibleFabricStrategy` becomes one on several devices."""

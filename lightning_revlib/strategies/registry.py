@@ -9,7 +9,7 @@ the group "torch.backends", which `import torch` loads, would bring this package
 from __future__ import annotations
 
 import importlib
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import wrapt
@@ -53,12 +53,8 @@ REGISTRIES = {
 }
 
 
-@cache
 def register_on_import() -> None:
-    """Register all names, and what warns on load, now or as soon as Lightning is imported.
-
-    torch calls this function again, by the entry point, and a second call does nothing.
-    """
+    """Register all names, and what warns on load, now or as soon as Lightning is imported."""
     for module in REGISTRIES:
         wrapt.register_post_import_hook(register, module)
     wrapt.register_post_import_hook(warn_on_load, "lightning.pytorch.core.module")

@@ -26,17 +26,20 @@ def save_targets(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 
 def take_targets(module: nn.Module, saved: Mapping[str, Any], targets: Targets | None, budget: Budget | None) -> None:
-    """Swap as a checkpoint's module was swapped, if `module` has no targets of its own; warn if they still differ.
+    """Swap as a checkpoint's module was swapped, if `module` has no targets of its own; warn if they still differ."""
+    take_grids(module, saved, budget)
+    if targets_of(module, targets) is None:
+        others = saved.keys() - describe_stacks(module).keys()
+        swap_module(module, {path: saved[path] for path in others}, budget, strict=False)
+    warn_of_differences(module, saved)
 
-    Stacks with grid_bits="auto" take the grid that the saved run has chosen.
-    """
+
+def take_grids(module: nn.Module, saved: Mapping[str, Any], budget: Budget | None) -> None:
+    """Give stacks with grid_bits="auto" the grid that the saved run has chosen."""
     own = describe_stacks(module)
     chosen = {path: saved[path].get("grid_bits") for path in saved.keys() & own.keys()}
     if grids := {path: {"grid_bits": bits} for path, bits in chosen.items() if own[path].get("grid_bits") == "auto"}:
         swap_module(module, grids, budget)
-    if targets_of(module, targets) is None:
-        swap_module(module, {path: saved[path] for path in saved.keys() - own.keys()}, budget, strict=False)
-    warn_of_differences(module, saved)
 
 
 def warn_of_differences(module: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -139,7 +139,7 @@ def check_arguments(owner: type, given: Mapping[str, Any], *accepting: Any) -> N
 
 def explain_memory(exception: BaseException, module: nn.Module) -> None:
     """Append to an out-of-memory error the options that would still reduce memory; leave other errors as they are."""
-    if not _is_out_of_memory(exception) or isinstance(exception, BudgetError):
+    if not is_out_of_memory(exception) or isinstance(exception, BudgetError):
         return
     ways = []
     for path, stack in stacks(module).items():
@@ -159,7 +159,7 @@ def explain_memory(exception: BaseException, module: nn.Module) -> None:
     exception.args = (text, *exception.args[1:])
 
 
-def _is_out_of_memory(exception: BaseException) -> bool:
+def is_out_of_memory(exception: BaseException) -> bool:
     """Return whether memory was exhausted; for memory of the host, torch raises a plain RuntimeError."""
     host = ("not enough memory", "can't allocate memory")
     return isinstance(exception, torch.OutOfMemoryError) or any(words in str(exception) for words in host)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +13,9 @@ import lightning as L
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch.serialization import safe_globals
 
+from lightning_revlib.nn.coupling.registry import coupling_classes
 from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint
 
 RECIPE, DATA = "revlib_recipe", "revlib_data"  # the keys under which a checkpoint names its classes
@@ -86,10 +89,16 @@ def read(path: str | Path) -> dict[str, Any]:
         hint = f"; take ckpt_path={within[-1]}" if within else ", and holds no checkpoint"
         raise ValueError(f"ckpt_path={path} is a folder{hint}")
     try:
-        checkpoint = (
-            merge_checkpoint(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        with safe_globals(coupling_classes()):  # hyperparameters may be couplings
+            checkpoint = (
+                merge_checkpoint(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True)
+            )
     except Exception as error:  # unpickling raises errors of many types
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"ckpt_path={path} has an object of {found[1]} among its hyperparameters, which torch.load does not"
+                " read unasked; train with plain values, such as a coupling by its name in COUPLINGS"
+            ) from error
         raise ValueError(f"ckpt_path={path} is not a checkpoint: torch.load cannot read it") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"ckpt_path={path} is not a Lightning checkpoint: it has no state_dict")
@@ -129,7 +138,8 @@ def _load(cls: Any, checkpoint: dict[str, Any]) -> Any:
     file = BytesIO()
     torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, file)
     file.seek(0)
-    return cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    with safe_globals(coupling_classes()):
+        return cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
 
 
 def _named(name: Any, cfg: DictConfig) -> type:
@@ -142,7 +152,12 @@ def _named(name: Any, cfg: DictConfig) -> type:
             f"ckpt_path={cfg.ckpt_path} names the class {name}, which is not revlib's, and was not imported; if you"
             f" trust it, add trust={name}"
         )
-    return get_class(str(name))
+    try:
+        return get_class(str(name))
+    except ImportError as error:
+        raise ValueError(
+            f"trust={name} cannot be imported here; run the command in the folder of its module, or install that"
+        ) from error
 
 
 def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, path: str) -> None:

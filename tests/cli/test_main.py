@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import lightning_revlib as revlib
 from lightning_revlib.cli.main import COMMANDS, main
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.recipes.commands.run import few_samples
@@ -173,7 +174,8 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint_and_its_settings(tmp_path
     assert main(["train", *chosen, *short, "hydra.run.dir=one"]) == 0
     out = capsys.readouterr().out
     assert "IRevNet on Digits" in out and "coupling.gamma=0.5" in out
-    assert main(["train", "ckpt_path=one", "hydra.run.dir=two"]) == 0  # nothing is left to train, and nothing differs
+    # nothing is left to train, and nothing differs
+    assert main(["train", "ckpt_path=one", "hydra.run.dir=two", "--config-dir", "."]) == 0
     assert "coupling.gamma=0.5" in capsys.readouterr().out
     assert main(["train", "ckpt_path=one", "depth=3"]) == 1
     assert "was trained with depth=[1, 2] (now 3)" in capsys.readouterr().err
@@ -202,6 +204,18 @@ def test_a_checkpoint_does_not_choose_what_code_is_run(word, best, tmp_path, mon
     assert main(["train", "ckpt_path=hostile.ckpt"]) == 1
     assert f"was trained with {word}, which may choose what code is run" in capsys.readouterr().err
     assert main(["eval", "ckpt_path=hostile.ckpt"]) == 0
+
+
+class Own:
+    """Something of a user's among the hyperparameters."""
+
+
+def test_couplings_among_the_hyperparameters_of_a_checkpoint(best, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(best, weights_only=True)
+    checkpoint["hyper_parameters"]["coupling"] = revlib.Additive()
+    torch.save(checkpoint, "coupling.ckpt")
+    assert main(["eval", "ckpt_path=coupling.ckpt"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -412,6 +426,14 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
             "names the class hostile.Trap, which is not revlib's, and was not import",
         ),
         (
+            ["eval", "ckpt_path=away.ckpt", "trust=away.Net"],
+            "trust=away.Net cannot be imported here; run",
+        ),
+        (
+            ["train", "ckpt_path=own.ckpt"],
+            "own.ckpt has an object of tests.cli.test_main.Own among its hyperparameters, which",
+        ),
+        (
             ["predict", "ckpt_path=folder"],
             "ckpt_path=folder is a folder; take ckpt_path=folder/one/checkpoints/last.ckpt",
         ),
@@ -434,6 +456,8 @@ def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, c
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     torch.save({"state_dict": {}, "revlib_recipe": "hostile.Trap"}, tmp_path / "hostile.ckpt")
+    torch.save({"state_dict": {}, "revlib_recipe": "away.Net"}, tmp_path / "away.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"coupling": Own()}}, tmp_path / "own.ckpt")
     (tmp_path / "hostile.py").write_text("raise SystemExit('executed')")
     monkeypatch.syspath_prepend(tmp_path)
     assert main(argv) == 1

@@ -130,3 +130,36 @@ def test_a_coupling_of_the_users_own_and_annealing(tmp_path: Path) -> None:
         annealed().fit(Plain(), data(), ckpt_path=path)
     with pytest.warns(UserWarning, match=DIFFERS):
         loss_of(tmp_path, Plain(), revlib.ReversibleStrategy(targets), path)
+
+
+@pytest.mark.parametrize("by", ["targets", "attribute", "callback"])
+def test_a_grid_that_was_chosen_stays(tmp_path: Path, by: str) -> None:
+    """It is chosen for large values; validation and a run that resumes see small ones, for which it would be finer."""
+
+    class Chosen(Plain):
+        if by == "attribute":
+            reversible_targets: Any = AUTO
+
+    def run(**options: Any) -> L.Trainer:
+        how: Any = {"strategy": revlib.ReversibleStrategy(AUTO if by == "targets" else None)}
+        return trainer(
+            tmp_path, **options, **({"callbacks": [revlib.ReversibleCallback(AUTO)]} if by == "callback" else how)
+        )
+
+    net, first = Chosen(), run(max_epochs=1)
+    with torch.no_grad():
+        net.stem.weight *= 1000
+    first.fit(net, data())
+    bits = net.layers.grid_bits
+    with torch.no_grad():
+        net.stem.weight /= 1000
+    first.validate(net, data(), verbose=False)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    again = Chosen()
+    run(max_epochs=2).fit(again, data(), ckpt_path=tmp_path / "a.ckpt")
+    assert 0 < bits == net.layers.grid_bits == again.layers.grid_bits < 16
+    revlib.swap(net, {"layers": {"coupling": "midpoint", "grid_bits": "auto"}})
+    assert net.layers.grid_bits == "auto"  # another function
+
+
+AUTO: Any = {"layers": {"coupling": {"name": "momentum", "gamma": 0.25}, "residual": True, "grid_bits": "auto"}}

@@ -44,7 +44,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
 
     Objects, children's names, parameters and their order stay, so that optimizers, checkpoints and averages made before
     the swap remain valid. The paths include stacks that are reversible already. A stack keeps the options that are not
-    given; another container becomes a stack with the given ones.
+    given, and the grid that it has chosen; another container becomes a stack with the given ones.
 
     Args:
         model: any module; the path "" is the model itself.
@@ -228,6 +228,9 @@ def _set_options(path: str, stack: Reversible, changes: Mapping[str, Any]) -> No
     try:
         default = StackOptions(split_dim=None) if isinstance(stack, Layerwise) else StackOptions()
         merged = (before or default).merged(changes)
+        if before is not None and merged.grid_bits == "auto" and isinstance(before.grid_bits, int):
+            chosen = merged.merged({"grid_bits": before.grid_bits})
+            merged = chosen if chosen.couplings() == before.couplings() else merged
         budget = stack.budget if merged == before else None  # the costs that it knows are still right
         stack.set_options(merged)
         if budget is not None:

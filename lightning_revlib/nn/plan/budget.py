@@ -51,7 +51,7 @@ class Budget:
     paths: tuple[str, ...] = ()
     announce: Callable[[str], Any] = log.info
     cost_model: CostModel = measure
-    has_loss: bool = False  # is one of the parts that are planned
+    has_loss: bool = False  # is planned, too: there is no plan before its costs are known
     plan: Plan | None = None  # the last that was followed or made
     _records: dict[str, Record] = field(default_factory=dict)
     _last: dict[str, Signature] = field(default_factory=dict)  # of each stack's last or expected run
@@ -87,10 +87,6 @@ class Budget:
         self._ran[path] = _all_reversible(costs)
         if self._ran.keys() >= {*self.paths, *[LOSS] * self.has_loss}:
             self._plan_expected()
-
-    def expect_loss(self) -> None:
-        """Make the first plan when the costs of the loss are known, too."""
-        self.has_loss = True
 
     def share(self, paths: Iterable[str]) -> None:
         """Attach this budget to stacks. The costs of one are trusted again when its fingerprint is found to match."""

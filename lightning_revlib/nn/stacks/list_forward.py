@@ -22,13 +22,8 @@ class ListForward:
     def __init__(self, index: int, a: Tensor, b: Tensor, run: Run | None) -> None:
         self.index = index  # of the layer that is due
         self.a, self.b, self.run = a, b, run
-        self._handed: Any = None
+        self.handed: Any = None  # what the model was handed last
         self._versions: tuple[int, int] | None = None  # of that, and of stream a, which the model was handed before
-
-    @property
-    def handed(self) -> Any:
-        """What the model was handed last."""
-        return self._handed
 
     def step(self, step: Step, compiler: Any) -> None:
         """Run a step of the layer that is due."""
@@ -41,22 +36,18 @@ class ListForward:
         """Return stream b for the model, which may read it, or leave the list here."""
         if self.run is not None:
             self.run.pause(self.a, self.b)
-        self._handed = self.b if self.b.dtype is dtype else self.b.to(dtype)
-        self._versions = version(self._handed), version(self.a)
-        return self._handed
-
-    def next_layer(self) -> None:
-        """Note that a layer has run."""
-        self.index += 1
+        self.handed = self.b if self.b.dtype is dtype else self.b.to(dtype)
+        self._versions = version(self.handed), version(self.a)
+        return self.handed
 
     def continues_with(self, x: Any) -> bool:
         """Return whether x is what was handed out, perhaps after it has passed through hooks, as FSDP's.
 
         The gradient of the next layer passes through x. Raises RuntimeError if x was modified in place.
         """
-        if x is not self._handed and not (isinstance(x, Tensor) and same_memory(x, self._handed)):
+        if x is not self.handed and not (isinstance(x, Tensor) and same_memory(x, self.handed)):
             return False
-        self._handed = None
+        self.handed = None
         if x.dtype is self.b.dtype:
             self.b = x
         elif x.requires_grad:

@@ -20,29 +20,19 @@ ROOM, FINEST = 4, 16
 
 
 class Option:
-    """An option of a stack as an attribute: read from `stack.options`, which is replaced when the attribute is set."""
+    """A field of a stack's options as an attribute of the stack; the options are replaced when it is set."""
+
+    def __init__(self, source: str = "options") -> None:
+        self.source = source  # the stack's attribute that has the field
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, stack: Any, owner: type) -> Any:
-        return self if stack is None else getattr(stack.options, self.name)
+        return self if stack is None else getattr(getattr(stack, self.source), self.name)
 
     def __set__(self, stack: Any, value: Any) -> None:
-        stack.options = replace(stack.options, **{self.name: value})
-
-
-class Setting:
-    """What a stack makes of an option, as an attribute: read from `stack.resolved`, and set there."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, stack: Any, owner: type) -> Any:
-        return self if stack is None else getattr(stack.resolved, self.name)
-
-    def __set__(self, stack: Any, value: Any) -> None:
-        stack.resolved = replace(stack.resolved, **{self.name: value})
+        setattr(stack, self.source, replace(getattr(stack, self.source), **{self.name: value}))
 
 
 class Stack:
@@ -52,7 +42,7 @@ class Stack:
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
     options: StackOptions
     resolved: Resolved
-    noted: dict[str, Any] | None = None  # what the config of a pretrained model says of the stack
+    noted: dict[str, Any] | None = None  # what the config of a pretrained model says of it; gets the grid when chosen
     largest: Tensor | None = None  # of the streams' absolute values, until the grid of `grid_bits="auto"` is chosen
     if TYPE_CHECKING:  # of the container
         training: bool
@@ -65,16 +55,12 @@ class Stack:
     split_dim, stream_dtype, residual, branches = Option(), Option(), Option(), Option()
     grid_bits, ordinary, chunk_dim, context_fn = Option(), Option(), Option(), Option()
     offload, overlap, on_drift, drift_tolerance = Option(), Option(), Option(), Option()
-    couplings, treatments, chunks, budget = Setting(), Setting(), Setting(), Setting()
+    couplings, treatments, chunks, budget = (Option("resolved") for _ in range(4))
 
     def set_options(self, options: StackOptions) -> None:
         """Take options; ValueError or TypeError if they do not fit the blocks, and nothing has changed then."""
         resolved = options.resolve(self._modules)
         self.options, self.resolved = options, resolved
-
-    def keep_described(self, described: dict[str, Any]) -> None:
-        """Keep up to date what the config of a pretrained model says of the stack: its grid, once it is chosen."""
-        self.noted = described
 
     def extra_repr(self) -> str:
         couplings = self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)

@@ -24,7 +24,7 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import StepCost, Treatment
 from lightning_revlib.nn.treatments.forward import Forward
-from lightning_revlib.nn.treatments.streams import device_module, has_streams, side_stream
+from lightning_revlib.nn.treatments.streams import has_streams, side_stream
 
 SMALLEST = 64 * 1024  # bytes; a copy of less takes longer to begin than to make
 FLOPS_PER_CARRIED_BYTE = 8_000  # FLOPs that a GPU does while a byte is copied to the host or back
@@ -65,7 +65,7 @@ class Transfer:
     """The copies of steps in a row: their stream, and which step's tensors backward uses."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, device_module(device)
+        self.device, self.module = device, torch.get_device_module(device)
         self.side = side_stream(self.module, device, "copies")
         self.current: weakref.ref[OffloadedStep] | None = None  # the one whose tensors backward uses
         self.coming: weakref.ref[OffloadedStep] | None = None  # the one before it, which is on its way
@@ -80,7 +80,7 @@ class Transfer:
         if coming is not step:
             self._load(step)
         self.main.wait_stream(self.side)
-        step.arrive()
+        step.arrived = True
         for other in (current, coming):
             if other is not None and other is not step and other is not step.before:
                 other.drop()  # what is left was saved for an output that nobody uses
@@ -182,10 +182,6 @@ class OffloadedStep:
         for number, host in enumerate(self.hosts):
             self.there[number] = torch.empty_like(host, device=device, pin_memory=False)
             self.there[number].copy_(host, non_blocking=True)
-
-    def arrive(self) -> None:
-        """Note that the copies on the device may be used."""
-        self.arrived = True
 
     def drop(self) -> None:
         """Free the copies on the device."""

@@ -22,14 +22,14 @@ from torch import Tensor
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.engine.tape import Frame, Tape
-from lightning_revlib.nn.treatments.streams import device_module, side_stream
+from lightning_revlib.nn.treatments.streams import side_stream
 
 
 class Prefetch(Schedule):
     """Undo one step more than autograd has asked for, on a side stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.module = device, device_module(device)
+        self.device, self.module = device, torch.get_device_module(device)
         self.side = side_stream(self.module, device, "overlap")
         self.main: Any = None  # the stream that has yet to wait for side
         self.index = -1  # of the step that was undone ahead; a frame would refer to this
@@ -43,7 +43,7 @@ class Prefetch(Schedule):
     def rewind(self, tape: Tape, frame: Frame) -> None:
         self.wait()
         if self.recomputed is not None and self.index == frame.index:
-            frame.put_recomputed(self.recomputed)
+            frame.recomputed = self.recomputed
             frame.release_next()
         elif self.above is not None and self.index == frame.index - 1 == tape.position:
             frame.undo(self.above, before=self.above)  # what it saves was given away, and is asked for again

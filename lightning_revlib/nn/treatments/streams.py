@@ -13,11 +13,6 @@ def has_streams(device: torch.device) -> bool:
     return accelerator is not None and accelerator.type == device.type
 
 
-def device_module(device: torch.device) -> Any:
-    """Return the module with the device's streams, such as torch.cuda."""
-    return torch.get_device_module(device)
-
-
 @lru_cache(maxsize=64)
 def side_stream(module: Any, device: torch.device, use: str) -> Any:
     """Return the stream for one use on a device: always the same, so that memory of its pool serves each backward."""
