@@ -28,9 +28,9 @@ class MemoryBreakdown(Callback):
 
     >>> Trainer(callbacks=[MemoryBreakdown(every_n_steps=200)])
 
-    There are four moments: `after_forward`, `in_backward`, `in_the_optimizer` and `between_steps`, of the last two the
-    highest; `memory/highest` is that of the whole step. `memory` is the last measured step, a `Memory`: print it, or
-    draw it by `callback.memory.plot("step.png")`. If a later step runs out of memory, the error has its
+    There are four moments: `after_forward`, `in_backward`, `in_the_optimizer` and `between_steps`, of the two in the
+    middle the highest; `memory/highest` is that of the whole step. `memory` is the last measured step, a `Memory`:
+    print it, or draw it by `callback.memory.plot("step.png")`. If a later step runs out of memory, the error has its
     table, and the changes that would save most, counted by simulation.
     A measured step is two to four times slower; other steps cost nothing.
 

@@ -32,8 +32,10 @@ class ExactResume(Callback):
     On the same machine and with the same number of processes, the final weights equal those of an uninterrupted run to
     the last bit.
 
-    Raises:
-        UserWarning: if the number of processes has changed; the run resumes as it would without this callback.
+    Limit: Lightning takes one batch ahead from a loader that has no length. If its dataset draws random numbers as it
+    goes, in the process that trains (num_workers=0), the resumed run draws others; take one worker.
+
+    Warns if the number of processes has changed; the run resumes as it would without this callback then.
     """
 
     def __init__(self) -> None:

@@ -11,8 +11,8 @@ from torch.linalg import vector_norm
 from lightning_revlib.nn.coupling.base import Coupling
 from lightning_revlib.nn.state.base import is_fake
 
-MOST = 1025  # numbers in a row
-_ALL = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(MOST)], device="cpu")
+LONGEST_ROW = 1025  # numbers in a row
+_ALL = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(LONGEST_ROW)], device="cpu")
 SIGNS = {4**k + 1: _ALL[: 4**k + 1] / 2**k for k in range(1, 6)} | {1: _ALL[:1]}  # by length, see `_signs`
 
 

@@ -123,6 +123,7 @@ class PlannedRun(Run):
         entry, stack = a.grad_fn or b.grad_fn, self.stack
         if entry is not None:
             entry.register_prehook(lambda grads: held.clear())
+        # returns what to call with the rebuilt streams
         watch = None if entry is None else lambda *before: lambda *rebuilt: held.extend(rebuilt)
         run = Run([treatment], Forward([step.module], context_fn=self.forward.context_fn, watch=watch))
         clear_autocast_cache()

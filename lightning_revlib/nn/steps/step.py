@@ -20,7 +20,7 @@ from lightning_revlib.nn.state.base import is_fake, version, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
 
 Arguments: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
-Branch: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
+RunBranch: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Step:
     def name(self) -> str:
         return f"{self.path}.{self.key} ({type(self.module).__name__})"
 
-    def run(self, a: Tensor, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Streams:
+    def run(self, a: Tensor, b: Tensor, compiler: Any = None, branch: RunBranch | None = None) -> Streams:
         """Run the step by ordinary autograd, and return the streams after it; `branch` may replace the method."""
         _, streams = self.couple(a, b, self.evaluate(b, compiler, branch))
         return streams
@@ -58,7 +58,7 @@ class Step:
         """Return `run(a, b, chunk)`: in a step by chunks, joined from its chunks; else chunk is None."""
         return run(a, b, None)
 
-    def evaluate(self, b: Tensor, compiler: Any = None, branch: Branch | None = None) -> Any:
+    def evaluate(self, b: Tensor, compiler: Any = None, branch: RunBranch | None = None) -> Any:
         """Run the block on stream b the first time, and return its branch; what it returns besides is `extra`.
 
         Raises TypeError, ValueError or RuntimeError if the block does what no coupling can undo. A RuntimeError of the
