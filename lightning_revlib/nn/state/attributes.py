@@ -21,7 +21,7 @@ from lightning_revlib.nn.state.base import (
     without_graphs,
 )
 from lightning_revlib.nn.state.parameters import modified
-from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes, is_torch_layer
+from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
 PLAIN = (bool, int, float, str, type(None))
 ABSENT: Any = object()
@@ -72,8 +72,8 @@ class Attributes(State):
         self.generators = [(g, g.get_state()) for g in dict.fromkeys(g for _, _, g in found)]
 
     @classmethod
-    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return not all([is_torch_layer(m) and has_only_usual_attributes(m) for m in modules])
+    def concerns(cls, call: Call) -> bool:
+        return bool(call.authored)
 
     def close(self) -> bool:
         for m, name, t, count in self.tensors:

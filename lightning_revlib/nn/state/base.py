@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.internals import graph_task
+from lightning_revlib.nn.state.torch_layers import is_inert
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 Former: TypeAlias = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and version: a tensor, and its value then
@@ -28,7 +29,8 @@ class StateError(RuntimeError):
 class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
-    `arguments` are the tensors among them; those of a whole forward are complete when its scope is closed. `former` has
+    `authored` are the modules of the forward that are more than a torch layer: see `is_inert`. `arguments` are the
+    tensors among the arguments; those of a whole forward are complete when its scope is closed. `former` has
     what calls of the forward have changed in place, for the calls before them. `part` tells calls of a block's branches
     apart.
     """
@@ -36,6 +38,7 @@ class Call(NamedTuple):
     modules: Sequence[nn.Module]
     stream: Tensor
     arguments: Sequence[Tensor]
+    authored: Set[nn.Module]
     former: Former
     part: str = ""
 
@@ -74,8 +77,8 @@ class State(ABC):
         return False
 
     @classmethod
-    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        """Return whether calls of blocks with these modules can depend on such a state at all."""
+    def concerns(cls, call: Call) -> bool:
+        """Return whether any of the calls of a forward can depend on such a state at all."""
         return True
 
     @abstractmethod
@@ -95,18 +98,6 @@ class Scope:
     `blocks` are those that are called, `stream` is a tensor on their device. `close` it after the last call.
     """
 
-    __slots__ = (
-        "_arguments",
-        "_former",
-        "_kinds",
-        "_modules",
-        "_order",
-        "_outdated",
-        "_shared",
-        "_task",
-        "grad_enabled",
-    )
-
     def __init__(self, blocks: Iterable[nn.Module], stream: Tensor, former: Former) -> None:
         self.grad_enabled = torch.is_grad_enabled()
         self._modules = {block: modules_of(block) for block in blocks}
@@ -115,16 +106,17 @@ class Scope:
         self._task: int | None = None  # the backward for which it is known what is outdated
         self._outdated: list[State] = []
         modules = [m for inside in self._modules.values() for m in inside]
-        call = Call(modules, stream, self._arguments, former)
+        self._authored = frozenset([m for m in modules if not is_inert(m)])
+        call = Call(modules, stream, self._arguments, self._authored, former)
         self._order = {kind: number for number, kind in enumerate(KINDS)}
         self._shared = [kind(call) for kind in KINDS if kind.shared]
-        self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(modules)]
+        self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(call)]
 
     def capture(self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], part: str) -> CallState:
         """Return the state before a call of `block`."""
         arguments = [without_graph(t) for t in arguments]
         self._arguments += arguments
-        call = Call(self._modules[block], stream, arguments, self._former, part)
+        call = Call(self._modules[block], stream, arguments, self._authored, self._former, part)
         return CallState(self, call, [kind(call) for kind in self._kinds])
 
     def close(self) -> None:

@@ -15,9 +15,8 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.state.attributes import ABSENT
 from lightning_revlib.nn.state.base import Call, State, brief, is_fake, version
-from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
+from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual, to_write
 from lightning_revlib.nn.state.parameters import value_then
-from lightning_revlib.nn.state.torch_layers import is_torch_layer
 
 
 class Buffers(State):
@@ -35,7 +34,8 @@ class Buffers(State):
     def __init__(self, call: Call) -> None:
         self.values, self.part = call.former, call.part
         _tell_of_threads(call.modules)
-        self.names = [(m, tuple(m._buffers.keys())) for m in call.modules]  # a scripted module has no dict of them
+        # A call of another module than torch's may register one. A scripted module has no dict of them.
+        self.names = [(m, tuple(m._buffers.keys())) for m in call.modules if m in call.authored]
         self.met: list[tuple[nn.Module, str, Tensor, Tensor, int, bool]] = []  # with a copy, version and training flag
         self.read: list[tuple[nn.Module, str, Tensor | None, int]] = []  # with its version
         self.former: list[tuple[nn.Module, str, Any]] = []  # None, or ABSENT, if the call has set it, or registered it
@@ -54,8 +54,8 @@ class Buffers(State):
                     self.met.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
 
     @classmethod
-    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return any([m._buffers or not is_torch_layer(m) for m in modules])
+    def concerns(cls, call: Call) -> bool:
+        return bool(call.authored) or any([m._buffers for m in call.modules])
 
     def close(self) -> bool:
         empty = [(m, name) for m, name, _, _ in self.read]
@@ -92,7 +92,7 @@ class Buffers(State):
         lent = [(m._buffers, name, value_then(b, n, self.values, "buffer", name, m)) for m, name, b, n in self.read]
         lent = [(buffers, name, b) for buffers, name, b in lent if _now(buffers, name) is not b]
         lent += [(m._buffers, name, b.clone() if isinstance(b, Tensor) else b) for m, name, b in self.former]
-        lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
+        lent += [(m._buffers, name, b) for m in self.written for name, b in to_write(m)]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
         _tell_of_threads(modules)
         _LENT.update(dict.fromkeys(modules, threading.get_ident()) if lent else {})

@@ -36,8 +36,8 @@ class Frozen(State):
         self.values, self.part = call.former, call.part
 
     @classmethod
-    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return any([is_frozen(p) for m in modules for p in m._parameters.values()])
+    def concerns(cls, call: Call) -> bool:
+        return any([is_frozen(p) for m in call.modules for p in m._parameters.values()])
 
     def close(self) -> bool:
         for m, name, p, count, before in self.met:

@@ -22,8 +22,8 @@ class Parametrizations(State):
         self.cached = None if cache is None else {k: without_graph(t) for k, t in cache.items() if k[0] in inside}
 
     @classmethod
-    def concerns(cls, modules: Sequence[nn.Module]) -> bool:
-        return any([isinstance(m, ParametrizationList) for m in modules])
+    def concerns(cls, call: Call) -> bool:
+        return any([isinstance(m, ParametrizationList) for m in call.authored])
 
     def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         return use_parametrization_cache(self.cached)

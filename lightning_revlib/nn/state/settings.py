@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_not
 from typing import Any
 
 from torch import nn
@@ -16,19 +17,26 @@ class Settings(State):
     """The plain attributes of all modules when a forward ended, training flags among them."""
 
     shared = True
-    __slots__ = ("changed", "modules", "then")
+    __slots__ = ("authored", "changed", "modules", "then")
 
     def __init__(self, call: Call) -> None:
-        self.modules = call.modules
+        self.modules, self.authored = call.modules, call.authored
         self.changed: dict[nn.Module, dict[str, Any]] = {}  # former values, ABSENT for those that were not there
 
     def close(self) -> bool:
-        self.then = [_plain(m) for m in self.modules]
+        # Those of authored modules without tensors, whose graph may refer to a frame, and the frame to this.
+        self.then = [vars(m).copy() if m not in self.authored else _plain(vars(m)) for m in self.modules]
         return True
 
     def is_current(self) -> bool:
-        pairs = [(m, then, now) for m, then in zip(self.modules, self.then, strict=True) if (now := _plain(m)) != then]
-        self.changed = {m: dict.fromkeys(now, ABSENT) | then for m, then, now in pairs}
+        self.changed = {}
+        for m, then in zip(self.modules, self.then, strict=True):
+            now = vars(m)
+            # Most modules are as they were. `map` compares their attributes without a line of Python for each.
+            if len(now) != len(then) or any(map(is_not, now.values(), then.values())):
+                former, current = _plain(then), _plain(now)
+                if former != current:
+                    self.changed[m] = dict.fromkeys(current, ABSENT) | former
         return not self.changed
 
     @contextmanager
@@ -42,5 +50,5 @@ class Settings(State):
             set_attributes(now)
 
 
-def _plain(m: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(m).items() if type(value) in PLAIN}
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if type(value) in PLAIN}

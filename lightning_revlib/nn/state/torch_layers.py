@@ -23,6 +23,11 @@ def is_torch_layer(m: nn.Module) -> bool:
     )
 
 
+def is_inert(m: nn.Module) -> bool:
+    """Return whether it is a torch layer without a tensor or a generator among its attributes."""
+    return is_torch_layer(m) and has_only_usual_attributes(m)
+
+
 def has_only_usual_attributes(m: nn.Module) -> bool:
     """Return whether no attribute of the module itself is a tensor or a generator, by a look at the types of all."""
     return _USUAL.issuperset(map(type, vars(m).values()))
