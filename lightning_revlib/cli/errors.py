@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
     if isinstance(error, InstantiationException) and cause is not None:
         _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
-        return str(cause) if "=" in str(cause) or not where else f"{where}: {cause}"
+        text = str(cause) if "=" in str(cause) or not where else f"{where}: {cause}"
+        return _with_recipe_keys(text, command, overrides)
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
@@ -65,6 +67,12 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
     suspects = _of_another_type(command, overrides) if isinstance(error, TypeError) else []
     # the user's values may cause it, or the program
     return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
+
+
+def _with_recipe_keys(text: str, command: str, overrides: Sequence[str]) -> str:
+    """Return a message with arguments of the recipe's class as they are written on the command line."""
+    keys = [key for key in _keys(command, overrides, "recipe") if key not in _keys(command, overrides, "")]
+    return re.sub(rf"(?<![\w.])({'|'.join(keys)})=", r"recipe.\1=", text) if keys else text
 
 
 def _of_another_type(command: str, overrides: Sequence[str]) -> list[str]:

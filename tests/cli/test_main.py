@@ -401,6 +401,10 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "scheduler.max_lr=fast"], "scheduler={'max_lr': 'fast'}: "),
         (["train", "data.batch_size=0"], "batch_size=0"),
         (
+            ["train", "coupling=bdia"],
+            "coupling 'bdia' works on the exact grid only; set grid_bits, such as recipe.grid_b",
+        ),
+        (
             ["train", "callbacks.progress_bar.refresh_rate=abc"],
             "refresh_rate=abc: pass the number of batches between refreshes, 0 for no bar",
         ),
