@@ -191,7 +191,8 @@ class LazyLogits:
 
 # Operators, which Python looks up in the class, and not by `__getattr__`.
 OPERATORS = (
-    "abs add bool eq float floordiv ge gt iter le len lt matmul mod ne neg pow radd rmatmul rmul rpow rsub rtruediv sub"
+    "abs add bool eq float floordiv ge gt iter le len lt matmul mod ne neg pos pow"
+    " radd rfloordiv rmatmul rmod rmul rpow rsub rtruediv setitem sub"
 )
 for _name in [f"__{operator}__" for operator in OPERATORS.split()]:
     setattr(LazyLogits, _name, partialmethod(lambda logits, name, *args: getattr(logits.whole, name)(*args), _name))

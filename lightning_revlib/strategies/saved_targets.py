@@ -40,6 +40,8 @@ def take_grids(module: nn.Module, saved: Mapping[str, Any], budget: Budget | Non
     chosen = {path: saved[path].get("grid_bits") for path in saved.keys() & own.keys()}
     if grids := {path: {"grid_bits": bits} for path, bits in chosen.items() if own[path].get("grid_bits") == "auto"}:
         swap_module(module, grids, budget)
+        for path in grids:
+            module.get_submodule(path).grid_is_chosen = True  # type: ignore[assignment]
 
 
 def warn_of_differences(module: nn.Module, saved: Mapping[str, Any]) -> None:

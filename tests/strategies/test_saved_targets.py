@@ -160,6 +160,9 @@ def test_a_grid_that_was_chosen_stays(tmp_path: Path, by: str) -> None:
     assert 0 < bits == net.layers.grid_bits == again.layers.grid_bits < 16
     revlib.swap(net, {"layers": {"coupling": "midpoint", "grid_bits": "auto"}})
     assert net.layers.grid_bits == "auto"  # another function
+    revlib.swap(net, {"layers": {"grid_bits": 10}})
+    revlib.swap(net, {"layers": {"grid_bits": "auto"}})
+    assert net.layers.grid_bits == "auto"  # 10 was given, not chosen
 
 
 AUTO: Any = {"layers": {"coupling": {"name": "momentum", "gamma": 0.25}, "residual": True, "grid_bits": "auto"}}

@@ -112,6 +112,7 @@ def put_back(records: list[Record]) -> None:
 def restore(model: nn.Module) -> list[str]:
     """Undo `swap` and return the restored paths. State-dict keys and parameters stay the same.
 
+    Layers that were cut off a swapped list are released, and their own paths returned, unless the list is in the model.
     A ReversibleSequential that was not made by a swap becomes a CoupledSequential, which is the same function. A
     ReversibleModuleList that was not made by a swap stores the activations of all its layers.
     """
@@ -124,7 +125,7 @@ def restore(model: nn.Module) -> list[str]:
             module.release()
         own = vars(module)
         module.__class__, attributes = own.pop("_swapped_from", (CoupledSequential, _options_of(module)))
-        for name in ("options", "resolved", "path", "_history", "_forwards", "noted"):
+        for name in ("options", "resolved", "path", "_history", "_forwards", "noted", "grid_is_chosen"):
             own.pop(name, None)
         own.update(attributes)
     for path, m in model.named_modules():  # the rest of a list, as after model.layers = model.layers[:2]
@@ -228,11 +229,13 @@ def _set_options(path: str, stack: Reversible, changes: Mapping[str, Any]) -> No
     try:
         default = StackOptions(split_dim=None) if isinstance(stack, Layerwise) else StackOptions()
         merged = (before or default).merged(changes)
-        if before is not None and merged.grid_bits == "auto" and isinstance(before.grid_bits, int):
+        if before is not None and merged.grid_bits == "auto" and stack.grid_is_chosen:
             chosen = merged.merged({"grid_bits": before.grid_bits})
             merged = chosen if chosen.couplings() == before.couplings() else merged
         budget = stack.budget if merged == before else None  # the costs that it knows are still right
         stack.set_options(merged)
+        if stack.grid_is_chosen and (before is None or merged.grid_bits != before.grid_bits):
+            stack.grid_is_chosen = False
         if budget is not None:
             stack.budget = budget
     except (TypeError, ValueError) as error:

@@ -159,23 +159,31 @@ class CoupledSequential(Stack, nn.Sequential):
         if not isinstance(index, slice):
             return super().__getitem__(index)
         part = type(self).__new__(type(self))
-        own = {"_modules": dict(list(self._modules.items())[index]), "training": self.training}
-        part.__dict__ = {**self.__dict__, **vars(nn.Module()), **own}
+        kept = {"_parameters": {**self._parameters}, "_buffers": {**self._buffers}, "training": self.training}
+        part.__dict__ = {**self.__dict__, **vars(nn.Module()), **kept}
+        part._modules = dict(list(self._modules.items())[index])
         part.__dict__.pop("_history", None)
         part.options, part.resolved = options_of_slice(self.options, self.resolved, list(self), index)
         return part
 
     def __add__(self, other: Any) -> Any:
         """Return a stack of the blocks of both, with the options of this one."""
-        if isinstance(other, Stack) and other.options != self.options:
-            raise ValueError(
-                "stack + stack: their options differ; make one stack of all blocks, with the options wanted"
-            )
-        return self[:].__iadd__(other)
+        return self._of(super().__add__(other), alike=not isinstance(other, Stack) or other.options == self.options)
 
     def __mul__(self, other: int) -> Any:
         """Return a stack of the blocks so many times, with their weights shared."""
-        return self[:].__imul__(other)
+        return self._of(super().__mul__(other))
+
+    def _of(self, blocks: nn.Sequential, alike: bool = True) -> Any:
+        """Return a stack of other blocks, with these options. Raises ValueError if they are not alike for all."""
+        if not alike or self.options.ordinary or len(set(self.treatments)) > 1:
+            raise ValueError(
+                f"{self.path}: the sum or multiple of stacks with other options, ordinary blocks or treatments of their"
+                " own; make one stack of all blocks, with the options wanted"
+            )
+        stack = self[:]
+        stack._modules = blocks._modules
+        return stack
 
     def _run_ordinary(
         self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Arguments] | None

@@ -43,6 +43,7 @@ class Stack:
     options: StackOptions
     resolved: Resolved
     noted: dict[str, Any] | None = None  # what the config of a pretrained model says of it; gets the grid when chosen
+    grid_is_chosen = False  # by grid_bits="auto"
     largest: Tensor | None = None  # of the streams' absolute values, until the grid of `grid_bits="auto"` is chosen
     if TYPE_CHECKING:  # of the container
         training: bool
@@ -134,7 +135,7 @@ class Stack:
                 f" {largest.dtype}; set stream_dtype=torch.float64, or leave out grid_bits"
             )
         bits = min(FINEST, math.floor(math.log2(limit / max(largest.item(), 1.0))))
-        self.grid_bits, self.largest = bits, None
+        self.grid_bits, self.grid_is_chosen, self.largest = bits, True, None
         if self.noted is not None:
             self.noted["grid_bits"] = bits
         self.couplings = tuple(c.on_grid(bits) for c in self.couplings)

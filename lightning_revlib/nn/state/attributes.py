@@ -38,15 +38,7 @@ class Snapshot:
 
     def changes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return the plain values and tuples that are others now, and ABSENT for those that were not there."""
-        # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
-        touched = [(o, b) for o, b in self.before if len(o) != len(b) or any(map(is_not, o.values(), b.values()))]
-        found = []
-        for own, before in touched:
-            former = {name: before.get(name, ABSENT) for name in own.keys() | before.keys()}
-            former = {name: value for name, value in former.items() if _is_other(value, own.get(name, ABSENT))}
-            if former:
-                found.append((own, former))
-        return found
+        return [(own, former) for own, before in self.before if (former := changed_values(own, before))]
 
     def put_back(self) -> None:
         set_attributes(self.changes())
@@ -103,6 +95,15 @@ class Attributes(State):
         finally:
             set_attributes(now)
             _set_generators(drawn)
+
+
+def changed_values(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return the plain values and tuples of a module that are others now, and ABSENT for those that were not there."""
+    # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
+    if len(now) == len(before) and not any(map(is_not, now.values(), before.values())):
+        return {}
+    former = {name: before.get(name, ABSENT) for name in now.keys() | before.keys()}
+    return {name: value for name, value in former.items() if _is_other(value, now.get(name, ABSENT))}
 
 
 def attributes_of(modules: Sequence[nn.Module], kind: type) -> list[tuple[nn.Module, str, Any]]:

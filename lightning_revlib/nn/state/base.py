@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import is_
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -191,16 +192,27 @@ def without_graph(tensor: Tensor) -> Tensor:
     return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
-def without_graphs(value: Any) -> Any:
-    """Return a value to be held by a frame: `without_graph` what tensors are in it, and dicts and lists as copies."""
+def without_graphs(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """Return a value to be held by a frame: `without_graph` what tensors are in it, and dicts and lists as copies.
+
+    What is in it twice, as `copies` tell, is the same in the copy. A dict or list whose class refuses it is not copied.
+    """
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
         return without_graph(value)
-    if type(value) is tuple or hasattr(value, "_fields"):
-        inner = map(without_graphs, value)
-        return tuple(inner) if type(value) is tuple else type(value)(*inner)
-    if isinstance(value, (dict, list)):
-        copied = copy.copy(value)
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            copied[key] = without_graphs(each)
-        return copied
-    return value
+    if isinstance(value, tuple):
+        inner = [without_graphs(each, copies) for each in value]
+        if all(map(is_, inner, value)):
+            return value
+        return value._make(inner) if hasattr(value, "_make") else type(value)(inner)
+    if not isinstance(value, (dict, list)):
+        return value
+    if id(value) not in copies:
+        try:
+            copies[id(value)] = copied = copy.copy(value)
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                if (held := without_graphs(each, copies)) is not each:
+                    copied[key] = held
+        except Exception:
+            copies[id(value)] = value
+    return copies[id(value)]

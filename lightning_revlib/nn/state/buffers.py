@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.state.attributes import ABSENT
 from lightning_revlib.nn.state.base import Call, State, brief, is_fake, version
-from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual, to_write
+from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
 from lightning_revlib.nn.state.parameters import value_then
 
 
@@ -61,7 +61,7 @@ class Buffers(State):
         empty = [(m, name) for m, name, _, _ in self.read]
         self.read = [(m, name, None, 0) for m, name in empty if _now(m._buffers, name) is None]
         self.former += [(m, name, None) for m, name in empty if _now(m._buffers, name) is not None]
-        grown = [(m, names) for m, names in self.names if len(m._buffers) > len(names)]
+        grown = [(m, names) for m, names in self.names if tuple(m._buffers.keys()) != names]
         self.former += [(m, name, ABSENT) for m, names in grown for name in m._buffers.keys() if name not in names]
         for m, name, before, buffer, count, training in self.met:
             if (
@@ -92,7 +92,7 @@ class Buffers(State):
         lent = [(m._buffers, name, value_then(b, n, self.values, "buffer", name, m)) for m, name, b, n in self.read]
         lent = [(buffers, name, b) for buffers, name, b in lent if _now(buffers, name) is not b]
         lent += [(m._buffers, name, b.clone() if isinstance(b, Tensor) else b) for m, name, b in self.former]
-        lent += [(m._buffers, name, b) for m in self.written for name, b in to_write(m)]
+        lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
         _tell_of_threads(modules)
         _LENT.update(dict.fromkeys(modules, threading.get_ident()) if lent else {})

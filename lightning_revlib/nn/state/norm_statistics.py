@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
 COUNTS_BATCHES = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)  # those of all batch norms
@@ -30,10 +30,3 @@ def batches(norm: nn.Module) -> int | None:
     if counter is None or counter.is_inference() or type(norm).forward not in COUNTS_BATCHES:
         return None
     return counter._version
-
-
-def to_write(norm: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Return what a second run of a norm in training may write into, in place of its statistics."""
-    counts = type(norm).forward is nn.SyncBatchNorm.forward or norm.momentum is None
-    buffers = [(name, b) for name, b in norm._buffers.items() if b is not None]
-    return [(name, b.clone() if counts or name != "num_batches_tracked" else None) for name, b in buffers]

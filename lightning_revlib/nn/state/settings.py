@@ -4,51 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_not
 from typing import Any
 
 from torch import nn
 
-from lightning_revlib.nn.state.attributes import ABSENT, PLAIN, set_attributes
+from lightning_revlib.nn.state.attributes import ABSENT, PLAIN, changed_values, set_attributes
 from lightning_revlib.nn.state.base import Call, State
+
+OBJECT: Any = object()  # stands for an attribute that is not plain: it may be a tensor, whose graph refers to a frame
 
 
 class Settings(State):
     """The plain attributes of all modules when a forward ended, training flags among them."""
 
     shared = True
-    __slots__ = ("authored", "changed", "modules", "then")
+    __slots__ = ("authored", "changed", "modules", "scripted", "then")
 
     def __init__(self, call: Call) -> None:
         self.modules, self.authored = call.modules, call.authored
         self.changed: dict[nn.Module, dict[str, Any]] = {}  # former values, ABSENT for those that were not there
 
     def close(self) -> bool:
-        # Those of authored modules without tensors, whose graph may refer to a frame, and the frame to this.
-        self.then = [vars(m).copy() if m not in self.authored else _plain(vars(m)) for m in self.modules]
+        self.then = [self._attributes(m).copy() for m in self.modules]
+        self.scripted = {m: m.training for m in self.modules if "training" not in vars(m)}  # whose flag is in C++
         return True
 
     def is_current(self) -> bool:
-        self.changed = {}
-        for m, then in zip(self.modules, self.then, strict=True):
-            now = vars(m)
-            # Most modules are as they were. `map` compares their attributes without a line of Python for each.
-            if len(now) != len(then) or any(map(is_not, now.values(), then.values())):
-                former, current = _plain(then), _plain(now)
-                if former != current:
-                    self.changed[m] = dict.fromkeys(current, ABSENT) | former
-        return not self.changed
+        pairs = zip(self.modules, self.then, strict=True)
+        self.changed = {m: former for m, then in pairs if (former := changed_values(self._attributes(m), then))}
+        return not self.changed and all(m.training == flag for m, flag in self.scripted.items())
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         changed = [(vars(m), self.changed[m]) for m in modules if m in self.changed]
         now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in changed]
+        flags = {m: m.training for m in modules if m in self.scripted}
         set_attributes(changed)
+        for m in flags:
+            m.training = self.scripted[m]
         try:
             yield
         finally:
             set_attributes(now)
+            for m, flag in flags.items():
+                m.training = flag
 
-
-def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if type(value) in PLAIN}
+    def _attributes(self, m: nn.Module) -> dict[str, Any]:
+        """Return a module's attributes, of an authored one the plain ones."""
+        own = vars(m)
+        return {k: v if isinstance(v, PLAIN) else OBJECT for k, v in own.items()} if m in self.authored else own

@@ -140,8 +140,8 @@ class Step:
         """
         if not self.args and not self.kwargs:
             return self
-        kwargs = {name: without_graphs(value) for name, value in self.kwargs.items()}
-        return replace(self, args=without_graphs(tuple(self.args)), kwargs=kwargs, extra=None)
+        args, kwargs = without_graphs((tuple(self.args), dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs, extra=None)
 
     def check_arguments(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
         """Raise RuntimeError if the block has changed an argument in place, given its version before the call."""

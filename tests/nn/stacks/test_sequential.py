@@ -274,8 +274,24 @@ def test_sums_and_multiples_of_stacks() -> None:
     for both, blocks in ((a + b, [*a, *b]), (a * 2, [*a, *a]), (2 * a, [*a, *a]), (a + nn.Sequential(*b), [*a, *b])):
         assert type(both) is revlib.ReversibleSequential and list(both) == blocks and len(a) == 2
         assert torch.equal(both(x), revlib.CoupledSequential(*blocks, coupling="midpoint")(x))
-    with pytest.raises(ValueError, match="their options differ"):
-        a + revlib.ReversibleSequential(nn.Linear(4, 4))
+    part = revlib.ReversibleSequential(*a, *b, coupling="midpoint")[1:3]
+    assert [*(part + a), *(part * 2)] == [*part, *a, *part, *part]  # whose blocks have the names "1" and "2"
+    for other in (revlib.ReversibleSequential(nn.Linear(4, 4)), revlib.ReversibleSequential(*a, store_last=1)):
+        with pytest.raises(ValueError, match="with other options, ordinary blocks or treatments of their own"):
+            a + other
+
+
+def test_a_slice_of_a_subclass_has_its_parameters() -> None:
+    class Scaled(revlib.ReversibleSequential):
+        def __init__(self, *blocks: nn.Module) -> None:
+            super().__init__(*blocks)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x) * self.scale
+
+    stack = Scaled(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert stack[:1].scale is stack.scale and stack[:1](torch.randn(2, 8)).shape == (2, 8)
 
 
 def test_a_sparse_input() -> None:

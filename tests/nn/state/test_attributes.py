@@ -114,3 +114,42 @@ def detach(model: Any) -> bool:
     for block in model:
         block.state = None if block.state is None else tuple(t.detach() for t in block.state)
     return True
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_objects_and_numbers_of_numpy_that_their_owner_replaces(treatment: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+
+    class Logs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.log, self.rate = nn.Linear(4, 4).double(), list[int](), numpy.float64(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.log is not None:
+                self.log.append(1)
+            return self.linear(x).tanh() * float(self.rate)  # type: ignore[no-any-return]
+
+    x, grads = sample(), []
+    for model in twins(Logs, treatment):
+        y = model(x).square().sum()
+        for block in model:  # type: ignore[attr-defined]
+            block.log, block.rate = None, numpy.float64(0.25)
+        grads.append(torch.autograd.grad(y, x)[0])
+        assert all(block.log is None and block.rate == 0.25 for block in model)  # type: ignore[attr-defined]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_the_training_flag_of_a_scripted_module(treatment: Any) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4).double(), torch.jit.script(nn.Dropout(0.5)))
+
+    x, grads = sample(), []
+    for model in twins(make, treatment):
+        torch.manual_seed(1)
+        y = model(x).square().sum()
+        model.eval()
+        grads.append(torch.autograd.grad(y, x)[0])
+        assert not any(m.training for m in model.modules())
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)

@@ -56,3 +56,34 @@ def test_gradients_through_arguments(treatment: Any) -> None:
     x = torch.randn(5, 8, requires_grad=True, dtype=torch.float64)
     found = [torch.autograd.grad(each(x).square().sum(), [x, *each.parameters()]) for each in (model, plain)]
     assert all(map(torch.allclose, *found))
+
+
+class Frozen(dict[str, Any]):
+    """A dict that can be changed no more, once it has been made."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("frozen")
+
+
+class Notes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor, read: list[Tensor], written: list[Tensor], options: Frozen) -> Tensor:
+        out = torch.tanh(self.linear(x)) * options["scale"] + sum(t.mean() for t in read)
+        written.append(out.detach())
+        return out
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint"])
+def test_one_list_given_twice_and_a_dict_that_cannot_be_changed(treatment: str) -> None:
+    torch.manual_seed(0)
+    blocks, x, grads = [Notes() for _ in range(3)], torch.randn(2, 8, dtype=torch.float64, requires_grad=True), []
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True) * 2
+    for name in ("store", treatment):
+        seen: list[Tensor] = []
+        y = revlib.ReversibleSequential(*blocks, treatments=[name] * 3)(x, seen, seen, Frozen(scale=scale))
+        grads.append(torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0])
+        assert len(seen) == 3
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
