@@ -83,6 +83,8 @@ def computes_otherwise(
             "Its input is rebuilt up to rounding: if shapes follow from a near tie, as in a router, take the stack's"
             " option grid_bits='auto', to rebuild it exactly, or treatment 'checkpoint' for this block."
         )
+    if any(getattr(m, "grid_is_chosen", False) for m in step.module.modules()):
+        lines.append("A stack in it has chosen its grid in between: give it grid_bits as a number in place of 'auto'.")
     if any(isinstance(m, torch.jit.ScriptModule) for m in step.module.modules()):
         lines.append("A scripted block is compiled after its first call with gradients; make one, as block(x).")
     return RuntimeError("\n".join(lines))

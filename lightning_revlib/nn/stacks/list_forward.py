@@ -50,8 +50,8 @@ class ListForward:
         self.handed = None
         if x.dtype is self.b.dtype:
             self.b = x
-        elif x.requires_grad:
-            self.b = _Through.apply(x, self.b)
+        else:
+            self.b = _Through.apply(x, self.b) if x.requires_grad else self.b.detach()
         if (version(x), version(self.a)) != self._versions:
             raise RuntimeError(
                 f"a hidden state of shape {list(x.shape)} was modified in place between two layers of a reversible"

@@ -51,7 +51,7 @@ class Buffers(State):
                 if buffer is None:
                     self.read.append((m, name, None, 0))
                 elif not isinstance(buffer, UninitializedBuffer):
-                    self.met.append((m, name, buffer.detach().clone(), buffer, version(buffer), m.training))
+                    self.met.append((m, name, copy_of(buffer), buffer, version(buffer), m.training))
 
     @classmethod
     def concerns(cls, call: Call) -> bool:
@@ -91,7 +91,7 @@ class Buffers(State):
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         lent = [(m._buffers, name, value_then(b, n, self.values, "buffer", name, m)) for m, name, b, n in self.read]
         lent = [(buffers, name, b) for buffers, name, b in lent if _now(buffers, name) is not b]
-        lent += [(m._buffers, name, b.clone() if isinstance(b, Tensor) else b) for m, name, b in self.former]
+        lent += [(m._buffers, name, copy_of(b) if isinstance(b, Tensor) else b) for m, name, b in self.former]
         lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
         _tell_of_threads(modules)
@@ -120,6 +120,11 @@ def _tell_of_threads(modules: Sequence[nn.Module]) -> None:
 
 
 _SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
+
+
+def copy_of(buffer: Tensor) -> Tensor:
+    """Return a copy, which requires grad if the buffer does: its graph is another forward's."""
+    return buffer.detach().clone().requires_grad_(buffer.requires_grad)
 
 
 def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor, part: str) -> bool:

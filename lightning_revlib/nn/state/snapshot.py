@@ -15,13 +15,15 @@ from torch.nn.parameter import is_lazy
 from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
 from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
 from lightning_revlib.nn.state.base import without_graph
+from lightning_revlib.nn.state.frozen import may_move
+from lightning_revlib.nn.state.parameters import Lent, is_frozen, named_parameters
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Put back at the end gradients, buffers, random states, hooks, and attributes that are no dicts, lists or objects.
 
-    Parameters have no gradient inside.
+    Parameters have no gradient inside. Those without gradient that forward may move are copies.
     """
     modules = list(model.modules())
     with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
@@ -41,6 +43,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         for p in model.parameters():
             undo.callback(setattr, p, "grad", p.grad)
             p.grad = None
+        for m, name, p in named_parameters(modules):
+            if is_frozen(p) and may_move(m, name, ""):  # such as a codebook
+                undo.callback(m._parameters.__setitem__, name, p)
+                m._parameters[name] = Lent(p.detach().clone(), requires_grad=False)
         for m in modules:
             before = dict(m._buffers.items())
             undo.callback(_put_back, m._buffers, before)

@@ -28,7 +28,9 @@ def replace_first(out: Any, first: Any) -> Any:
         copied[next(iter(out))] = first  # type: ignore[index]
         return copied
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
-        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: first})
+        changed: Any = copy.copy(out)  # `dataclasses.replace` would make one anew, and perhaps compute from the member
+        object.__setattr__(changed, dataclasses.fields(out)[0].name, first)
+        return changed
     if hasattr(out, "_fields"):
         return out._replace(**{out._fields[0]: first})
     if isinstance(out, Sequence) and len(out):

@@ -93,3 +93,34 @@ def test_lazy_modules_are_measured_when_they_have_their_parameters() -> None:
     for _ in range(2):
         stack(x).sum().backward()
     assert stack.plan is not None
+
+
+class Codebook(nn.Module):
+    """Moves a parameter without gradient in each forward in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.book = nn.Linear(4, 4), nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.book.mul_(0.5).add_(x.detach().mean(0))
+        return self.linear(x * self.book).tanh()  # type: ignore[no-any-return]
+
+
+def test_measuring_leaves_what_a_forward_moves() -> None:
+    x, results = torch.randn(5, 8), []
+    for how in ("plain", "budget", "swap", "report", "memory"):
+        torch.manual_seed(0)
+        blocks = [Codebook() for _ in range(3)]
+        stack: Any = revlib.CoupledSequential(*blocks)
+        if how == "budget":
+            stack = revlib.ReversibleSequential(*blocks, memory_budget="1MiB")
+        elif how == "swap":
+            revlib.swap(stack, inputs=x)
+        elif how != "plain":
+            revlib.report(stack, x) if how == "report" else revlib.memory(stack, x, torch.optim.SGD)
+        stack(x)
+        results.append([p.detach() for p in stack.parameters()])
+    for each in results[1:]:
+        torch.testing.assert_close(each, results[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -128,3 +129,38 @@ def test_leaving_early(count: int, extras: bool, treatments: list[str]) -> None:
         found.append(list(torch.autograd.grad(model(x, count, extras), inputs)))
         model(x, DEPTH, extras).backward()  # the next forward is a new one
     close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hidden_state_that_is_detached_between_layers(dtype: torch.dtype) -> None:
+    layers = revlib.ReversibleModuleList([Layer(8).to(dtype) for _ in range(3)], coupling="midpoint", residual=True)
+    x = torch.randn(2, 8, dtype=dtype)
+    for layer in layers:
+        x = layer(x).detach() if layer is layers[1] else layer(x)
+    x.float().sum().backward()
+    assert layers[1].linear.weight.grad is None and layers[2].linear.weight.grad is not None
+    assert layers[0].linear.weight.grad is not None  # by the other stream
+
+
+@dataclass
+class Computed:
+    """Computes from its first member when it is made."""
+
+    hidden: Tensor
+    size: int = 0
+
+    def __post_init__(self) -> None:
+        self.size = self.hidden.numel()
+
+
+def test_a_layer_that_returns_a_dataclass_that_computes() -> None:
+    class Returns(Layer):
+        def forward(self, hidden: Tensor) -> Any:  # type: ignore[override]
+            return Computed(super().forward(hidden))
+
+    layers, x = revlib.ReversibleModuleList([Returns(8) for _ in range(2)], coupling="midpoint"), torch.randn(2, 8)
+    for layer in layers:
+        out = layer(x)
+        x = out.hidden
+    x.sum().backward()
+    assert out.size == 16 and type(out) is Computed

@@ -309,3 +309,28 @@ def test_an_earlier_backward_through_what_made_the_input(treatments: list[str]) 
     y.sum().backward()
     expected = torch.autograd.grad(revlib.CoupledSequential(*stack, split_dim=None)(z + 1).sum(), z)[0] + 1
     torch.testing.assert_close(z.grad, expected)
+
+
+def test_an_input_outside_of_the_grid() -> None:
+    stack = revlib.ReversibleSequential(nn.Linear(4, 4), coupling="leapfrog", grid_bits=16)
+    with pytest.raises(
+        ValueError, match="stack: its input reaches 1e\\+03, and on the grid of grid_bits=16 it must stay"
+    ):
+        stack(torch.full((2, 8), 1000.0))
+    assert stack(torch.zeros(0, 8)).shape == (0, 8)
+
+
+def test_a_grid_that_is_chosen_between_the_two_runs_of_a_block() -> None:
+    class Nest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            blocks = [nn.Linear(2, 2) for _ in range(2)]
+            self.stack = revlib.ReversibleSequential(*blocks, coupling="midpoint", grid_bits="auto")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stack(x)
+
+    stack, x = revlib.ReversibleSequential(Nest()), torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="has chosen its grid in between: give it grid_bits as a number"):
+        stack(x).sum().backward()
+    stack(x).sum().backward()

@@ -201,3 +201,24 @@ def test_a_buffer_that_the_first_call_makes(how: str, treatment: Any) -> None:
         assert torch.allclose(torch.autograd.grad(stack(x).square().sum(), x)[0], expected, rtol=1e-9)
         for ours, theirs in zip(stack.buffers(), plain.buffers(), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_buffer_with_a_graph(treatment: Any) -> None:
+    """A state that two forwards hand on, before one backward."""
+
+    class State(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).double()
+            self.register_buffer("state", torch.zeros(8, 4, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state = torch.tanh(self.linear(x + self.state))
+            return self.state
+
+    x, grads = sample(), []
+    for model in twins(State, treatment):
+        grads.append(torch.autograd.grad((model(x) + model(2 * x)).square().sum(), [x, *model.parameters()]))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
