@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,12 @@ from torch.optim import Optimizer
 from lightning_revlib.nn.internals import pytree
 
 PLAIN = (int, float, bool, str, type(None))
+OURS = ("state", "param_groups")  # the attributes that all optimizers have
 
 
 @contextmanager
 def preserve_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
-    """Put back at the end the optimizer's weights, state, and options, which its steps may change.
+    """Put back at the end the optimizer's weights, state, options, and own dicts and lists, which its steps may change.
 
     Weights and state are copied meanwhile, to the host's memory.
     """
@@ -27,7 +29,9 @@ def preserve_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     weights = [_copy(p) for p in parameters]
     state = {p: dict(values) for p, values in optimizer.state.items()}
-    tensors = [t for t in pytree.tree_leaves(list(state.values())) if isinstance(t, Tensor)]
+    own = [x for name, x in vars(optimizer).items() if isinstance(x, (dict, list)) and name not in OURS]
+    containers = [(value, copy.copy(value)) for value in own]
+    tensors = [t for t in pytree.tree_leaves([*state.values(), *own]) if isinstance(t, Tensor)]
     values = [_copy(t) for t in tensors]
     groups = [dict(group) for group in optimizer.param_groups]
     attributes = {name: value for name, value in vars(optimizer).items() if isinstance(value, PLAIN)}
@@ -39,8 +43,9 @@ def preserve_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
                 tensor.copy_(value)
         optimizer.state.clear()
         optimizer.state.update(state)
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update(before)
+        for group, before in [*zip(optimizer.param_groups, groups, strict=True), *containers]:
+            group.clear()
+            group.extend(before) if isinstance(group, list) else group.update(before)
         vars(optimizer).update(attributes)
 
 

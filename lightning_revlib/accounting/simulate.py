@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -95,7 +96,8 @@ def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:
     if optimizer is None:
         return None
     twin = object.__new__(type(optimizer))
-    vars(twin).update({name: value for name, value in vars(optimizer).items() if name != "step"})  # as schedulers set
+    own = {name: value for name, value in vars(optimizer).items() if name != "step"}  # as schedulers set
+    vars(twin).update({name: copy.copy(x) if isinstance(x, (dict, list)) else x for name, x in own.items()})
     twin.state = defaultdict(dict)
     twin.param_groups = [{**group, "params": [fake(p) for p in group["params"]]} for group in optimizer.param_groups]
     return twin

@@ -69,7 +69,7 @@ def _run_of(module: nn.Module) -> Callable[[Any], Any]:
 
 
 def count(program: Program) -> Memory:
-    """Run the program's step once, after one that a memory budget or a grid needs, and return its bytes."""
+    """Run the program's step once, after those that a grid and a memory budget need, and return its bytes."""
     model, _, batch, optimizer = program
     optimizers = () if optimizer is None else (optimizer,)
     with (
@@ -79,7 +79,10 @@ def count(program: Program) -> Memory:
         preserve_optimizer(optimizer),
         _forward_in(model) as precision,
     ):
-        if any(each.budget is not None or each.grid_bits == "auto" for each in stacks(model).values()):
+        found = stacks(model).values()
+        if any(each.grid_bits == "auto" for each in found):
+            _run(program, Recorder(model), precision)
+        if any(each.budget is not None for each in found):
             _run(program, Recorder(model), precision)
         if optimizer is not None and not optimizer.state:
             make_state(optimizer)

@@ -87,7 +87,12 @@ def _longest(cfg: DictConfig, way: str, device: str, limit: int) -> int | None:
 
     def total(length: int) -> int:
         cfg.data.length = length
-        return Simulation(cfg, way, device).total(cfg.batch_size)
+        try:
+            return Simulation(cfg, way, device).total(cfg.batch_size)
+        except ValueError:
+            if length <= before:
+                raise
+            return limit + 1  # positions by axes, say, are of one length
 
     try:
         return largest(total, limit, before, max(1, before // 4))
@@ -108,6 +113,10 @@ def _print_plan(cfg: DictConfig, device: str, limit: int) -> None:
 
 
 def _device(name: Any) -> str:
+    try:
+        torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from None
     if name and torch.device(name).type != "cpu" and not torch.get_device_module(torch.device(name)).is_available():
         print(f"device={name} is not here: simulated on the CPU, whose attention kernels and autocast lists differ")
         return "cpu"

@@ -122,3 +122,66 @@ def test_advice_leaves_the_model_as_it_was(family: Any) -> None:
     assert [type(m) for m in model.modules()] == classes
     assert all("forward" not in vars(m) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_advice_leaves_a_budget_as_it_was() -> None:
+    """One that counts the loss by chunks, which is advised, would follow another plan."""
+    plans = []
+    for advice in (False, True):
+        torch.manual_seed(0)
+        model, data = llama(2000, depth=4), batch(2000)
+        momentum = {"coupling": {"name": "momentum", "gamma": 0.5}, "residual": True, "memory_budget": 0.8}
+        revlib.swap(model, {"model.layers": momentum})
+        found = revlib.memory(model, data, torch.optim.SGD, advice=advice)
+        assert not advice or any("chunk_loss" in each.line for each in found.advice)
+        model(**data).loss.backward()
+        plans.append(model.model.layers.plan.treatments)
+        revlib.chunk_loss(model)
+        revlib.report(model, **data)  # the original has no budget, and a fraction is of the stacks and the loss
+    assert plans[0] == plans[1]
+
+
+class Noting(torch.optim.Optimizer):
+    """Keeps momentum in a dict of its own, notes its steps in a list, and counts them in its groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.momentum, self.steps = dict[Any, Tensor](), list[int]()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for p in group["params"]:
+                p.sub_(self.momentum.setdefault(p, torch.zeros_like(p)).mul_(0.9).add_(p.grad), alpha=group["lr"])
+        self.steps.append(group["count"])
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_an_optimizer_with_containers_of_its_own(has_run: bool) -> None:
+    model, data = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    optimizer = Noting(model.parameters())
+    if has_run:
+        model(data).sum().backward()
+        optimizer.step()
+    momentum = {p: t.clone() for p, t in optimizer.momentum.items()}
+    groups, weights = (
+        [dict(group) for group in optimizer.param_groups],
+        [p.detach().clone() for p in model.parameters()],
+    )
+    for simulate in (False, True):
+        revlib.memory(model, data, optimizer, simulate=simulate)
+    assert optimizer.param_groups == groups and optimizer.steps == [1] * has_run
+    assert optimizer.momentum.keys() == momentum.keys()
+    assert all(torch.equal(optimizer.momentum[p], t) for p, t in momentum.items())
+    assert all(map(torch.equal, model.parameters(), weights))
+
+
+def test_a_grid_and_a_budget_that_a_first_step_would_choose() -> None:
+    totals = []
+    for grid in (12, "auto"):
+        model, data = llama(depth=4), batch()
+        momentum = {"coupling": {"name": "momentum", "gamma": 0.5}, "residual": True, "memory_budget": 0.8}
+        revlib.swap(model, {"model.layers": {**momentum, "grid_bits": grid}})
+        totals.append(revlib.memory(model, data, torch.optim.SGD, advice=False).highest.total)
+    assert totals[0] == totals[1]

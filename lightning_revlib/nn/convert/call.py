@@ -89,7 +89,7 @@ class Call:
                 if path not in targets and isinstance(module, ReversibleSequential):
                     module.__class__ = CoupledSequential  # type: ignore[assignment]
                 elif path not in targets and isinstance(module, Layerwise):
-                    module.treatments = ("store",) * len(module)
+                    module.treatments, module.budget = ("store",) * len(module), None
             for path, module, options in find(self.model, targets):
                 swap_one(path, module, {**(options or {}), **SILENT})
             stacks: list[Any] = [self.model.get_submodule(path) for path in targets]
