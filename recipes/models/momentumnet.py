@@ -124,6 +124,8 @@ class MomentumNet(nn.Module):
         grid_bits: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width={width!r}: pass the number of channels of the first stage, 1 or more")
         blocks = _blocks(depth, strides)
         wide = isinstance(depth, int) and depth >= 50 if wide is None else wide
         dim = None if split_dim is None else image_dim(split_dim)

@@ -159,6 +159,8 @@ class Reformer(nn.Module):
         width = dim if _check_split_dim(split_dim, dim) is None else dim // 2
         out = _branch(coupling, width)
         _check(depth, activation, attention, ff_chunks, shift)
+        if not isinstance(attention_dropout, (int, float)) or not 0 <= attention_dropout <= 1:
+            raise ValueError(f"attention_dropout={attention_dropout!r}: pass a probability, from 0.0 to 1.0")
         self.vocab, self.length = vocab, length
         self.embedding = nn.Embedding(vocab, dim)
         self.positions = AxialPositions(*_grid(length, dim, axial, axial_dims))
@@ -313,8 +315,8 @@ def _check(depth: int, activation: str, attention: Sequence[str], ff_chunks: int
     """Raise ValueError for options that are not possible."""
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth={depth!r}: a Reformer has no stages; pass the number of its layers, 1 or more")
-    if ff_chunks < 1:
-        raise ValueError(f"ff_chunks={ff_chunks}: pass 1 or more")
+    if not isinstance(ff_chunks, int) or ff_chunks < 1:
+        raise ValueError(f"ff_chunks={ff_chunks!r}: pass a whole number, 1 or more")
     if ff_chunks > 1 and shift:
         raise ValueError(
             f"ff_chunks={ff_chunks} with shift=True: with shift a token needs the token before it; leave out one"

@@ -133,6 +133,8 @@ def test_conversion_errors():
         ({"depth": 0}, "depth=0: each stage needs a block"),
         ({"depth": 1.5}, "depth=1.5: each stage needs a block"),
         ({"depth": "six"}, "depth='six': each stage needs a block or more; pass their number, an int"),
+        ({"width": 0}, "width=0: pass the number of channels"),
+        ({"width": "abc"}, "width='abc': pass the number of channels"),
         ({"stem": "mnist"}, "stem='mnist' is none of 'cifar', 'imagenet'"),
         ({"split_dim": 0}, "split_dim=0: the streams would be different images"),
         ({"split_dim": 4}, "split_dim=4: an image batch has the dimensions 0 to 3"),

@@ -216,6 +216,8 @@ def test_hyperparameters_are_plain_and_hold_no_optimizer():
         ({"axial": [9, 10]}, r"axial=\[9, 10\] has 90 positions, and length=96"),
         ({"axial": [8, 12], "axial_dims": [8, 9]}, r"axial_dims=\[8, 9\]: .* sum up to dim=16"),
         ({"ff_chunks": 0}, "ff_chunks=0"),
+        ({"ff_chunks": "abc"}, "ff_chunks='abc': pass a whole number"),
+        ({"attention_dropout": 2}, "attention_dropout=2: pass a probability"),
         ({"ff_chunks": 2, "shift": True}, "ff_chunks=2 with shift=True"),
     ],
 )  # fmt: skip
