@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 
 import lightning_revlib as revlib
 from lightning_revlib.recipes.display.progress import ProgressBar
@@ -24,6 +25,7 @@ class Recording(ProgressBar):
 
 def test_loss_speed_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # by which rich takes what it writes to for a terminal
+    rich.reconfigure()  # rich 13 has looked at it when it made its console
     bar = Recording()
     callbacks = [bar, revlib.ActivationMemoryMonitor(), revlib.DriftMonitor()]
     trainer(tmp_path, strategy="reversible", callbacks=callbacks, enable_progress_bar=True).fit(Net(), data())
@@ -31,6 +33,10 @@ def test_loss_speed_and_the_time_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert bar.shown["held"].endswith(" MiB") and bar.shown["left"] == "0:00:00" and bar.shown["steps/s"] > 0
 
 
-def test_a_pipe_gets_no_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_no_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    rich.reconfigure()
     trainer(tmp_path, strategy="reversible", callbacks=[ProgressBar()], enable_progress_bar=True).fit(Net(), data())
     assert "Epoch" not in capsys.readouterr().out
