@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -106,16 +105,16 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _chunked(program: Program, module: nn.Module) -> Iterator[Program]:
     before = vars(module).get("forward")
     budgets = {id(stack.budget): stack.budget for stack in stacks(program.model).values() if stack.budget is not None}
-    known = [copy.deepcopy({**vars(budget), "announce": None}) for budget in budgets.values()]
-    chunk_loss(module)
-    try:
-        yield program
-    finally:
-        for budget, values in zip(budgets.values(), known, strict=True):  # which have counted the loss
-            vars(budget).update(values, announce=budget.announce)
-        del module.forward
-        if before is not None:
-            module.forward = before
+    with ExitStack() as undo:
+        for budget in budgets.values():  # they count the loss
+            undo.enter_context(budget.on_trial())
+        chunk_loss(module)
+        try:
+            yield program
+        finally:
+            del module.forward
+            if before is not None:
+                module.forward = before
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class ReversibleCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        take_grids(pl_module, checkpoint.get(KEY, {}), self._find_budget(trainer))
+        take_grids(pl_module, checkpoint.get(KEY, {}))
         take_memory_figures(pl_module, checkpoint.get("memory_figures", {}))
 
     @override

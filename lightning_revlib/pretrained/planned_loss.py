@@ -21,7 +21,7 @@ def expecting_budgets(model: nn.Module) -> list[Budget]:
     """Have the budgets of a model's stacks expect the costs of the loss, and return them."""
     found = {id(stack.budget): stack.budget for stack in stacks(model).values() if stack.budget is not None}
     for budget in found.values():
-        budget.has_loss = True
+        budget.expect_loss()
     return [*found.values()]
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_revlib.nn.convert.describe import describe_stacks
-from lightning_revlib.nn.convert.swap import Targets
+from lightning_revlib.nn.convert.swap import Targets, stacks
 from lightning_revlib.strategies.setup import Budget, swap_module, targets_of
 
 KEY = "reversible_targets"
@@ -27,21 +27,18 @@ def save_targets(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 def take_targets(module: nn.Module, saved: Mapping[str, Any], targets: Targets | None, budget: Budget | None) -> None:
     """Swap as a checkpoint's module was swapped, if `module` has no targets of its own; warn if they still differ."""
-    take_grids(module, saved, budget)
+    take_grids(module, saved)
     if targets_of(module, targets) is None:
         others = saved.keys() - describe_stacks(module).keys()
         swap_module(module, {path: saved[path] for path in others}, budget, strict=False)
     warn_of_differences(module, saved)
 
 
-def take_grids(module: nn.Module, saved: Mapping[str, Any], budget: Budget | None) -> None:
+def take_grids(module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Give stacks with grid_bits="auto" the grid that the saved run has chosen."""
-    own = describe_stacks(module)
-    chosen = {path: saved[path].get("grid_bits") for path in saved.keys() & own.keys()}
-    if grids := {path: {"grid_bits": bits} for path, bits in chosen.items() if own[path].get("grid_bits") == "auto"}:
-        swap_module(module, grids, budget)
-        for path in grids:
-            module.get_submodule(path).grid_is_chosen = True  # type: ignore[assignment]
+    for path, stack in stacks(module).items():
+        if stack.grid_bits == "auto" and isinstance(bits := saved.get(path, {}).get("grid_bits"), int):
+            stack.take_grid(bits)
 
 
 def warn_of_differences(module: nn.Module, saved: Mapping[str, Any]) -> None:

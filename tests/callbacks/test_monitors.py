@@ -89,6 +89,8 @@ def test_skipped_steps_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_every_n_steps_is_checked() -> None:
+    with pytest.raises(ValueError, match="every_n_steps='3': pass a number of batches"):
+        revlib.ActivationMemoryMonitor("3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every_n_steps=0"):
         revlib.ActivationMemoryMonitor(0)
 

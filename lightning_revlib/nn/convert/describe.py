@@ -25,7 +25,7 @@ def note_in_configs(model: nn.Module) -> None:
         if found := describe_stacks(pretrained):
             setattr(pretrained.config, KEY, found)
             for path, options in found.items():
-                pretrained.get_submodule(path).noted = options
+                pretrained.get_submodule(path).keep_described(options)
         elif hasattr(pretrained.config, KEY):
             delattr(pretrained.config, KEY)
 

@@ -89,6 +89,10 @@ class SavedTensors(ABC):
         recomputed, self.recomputed = self.recomputed, None
         return recomputed
 
+    def put_recomputed(self, recomputed: list[Tensor | None]) -> None:
+        """Have at hand again what `take_recomputed` has returned."""
+        self.recomputed = recomputed
+
     def _pack(self, tensor: Tensor) -> int:
         assert self.saved is not None
         self.saved.append((tensor, tensor._version))

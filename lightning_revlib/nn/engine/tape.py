@@ -54,7 +54,7 @@ class Frame(SavedTensors):
         super().__init__(step.again(), state)
         self.tape, self.index = tape, tape.add(self)
         self.needs_grad, self.stride = (a.requires_grad, b.requires_grad), b.stride()
-        self.next: Frame | None = None  # kept alive, as backward has to undo it before this one; see rule 6
+        self.next: Frame | None = None
 
     def record(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the step, leaving autograd with numbers, and return the streams after it. See rule 1."""
@@ -72,6 +72,10 @@ class Frame(SavedTensors):
             self.end()
         step.check_arguments(self.state.arguments)
         return streams
+
+    def keep_next(self, frame: Frame) -> None:
+        """Keep the frame of the next step alive, as backward has to undo it before this one. See rule 6."""
+        self.next = frame
 
     def undo(self, out: Streams, before: Streams | None = None) -> Streams:
         """Return the streams before the step, given those after it, and have at hand what the step saves. See rule 4.

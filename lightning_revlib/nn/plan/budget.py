@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import ge
 from typing import Any, NamedTuple
@@ -51,7 +53,7 @@ class Budget:
     paths: tuple[str, ...] = ()
     announce: Callable[[str], Any] = log.info
     cost_model: CostModel = measure
-    has_loss: bool = False  # is planned, too: there is no plan before its costs are known
+    has_loss: bool = False  # is one of the parts that are planned
     plan: Plan | None = None  # the last that was followed or made
     _records: dict[str, Record] = field(default_factory=dict)
     _last: dict[str, Signature] = field(default_factory=dict)  # of each stack's last or expected run
@@ -87,6 +89,19 @@ class Budget:
         self._ran[path] = _all_reversible(costs)
         if self._ran.keys() >= {*self.paths, *[LOSS] * self.has_loss}:
             self._plan_expected()
+
+    def expect_loss(self) -> None:
+        """Make the first plan when the costs of the loss are known, too."""
+        self.has_loss = True
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Forget at the end what is counted and planned inside."""
+        before = copy.deepcopy({name: value for name, value in vars(self).items() if name != "announce"})
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def share(self, paths: Iterable[str]) -> None:
         """Attach this budget to stacks. The costs of one are trusted again when its fingerprint is found to match."""

@@ -40,6 +40,10 @@ class ListForward:
         self._versions = version(self.handed), version(self.a)
         return self.handed
 
+    def next_layer(self) -> None:
+        """Note that a layer has run."""
+        self.index += 1
+
     def continues_with(self, x: Any) -> bool:
         """Return whether x is what was handed out, perhaps after it has passed through hooks, as FSDP's.
 

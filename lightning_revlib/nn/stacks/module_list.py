@@ -141,7 +141,7 @@ class Layerwise(Reversible):
         try:
             for step in steps:
                 forward.step(step, compiler)
-            forward.index += 1
+            forward.next_layer()
             if forward.index < len(self):
                 out = forward.hand(last.dtype)
             else:

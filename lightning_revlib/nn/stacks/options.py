@@ -175,8 +175,8 @@ def options_of_slice(
     """Return the options by which a slice of a stack computes what these blocks compute in the stack."""
     numbers = range(len(blocks))[index]
     coupled = [i for i, block in enumerate(blocks) if i >= options.ordinary and not is_invertible(block)]
-    each = len(options.branches or (None,))
-    steps = [coupled.index(i) * each + branch for i in numbers if i in coupled for branch in range(each)]
+    order, each = {i: number for number, i in enumerate(coupled)}, len(options.branches or (None,))
+    steps = [order[i] * each + branch for i in numbers if i in order for branch in range(each)]
 
     def cut(cycled: Any) -> Any:
         return [cycled[n % len(cycled)] for n in steps] if is_list(cycled) and len(cycled) > 1 and steps else cycled

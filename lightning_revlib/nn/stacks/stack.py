@@ -43,7 +43,7 @@ class Stack:
     path = "stack"  # where the stack is in its model, for errors; `swap` sets it
     options: StackOptions
     resolved: Resolved
-    noted: dict[str, Any] | None = None  # what the config of a pretrained model says of it; gets the grid when chosen
+    noted: dict[str, Any] | None = None  # what the config of a pretrained model says of the stack
     grid_is_chosen = False  # by grid_bits="auto"
     largest: Tensor | None = None  # of the streams' absolute values, until the grid of `grid_bits="auto"` is chosen
     if TYPE_CHECKING:  # of the container
@@ -63,6 +63,17 @@ class Stack:
         """Take options; ValueError or TypeError if they do not fit the blocks, and nothing has changed then."""
         resolved = options.resolve(self._modules)
         self.options, self.resolved = options, resolved
+
+    def keep_described(self, described: dict[str, Any]) -> None:
+        """Keep up to date what the config of a pretrained model says of the stack: its grid, once it is chosen."""
+        self.noted = described
+
+    def take_grid(self, bits: int) -> None:
+        """Take the grid that grid_bits="auto" has chosen, here or in the run of a checkpoint."""
+        self.grid_bits, self.grid_is_chosen, self.largest = bits, True, None
+        if self.noted is not None:
+            self.noted["grid_bits"] = bits
+        self.couplings = tuple(c.on_grid(bits) for c in self.couplings)
 
     def extra_repr(self) -> str:
         couplings = self.couplings[0] if len(self.couplings) == 1 else list(self.couplings)
@@ -135,11 +146,7 @@ class Stack:
                 f"{self.path}: the streams reach {largest.item():.3g}, and grid_bits='auto' finds no grid for them in"
                 f" {largest.dtype}; set stream_dtype=torch.float64, or leave out grid_bits"
             )
-        bits = min(FINEST, math.floor(math.log2(limit / max(largest.item(), 1.0))))
-        self.grid_bits, self.grid_is_chosen, self.largest = bits, True, None
-        if self.noted is not None:
-            self.noted["grid_bits"] = bits
-        self.couplings = tuple(c.on_grid(bits) for c in self.couplings)
+        self.take_grid(min(FINEST, math.floor(math.log2(limit / max(largest.item(), 1.0)))))
 
     def _on_grid(self, x: Tensor, bits: int) -> Tensor:
         if x.is_nested:

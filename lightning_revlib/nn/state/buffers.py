@@ -105,6 +105,11 @@ class Buffers(State):
                 _LENT.pop(m, None)
 
 
+def copy_of(buffer: Tensor) -> Tensor:
+    """Return a copy, which requires grad if the buffer does: its graph is another forward's."""
+    return buffer.detach().clone().requires_grad_(buffer.requires_grad)
+
+
 _LENT: dict[nn.Module, int] = {}  # modules with other buffers at the moment, by the thread that runs them again
 
 
@@ -120,11 +125,6 @@ def _tell_of_threads(modules: Sequence[nn.Module]) -> None:
 
 
 _SILENT: MutableMapping[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
-
-
-def copy_of(buffer: Tensor) -> Tensor:
-    """Return a copy, which requires grad if the buffer does: its graph is another forward's."""
-    return buffer.detach().clone().requires_grad_(buffer.requires_grad)
 
 
 def changes_silently(m: nn.Module, name: str, training: bool, before: Tensor, buffer: Tensor, part: str) -> bool:

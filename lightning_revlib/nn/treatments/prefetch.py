@@ -43,7 +43,7 @@ class Prefetch(Schedule):
     def rewind(self, tape: Tape, frame: Frame) -> None:
         self.wait()
         if self.recomputed is not None and self.index == frame.index:
-            frame.recomputed = self.recomputed
+            frame.put_recomputed(self.recomputed)
             frame.release_next()
         elif self.above is not None and self.index == frame.index - 1 == tape.position:
             frame.undo(self.above, before=self.above)  # what it saves was given away, and is asked for again

@@ -62,7 +62,7 @@ class Reversible(Treatment):
         else:
             frame = ChunkFrame(self.tape, step, state, a, b, chunk, undoing)
         if self.last is not None:
-            self.last.next = frame
+            self.last.keep_next(frame)
         self.last = frame
         return frame.record(step, a, b)
 

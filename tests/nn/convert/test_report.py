@@ -272,3 +272,22 @@ def test_layers_of_two_kinds_that_take_turns_are_proposed() -> None:
     assert list(revlib.report(Hybrid([Mamba, Attention] * 2), torch.randn(2, 4)).targets) == ["layers"]
     others = dict(revlib.report(Hybrid([Mamba, Attention]), torch.randn(2, 4)).others)
     assert "its blocks are of different kinds: Mamba, Attention" in others["layers"]
+
+
+def test_a_block_that_returns_no_tensor() -> None:
+    class Nested(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            return ((super().forward(x[0] if isinstance(x, tuple) else x), 1), 2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Nested(4, 4) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x, _ = block(x)
+            return x[0]
+
+    others = dict(revlib.report(Net(), torch.randn(2, 4)).others)
+    assert "blocks.1 is not called with what blocks.0 returns" in others["blocks"]

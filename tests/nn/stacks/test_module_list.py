@@ -283,3 +283,32 @@ def test_on_cuda(half: bool) -> None:
     revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True}})
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         close(gradients(model, x), gradients(stored(model), x), 1e-2 if half else 1e-5)
+
+
+class LinearAttentionCache:
+    """Has a state in place of a length, as the caches of Mamba's models."""
+
+    def __init__(self, is_filled: bool) -> None:
+        self.is_filled = is_filled
+
+    def get_seq_length(self) -> int:
+        raise ValueError("there is no attention layer")
+
+    def has_previous_state(self) -> bool:
+        return self.is_filled
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_a_cache_of_linear_attention(is_filled: bool) -> None:
+    class Cached(Layer):
+        def forward(self, hidden: Tensor, cache: Any = None) -> Any:
+            given.append(cache)
+            return super().forward(hidden)
+
+    given: list[Any] = []
+    layers = revlib.ReversibleModuleList([Cached(8) for _ in range(2)], coupling="midpoint", residual=True)
+    x, cache = torch.randn(2, 8), LinearAttentionCache(is_filled)
+    with pytest.warns(UserWarning, match="activations are stored" if is_filled else "the cache stays empty"):
+        for layer in layers:
+            x = layer(x, cache=cache)
+    assert given == [cache if is_filled else None] * 2
