@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_revlib.nn.coupling.base import Coupling
-from lightning_revlib.nn.state.base import is_fake
+from lightning_revlib.nn.state.tensors import is_fake
 
 LONGEST_ROW = 1025  # numbers in a row
 _ALL = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(LONGEST_ROW)], device="cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_revlib.nn.state.base import version
+from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.run import Run
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
 from lightning_revlib.nn.coupling.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
-from lightning_revlib.nn.state.base import is_fake
+from lightning_revlib.nn.state.tensors import is_fake
 
 # Of the grid that `grid_bits="auto"` chooses: the factor by which streams may exceed what the first forward has met,
 # and the most bits; 16 keep five digits of numbers around one.

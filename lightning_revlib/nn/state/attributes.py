@@ -10,17 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.state.base import (
-    Call,
-    State,
-    StateError,
-    brief,
-    is_fake,
-    version,
-    without_graph,
-    without_graphs,
-)
+from lightning_revlib.nn.state.base import Call, State, StateError, brief
 from lightning_revlib.nn.state.parameters import modified
+from lightning_revlib.nn.state.tensors import is_fake, version, without_graph, without_graphs
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
 PLAIN = (bool, int, float, str, type(None))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_revlib.nn.state.attributes import ABSENT
-from lightning_revlib.nn.state.base import Call, State, brief, is_fake, version
+from lightning_revlib.nn.state.base import Call, State, brief
 from lightning_revlib.nn.state.norm_statistics import WRITES_STATISTICS, batches, is_usual
 from lightning_revlib.nn.state.parameters import value_then
+from lightning_revlib.nn.state.tensors import is_fake, version
 
 
 class Buffers(State):

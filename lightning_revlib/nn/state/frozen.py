@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_revlib.nn.state.base import Call, State, StateError, brief, version
+from lightning_revlib.nn.state.base import Call, State, StateError, brief
 from lightning_revlib.nn.state.buffers import changes_silently, is_known_to_keep
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
+from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.state.torch_layers import is_torch_layer
 
 

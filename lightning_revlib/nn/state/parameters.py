@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_revlib.nn.state.base import Call, Former, State, StateError, brief, is_fake, version
+from lightning_revlib.nn.state.base import Call, Former, State, StateError, brief
+from lightning_revlib.nn.state.tensors import is_fake, version
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 

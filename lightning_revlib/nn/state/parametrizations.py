@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
-from lightning_revlib.nn.state.base import Call, State, without_graph
+from lightning_revlib.nn.state.base import Call, State
+from lightning_revlib.nn.state.tensors import without_graph
 
 
 class Parametrizations(State):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_revlib.nn.state.base import Call, State, is_fake
+from lightning_revlib.nn.state.base import Call, State
+from lightning_revlib.nn.state.tensors import is_fake
 
 EMPTY = torch.empty(0, device="cpu")
 

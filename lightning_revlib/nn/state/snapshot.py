@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
 from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
-from lightning_revlib.nn.state.base import without_graph
 from lightning_revlib.nn.state.frozen import may_move
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, named_parameters
+from lightning_revlib.nn.state.tensors import without_graph
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.internals import pytree, set_compiler
-from lightning_revlib.nn.state.base import is_fake, version, without_graphs
+from lightning_revlib.nn.state.tensors import is_fake, version, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
 
 Arguments: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]

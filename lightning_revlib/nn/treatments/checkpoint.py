@@ -19,7 +19,8 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
 from lightning_revlib.nn.internals import set_compiler, surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
-from lightning_revlib.nn.state.base import NOTHING, CallState, StateError, version
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
+from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import Treatment
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
-from lightning_revlib.nn.state.base import version
+from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.treatments.checkpoint import Checkpoint, CheckpointFrame, Contexts
 
 

@@ -1,0 +1,50 @@
+"""What can be asked of any tensor, and values with tensors in them as a frame may hold them."""
+
+from __future__ import annotations
+
+import copy
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often the tensor was changed in place; 0 for inference tensors, which do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether the tensor is of a FakeTensorMode: it has a device, and no memory there."""
+    return type(tensor) is not Tensor and not tensor.is_meta and tensor.untyped_storage().device.type == "meta"
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """Return the tensor, to be held by a frame; one with a graph as a leaf, as its graph may refer to the frame."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+
+
+def without_graphs(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """Return a value to be held by a frame: `without_graph` what tensors are in it, and dicts and lists as copies.
+
+    What is in it twice, as `copies` tell, is the same in the copy. A dict or list whose class refuses it is not copied.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(value, Tensor):
+        return without_graph(value)
+    if isinstance(value, tuple):
+        inner = [without_graphs(each, copies) for each in value]
+        if all(map(is_, inner, value)):
+            return value
+        return value._make(inner) if hasattr(value, "_make") else type(value)(inner)
+    if not isinstance(value, (dict, list)):
+        return value
+    if id(value) not in copies:
+        try:
+            copies[id(value)] = copied = copy.copy(value)
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                if (held := without_graphs(each, copies)) is not each:
+                    copied[key] = held
+        except Exception:
+            copies[id(value)] = value
+    return copies[id(value)]
