@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.table import Table
@@ -89,7 +90,7 @@ def _longest(cfg: DictConfig, way: str, device: str, limit: int) -> int | None:
         cfg.data.length = length
         try:
             return Simulation(cfg, way, device).total(cfg.batch_size)
-        except ValueError:
+        except (ValueError, InstantiationException):
             if length <= before:
                 raise
             return limit + 1  # positions by axes, say, are of one length

@@ -28,6 +28,25 @@ def test_what_fits(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "with what is left as strategy.memory_budget" in out or "no plan fits" in out
 
 
+def test_positions_of_one_length_end_the_search_for_a_longer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    words = ["recipe=reformer", "depth=2", "recipe.dim=16", "data.length=64", "recipe.axial=[8,8]", "batch_size=2"]
+    assert main(["report", "simulate=true", *words, "memory=1GiB"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) == 3 and {row[-2] for row in rows} == {"64"}
+
+
+def test_an_unknown_device_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "simulate=true", "memory=1GiB", "device=foo"]) == 1
+    assert capsys.readouterr().err.startswith("revlib: device=foo: ")
+
+
 @pytest.mark.parametrize("memory", ["null", "0.5", "auto", "many"])
 def test_a_memory_is_a_number_of_bytes(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
