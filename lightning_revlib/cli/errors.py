@@ -52,8 +52,11 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
     if isinstance(error, InstantiationException) and cause is not None:
         _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
-        text = str(cause) if "=" in str(cause) or not where else f"{where}: {cause}"
-        return _with_recipe_keys(text, command, overrides)
+        if re.search(r"\w=", str(cause)) or not where:
+            return _with_recipe_keys(str(cause), command, overrides)
+        given = [word for word in overrides if word.lstrip("+").startswith(f"{where}.")]
+        hints = _suspects(command, overrides) or ([f"see {', '.join(given)}"] if given else [])
+        return "; ".join([f"{where}: {cause}", *hints])
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
@@ -64,7 +67,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
     if not isinstance(error, (TypeError, OSError)):
         return str(error).strip()
-    suspects = _of_another_type(command, overrides) if isinstance(error, TypeError) else []
+    suspects = _suspects(command, overrides) if isinstance(error, TypeError) else []
     # the user's values may cause it, or the program
     return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
 
@@ -75,18 +78,24 @@ def _with_recipe_keys(text: str, command: str, overrides: Sequence[str]) -> str:
     return re.sub(rf"(?<![\w.])({'|'.join(keys)})=", r"recipe.\1=", text) if keys else text
 
 
-def _of_another_type(command: str, overrides: Sequence[str]) -> list[str]:
-    """Return a question for each override that gives a text where the configuration has a number."""
+def _suspects(command: str, overrides: Sequence[str]) -> list[str]:
+    """Return a question for each override whose value is of another type than the one in the configuration."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
     cfg = _compose(command, overrides)
     found = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        usual = OmegaConf.select(cfg, override.key_or_group, throw_on_missing=False)
-        if isinstance(usual, (int, float)) and isinstance(override.value(), str):
+        value, usual = override.value(), OmegaConf.select(cfg, override.key_or_group, throw_on_missing=False)
+        if _is_number(usual) and not _is_number(value):
             found.append(f"was {override.input_line} meant as a number, such as {str(usual).lower()}?")
+        elif OmegaConf.is_list(usual) and not isinstance(value, list):
+            found.append(f"was {override.input_line} meant as a list, such as {','.join(str(usual).split(', '))}?")
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _keys(command: str, overrides: Sequence[str], parent: str) -> list[str]:

@@ -67,6 +67,8 @@ class Duplication(SequenceData):
         self.save_hyperparameters()
         if length < 4 or length % 2 or vocab < 2:
             raise ValueError(f"length={length}, vocab={vocab}: pass an even length of 4 or more, and 2 symbols or more")
+        if epoch < 1 or held_out < 1:
+            raise ValueError(f"epoch={epoch}, held_out={held_out}: pass 1 or more")
         self.vocab = vocab
 
     def setup(self, stage: str | None = None) -> None:

@@ -273,6 +273,8 @@ class ReformerModule(LanguageModel):
         super().__init__(network, optimizer=optimizer, scheduler=scheduler)
         self.example_input_array = torch.zeros(1, network.length, dtype=torch.long)
         self.test_hashes = list(test_hashes)
+        if any(hashes < 0 for hashes in self.test_hashes):
+            raise ValueError(f"test_hashes={self.test_hashes}: pass numbers of hashes, 0 for full attention")
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:

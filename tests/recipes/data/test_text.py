@@ -107,6 +107,7 @@ def test_images_are_bytes_pixel_by_pixel(tmp_path):
         (lambda folder: TextFile(str(folder / "short"), length=100), "length=100: 5 % of 1000 bytes .* from 1 to 50"),
         (lambda folder: Enwik8(str(folder / "enwik8")), "does not exist; get it from https://mattmahoney.net"),
         (lambda folder: Enwik8(str(folder / "short"), length=10), "has 1000 bytes, and enwik8 100000000"),
+        (lambda folder: Duplication(length=8, held_out=0), "held_out=0: pass 1 or more"),
         (lambda folder: Duplication(length=7), "length=7, vocab=128: pass an even length"),
         (lambda folder: ImageNet64(str(folder / "none")), r"has no train\*.npy, arrays of uint8 \(images, 64, 64, 3\)"),
         (lambda folder: ImageNet64(str(folder)), r"train has float64 of shape \[2, 64, 64, 3\], and needs uint8"),
