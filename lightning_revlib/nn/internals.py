@@ -40,6 +40,26 @@ def set_compiler(callback: Any) -> Any:
     return set_eval_frame(callback)
 
 
+_stances: list[Any] = []  # torch's context that makes compiled code run eagerly, once for each user of it
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Have what torch.compile has made run eagerly inside; contexts may end in any order.
+
+    Under a dispatch mode torch would compile nothing either, and mark the code as not to be compiled later on.
+    """
+    compiler = set_compiler(None)  # none may be active while torch's stance is set
+    _stances.append(_stances[-1] if _stances else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        stance = _stances.pop()
+        if not _stances:
+            stance.__exit__(None, None, None)
+        set_compiler(compiler)
+
+
 def never_compile(*functions: Callable[..., Any]) -> None:
     """Keep torch.compile away from functions that autograd calls while a compiled block runs.
 

@@ -11,12 +11,26 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import Self
 
-from lightning_revlib.nn.internals import TorchDispatchMode
+from lightning_revlib.nn.internals import TorchDispatchMode, eager
 
 GATHER = "fsdp::split_with_sizes_copy"  # FSDP2's operator that writes the weights it has gathered
 
 
-class MemoryMeter(TorchDispatchMode):
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode that has to see each operation: torch.compile is off inside."""
+
+    def __enter__(self) -> Self:  # torch's has no type
+        self._eager = eager()
+        self._eager.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.__exit__(*error)
+
+
+class MemoryMeter(EagerMode):
     """A context manager that counts the bytes of the storages allocated while it is active.
 
     >>> with MemoryMeter() as meter:
@@ -27,8 +41,8 @@ class MemoryMeter(TorchDispatchMode):
     >>> held / y.nbytes, meter.peak / y.nbytes
 
     Storages allocated before, such as inputs and parameters, do not count, but for the weights that FSDP2 gathers along
-    their first dimension from several processes. Views add nothing. Eager execution takes two to four times as
-    long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
+    their first dimension from several processes. Views add nothing. Execution is eager, even of what is compiled,
+    and takes two to four times as long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
     """
 
     def __init__(self) -> None:
@@ -37,10 +51,6 @@ class MemoryMeter(TorchDispatchMode):
         self._live = 0
         self._known: dict[int, Any] = {}  # finalizers
         self._gathered: dict[int, Any] = {}  # weak references to storages
-
-    def __enter__(self) -> Self:  # torch's has no type
-        super().__enter__()
-        return self
 
     @property
     def live(self) -> int:

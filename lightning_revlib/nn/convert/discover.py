@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_revlib.nn.convert.swap import CONTAINERS, find
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
-from lightning_revlib.nn.internals import TorchDispatchMode, pytree
+from lightning_revlib.nn.internals import pytree
+from lightning_revlib.nn.meter import EagerMode
 from lightning_revlib.nn.stacks.list_forward import same_memory
 from lightning_revlib.nn.steps.outputs import split_output
 
@@ -111,7 +112,7 @@ class _Call(NamedTuple):
     dynamic_shapes: int  # that the model had computed by its end
 
 
-class _DynamicShapes(TorchDispatchMode):
+class _DynamicShapes(EagerMode):
     """Counts the operations whose output has a shape that depends on values."""
 
     count = 0

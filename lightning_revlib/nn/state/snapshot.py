@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
+from lightning_revlib.nn.internals import eager, parametrization_cache, use_parametrization_cache
 from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
 from lightning_revlib.nn.state.frozen import may_move
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, named_parameters
@@ -23,10 +23,11 @@ from lightning_revlib.nn.state.tensors import without_graph
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Put back at the end gradients, buffers, random states, hooks, and attributes that are no dicts, lists or objects.
 
-    Parameters have no gradient inside. Those without gradient that forward may move are copies.
+    Parameters have no gradient inside. Those without gradient that forward may move are copies. Compiled code runs
+    eagerly.
     """
     modules = list(model.modules())
-    with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
+    with torch.random.fork_rng(_devices(model)), eager(), ExitStack() as undo:
         if (cache := parametrization_cache()) is not None:
             undo.enter_context(use_parametrization_cache({key: without_graph(t) for key, t in cache.items()}))
         undo.callback(torch.clear_autocast_cache)  # torch 2.8 keeps casts of weights that have no gradient

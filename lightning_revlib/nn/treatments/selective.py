@@ -45,6 +45,11 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.kept, self.count = kept, 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell torch that compiled blocks run as they are compiled: what is inside of them is not kept."""
+        return True
+
     def __enter__(self) -> Any:
         self.count = 0
         return super().__enter__()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lightning_revlib as revlib
 from tests.nn.fake_device import Device
@@ -98,3 +99,71 @@ def test_a_full_graph_is_refused_with_the_way_out(kind: str) -> None:
     torch._dynamo.reset()
     torch.compile(model, backend="aot_eager")(x).sum().backward()
     assert stack.drift is not None
+
+
+class Observed(nn.Module):
+    """A model whose blocks are compiled each by itself, and the number of frames that were compiled."""
+
+    def __init__(self, fullgraph: bool = False, **options: Any) -> None:
+        super().__init__()
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.counter = CompileCounterWithBackend("aot_eager")
+        blocks = [torch.compile(Block(), backend=self.counter, fullgraph=fullgraph) for _ in range(3)]
+        self.body = revlib.ReversibleSequential(*blocks, **options)
+        self.x = torch.randn(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def frames(self) -> int:
+        """Return how many frames further steps compile."""
+        before = self.counter.frame_count
+        for _ in range(2):
+            self(self.x).sum().backward()
+        return self.counter.frame_count - before
+
+
+def meter(model: Observed) -> None:
+    with revlib.MemoryMeter():
+        model(model.x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        meter,
+        lambda model: revlib.report(model, model.x),
+        lambda model: revlib.memory(model, model.x),
+        lambda model: revlib.swap(model, inputs=model.x),
+    ],
+    ids=["meter", "report", "memory", "swap"],
+)
+def test_blocks_are_compiled_after_a_measurement(measure: Any) -> None:
+    model = Observed()
+    measure(model)
+    assert model.counter.frame_count == 0  # no time goes into what runs once
+    assert model.frames()
+
+
+@pytest.mark.parametrize("budget", [1.0, "20KiB"])
+def test_compiled_blocks_under_a_memory_budget(budget: Any) -> None:
+    assert Observed(fullgraph=True, memory_budget=budget).frames()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_selective_runs_compiled_blocks(backend: str) -> None:
+    assert Observed(fullgraph=True, treatments=["selective"] * 3).frames()
+    torch._dynamo.reset()
+    found = []
+    for treatment in ("store", "selective"):
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(3)]
+        stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
+        for block in stack:
+            block.compile(backend=backend)
+        torch.manual_seed(1)
+        stack(torch.ones(4, 16)).square().sum().backward()
+        found.append([p.grad for p in stack.parameters()])
+    for expected, got in zip(*found, strict=True):
+        assert torch.allclose(expected, got, rtol=1e-5)  # type: ignore[arg-type]
