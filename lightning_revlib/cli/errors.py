@@ -51,12 +51,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         name, _, value = given.partition("=")
         return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
     if isinstance(error, InstantiationException) and cause is not None:
-        _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
-        if re.search(r"\w=", str(cause)) or not where:
-            return _with_recipe_keys(str(cause), command, overrides)
-        given = [word for word in overrides if word.lstrip("+").startswith(f"{where}.")]
-        hints = _suspects(command, overrides) or ([f"see {', '.join(given)}"] if given else [])
-        return "; ".join([f"{where}: {cause}", *hints])
+        return _explain_argument(error, cause, command, overrides)
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
         keys = _keys(command, overrides, parent)
@@ -70,6 +65,18 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
     suspects = _suspects(command, overrides) if isinstance(error, TypeError) else []
     # the user's values may cause it, or the program
     return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
+
+
+def _explain_argument(
+    error: Exception, cause: BaseException, command: str, overrides: Sequence[str]
+) -> str:
+    """Return the message of a class that refuses its arguments, with the keys that they may come from."""
+    _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
+    if re.search(r"\w=", str(cause)) or not where:
+        return _with_recipe_keys(str(cause), command, overrides)
+    given = [word for word in overrides if word.lstrip("+").startswith(f"{where}.")]
+    hints = _suspects(command, overrides) or ([f"see {', '.join(given)}"] if given else [])
+    return "; ".join([f"{where}: {cause}", *hints])
 
 
 def _with_recipe_keys(text: str, command: str, overrides: Sequence[str]) -> str:

@@ -41,8 +41,8 @@ class MemoryMeter(EagerMode):
     >>> held / y.nbytes, meter.peak / y.nbytes
 
     Storages allocated before, such as inputs and parameters, do not count, but for the weights that FSDP2 gathers along
-    their first dimension from several processes. Views add nothing. Execution is eager, even of what is compiled,
-    and takes two to four times as long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
+    their first dimension from several processes. Views add nothing. Execution is eager, also of compiled code, and takes
+    two to four times as long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
     """
 
     def __init__(self) -> None:
