@@ -122,10 +122,10 @@ def _stepped_in_backward(program: Program) -> Iterator[Program]:
     optimizer = program.optimizer
     assert optimizer is not None
     with ExitStack() as hooks:
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
-                    step = ParameterStep(optimizer, group, None)
+                    step = ParameterStep(optimizer, index, None)
                     hooks.callback(p.register_post_accumulate_grad_hook(step).remove)
         yield program
 

@@ -67,9 +67,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
     return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
-def _explain_argument(
-    error: Exception, cause: BaseException, command: str, overrides: Sequence[str]
-) -> str:
+def _explain_argument(error: Exception, cause: BaseException, command: str, overrides: Sequence[str]) -> str:
     """Return the message of a class that refuses its arguments, with the keys that they may come from."""
     _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
     if re.search(r"\w=", str(cause)) or not where:

@@ -41,8 +41,9 @@ class MemoryMeter(EagerMode):
     >>> held / y.nbytes, meter.peak / y.nbytes
 
     Storages allocated before, such as inputs and parameters, do not count, but for the weights that FSDP2 gathers along
-    their first dimension from several processes. Views add nothing. Execution is eager, also of compiled code, and takes
-    two to four times as long. The scratch memory of kernels is not counted: use `torch.cuda.max_memory_allocated` for it.
+    their first dimension from several processes. Views add nothing. Execution is eager, also of compiled code, and
+    takes two to four times as long. The scratch memory of kernels is not counted: for it, use
+    `torch.cuda.max_memory_allocated`.
     """
 
     def __init__(self) -> None:

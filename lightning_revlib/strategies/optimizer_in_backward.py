@@ -59,10 +59,10 @@ class OptimizerInBackward:
         """Add a hook to each of the optimizer's parameters that has none yet, such as one that was unfrozen."""
         assert self._trainer is not None
         (optimizer,) = self._trainer.strategy.optimizers
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
                 if p.requires_grad and p not in self._hooks:
-                    step = ParameterStep(optimizer, group, self._clip)
+                    step = ParameterStep(optimizer, index, self._clip)
                     self._hooks[p] = p.register_post_accumulate_grad_hook(step)
 
     def detach(self) -> None:
@@ -75,16 +75,20 @@ class OptimizerInBackward:
 
 
 class ParameterStep:
-    """Hook of one parameter: clip its gradient, step the optimizer for it alone, and free the gradient."""
+    """Hook of one parameter: clip its gradient, step the optimizer for it alone, and free the gradient.
 
-    def __init__(self, optimizer: Optimizer, group: dict[str, Any], clip: float | None) -> None:
-        self.optimizer, self.group, self.clip = optimizer, group, clip
+    The parameter's group is known by its index, as `optimizer.load_state_dict` makes other groups.
+    """
+
+    def __init__(self, optimizer: Optimizer, index: int, clip: float | None) -> None:
+        self.optimizer, self.index, self.clip = optimizer, index, clip
 
     def __call__(self, parameter: Tensor) -> None:
         if self.clip:
             torch.nn.utils.clip_grad_value_([parameter], self.clip)
-        optimizer, group = self.optimizer, self.group
-        groups, parameters, before = optimizer.param_groups, group["params"], dict(group)
+        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        group = groups[self.index]
+        parameters, before = group["params"], dict(group)
         group["params"] = [parameter]
         optimizer.param_groups = [group]
         try:

@@ -61,15 +61,16 @@ def test_the_same_results(tmp_path: Path, cls: type[Net], options: dict[str, Any
     assert all(p.grad is None for p in ours.parameters())
 
 
-def test_a_run_resumes_with_it_and_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cls", [Net, Groups])
+def test_a_run_resumes_with_it_and_without(tmp_path: Path, cls: type[Net]) -> None:
     ends = []
     for first in (False, True):
-        _, run = fit(tmp_path, first, max_epochs=1)
+        _, run = fit(tmp_path, first, cls, max_epochs=1)
         run.save_checkpoint(tmp_path / "last.ckpt")
         for then in (False, True):
             torch.manual_seed(6)
             strategy = revlib.ReversibleStrategy(optimizer_in_backward=then)
-            net = Net()
+            net = cls()
             trainer(tmp_path, strategy=strategy, precision="64-true").fit(
                 net, data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
             )
