@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_revlib.accounting.owners import CASTS, GATHERED, Owner
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.meter import MemoryMeter, storage_key, storage_of
+from lightning_revlib.nn.meter import MemoryMeter, storage_key, storage_of, tensors_in
 
 CAST = torch.ops.aten._to_copy.default  # what autocast does to a weight
 
@@ -50,8 +50,8 @@ class Ledger(MemoryMeter):
 
     def note_existing(self, tensors: Any, owner: Owner) -> None:
         """Have entries of storages that exist already, which `live` and `peak` do not count."""
-        for tensor in pytree.tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and (key := storage_key(tensor)) not in self._before:
+        for tensor in tensors_in(pytree.tree_leaves(tensors)):
+            if (key := storage_key(tensor)) not in self._before:
                 storage = storage_of(tensor)
                 entry = Entry(storage.nbytes(), 0, None, "", owner)
                 self.entries.append(entry)
@@ -64,8 +64,8 @@ class Ledger(MemoryMeter):
 
     def assign(self, tensors: Any, owner: Owner) -> None:
         """Say whose the storages of tensors are, from their birth, if they were counted."""
-        for tensor in pytree.tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and (entry := self._open.get(storage_key(tensor))) is not None:
+        for tensor in tensors_in(pytree.tree_leaves(tensors)):
+            if (entry := self._open.get(storage_key(tensor))) is not None:
                 entry.owner = owner
 
     def alive(self) -> list[Entry]:

@@ -86,6 +86,10 @@ class MemoryBreakdown(Callback):
             self.memory.plot(self.picture, f"step {trainer.global_step}")
 
     @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()  # a module's on_train_batch_start may have ended the epoch
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
         if self.memory is not None and is_out_of_memory(exception):

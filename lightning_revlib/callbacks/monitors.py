@@ -96,6 +96,10 @@ class ActivationMemoryMonitor(Callback):
         self._measured = {}
 
     @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()  # a module's on_train_batch_start may have ended the epoch
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
 

@@ -13,6 +13,8 @@ from typing_extensions import Self
 
 from lightning_revlib.nn.internals import TorchDispatchMode, eager
 
+ROWS, COLUMNS = (Tensor.crow_indices, Tensor.col_indices), (Tensor.ccol_indices, Tensor.row_indices)
+COMPRESSED = {torch.sparse_csr: ROWS, torch.sparse_bsr: ROWS, torch.sparse_csc: COLUMNS, torch.sparse_bsc: COLUMNS}
 GATHER = "fsdp::split_with_sizes_copy"  # FSDP2's operator that writes the weights it has gathered
 
 
@@ -75,17 +77,18 @@ class MemoryMeter(EagerMode):
 
     def forget_gradient(self, parameter: Tensor) -> None:
         """Stop counting the gradient of a parameter, as a hook for `register_post_accumulate_grad_hook`."""
-        if parameter.grad is not None and (known := self._known.get(storage_key(parameter.grad))):
-            known()
+        for tensor in tensors_in(parameter.grad):
+            if known := self._known.get(storage_key(tensor)):
+                known()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.notice_resharding()
         out = func(*args, **(kwargs or {}))
         if func.name() == GATHER:
             self._note_gathered(kwargs["out"])
-        unknown = {key: t for t in _tensors(out) if (key := storage_key(t)) not in self._known}
+        unknown = {key: t for t in tensors_in(out) if (key := storage_key(t)) not in self._known}
         if unknown:
-            given = {storage_key(t) for t in _tensors([args, kwargs])}
+            given = {storage_key(t) for t in tensors_in([args, kwargs])}
             for key, tensor in unknown.items():
                 if key not in given:
                     self._count(tensor, key)
@@ -143,13 +146,22 @@ class ColumnMeter(MemoryMeter):
             super()._count(tensor, key)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors among the arguments or results of an operation, in a third of the time that pytree takes."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operation, in a third of the time that pytree takes.
+
+    Of a sparse tensor, they are its indices and values, as it has no storage itself.
+    """
     if isinstance(value, Tensor):
-        yield value
+        if value.layout is torch.sparse_coo:
+            yield from (value._indices(), value._values())
+        elif value.layout in COMPRESSED:
+            outer, inner = COMPRESSED[value.layout]
+            yield from (outer(value), inner(value), value.values())
+        else:
+            yield value
     elif isinstance(value, (list, tuple, dict)):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def storage_key(tensor: Tensor) -> int:

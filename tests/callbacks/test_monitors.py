@@ -88,6 +88,18 @@ def test_skipped_steps_are_passed_over(tmp_path: Path) -> None:
     assert meters() <= before and not run.callback_metrics
 
 
+@pytest.mark.parametrize("monitor", [revlib.ActivationMemoryMonitor, revlib.MemoryBreakdown])
+def test_an_epoch_that_its_module_ends_leaves_no_meter_active(monitor: Any, tmp_path: Path) -> None:
+    class Ends(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return -1 if batch_idx == 1 else None
+
+    trainer(tmp_path, callbacks=[monitor(1)], max_epochs=1).fit(Ends(), data())
+    before = {meter: meter.live for meter in meters()}
+    new = torch.ones(1000)
+    assert {meter: meter.live for meter in meters()} == before and new.numel() == 1000
+
+
 def test_every_n_steps_is_checked() -> None:
     with pytest.raises(ValueError, match="every_n_steps='3': pass a number of batches"):
         revlib.ActivationMemoryMonitor("3")  # type: ignore[arg-type]

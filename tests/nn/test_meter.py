@@ -45,6 +45,21 @@ def test_repeats_to_the_byte_and_forgets_gradients() -> None:
     assert figures[0][0] == 0
 
 
+def test_sparse_tensors_are_their_indices_and_values() -> None:
+    embedding = nn.Embedding(50, 8, sparse=True)
+    with revlib.MemoryMeter() as meter:
+        hook = embedding.weight.register_post_accumulate_grad_hook(meter.forget_gradient)
+        embedding(torch.arange(4)).sum().backward()
+        assert embedding.weight.grad is not None and embedding.weight.grad.is_sparse
+        assert meter.live == 0
+        hook.remove()
+        for layout in (torch.sparse_csr, torch.sparse_csc):
+            matrix = torch.eye(10).to_sparse(layout=layout)
+            assert meter.live >= 10 * 4 + (10 + 11) * 8  # values, indices, and where rows begin
+            del matrix
+            assert meter.live == 0
+
+
 def test_weights_that_fsdp_gathers_and_frees_by_resizing_them() -> None:
     from torch.distributed import fsdp  # noqa: F401  # has the operator
 

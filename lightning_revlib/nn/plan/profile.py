@@ -142,4 +142,4 @@ class _Exit(torch.autograd.Function):
 
 def _shrunk(grad: Tensor) -> Tensor:
     """Return one number in place of a parameter's gradient, which does not count."""
-    return grad.new_zeros(()).expand_as(grad)
+    return torch.zeros_like(grad) if grad.is_sparse else grad.new_zeros(()).expand_as(grad)

@@ -205,3 +205,17 @@ def test_an_input_without_grad_that_is_rounded_is_counted(depth: int) -> None:
         stack = revlib.ReversibleSequential(*blocks, memory_budget=budget, grid_bits=12)
         stack(x).sum().backward()
         assert peak(stack, x)[0] <= budget
+
+
+def test_blocks_with_sparse_gradients() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(50, 8, sparse=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+            return self.linear(x + self.embedding(tokens))
+
+    stack = revlib.ReversibleSequential(*[Adds() for _ in range(4)], memory_budget=1.0)
+    stack(torch.randn(4096, 16), torch.arange(4096) % 50).sum().backward()
+    assert all(block.embedding.weight.grad.is_sparse for block in stack)
