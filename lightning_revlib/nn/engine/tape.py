@@ -130,12 +130,12 @@ class Tape:
         compiler: Any = None,
         context_fn: ContextFunction | None = None,
         schedule: Schedule | None = None,
-        on_entrance: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn  # makes contexts for each step's two runs
         self.schedule = Schedule() if schedule is None else schedule
-        self.on_entrance = on_entrance  # called with the streams before the first step, each time they are rebuilt
+        self.on_entrance: Callable[[Tensor, Tensor], None] | None = None  # see `watch`
+        self.entrance = 0
         self.frames: list[weakref.ref[Frame]] = []
         self.outputs: list[tuple[Tensor, int]] = []  # with their versions, until backward comes to them
         self.streams: Streams | None = None  # those before the frame of number `position`
@@ -148,6 +148,10 @@ class Tape:
         self.frames.append(weakref.ref(frame))
         self.outputs.clear()  # which a list has kept, as its model might have left it
         return len(self.frames) - 1
+
+    def watch(self, index: int, on_entrance: Callable[[Tensor, Tensor], None] | None) -> None:
+        """Have `on_entrance` called with the streams before the step of that number, each time they are rebuilt."""
+        self.entrance, self.on_entrance = index, on_entrance
 
     def keep(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
         """Keep what comes out of a step until the next step begins, or as long as the graph."""
@@ -209,7 +213,7 @@ class Tape:
         out, self.streams = self.streams, None  # after an error the next call starts afresh
         assert out is not None
         self.streams, self.position = frame.undo(out), frame.index
-        if frame.index == 0 and self.on_entrance is not None:
+        if frame.index == self.entrance and self.on_entrance is not None:
             self.on_entrance(*self.streams)
 
     def try_to_undo(self, frame: Frame) -> bool:

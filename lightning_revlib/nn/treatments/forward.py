@@ -24,7 +24,8 @@ class Forward:
         context_fn: makes the contexts of a step's two runs, as in `torch.utils.checkpoint`.
         overlap: undo the step before on a stream of its own while a block's backward runs.
         batched: undo steps that save next to nothing together, see `Batched`.
-        watch: gets the streams before the first of reversible steps, and returns what to call when they are rebuilt.
+        watch: gets the streams before the first reversible step that saves something, the last that backward rebuilds,
+            and returns what to call when they are rebuilt.
     """
 
     def __init__(

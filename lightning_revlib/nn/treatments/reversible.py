@@ -30,6 +30,7 @@ class Reversible(Treatment):
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
         super().__init__(forward, a, b)
         self.last: Frame | None = None
+        self.is_watched = False
         self.entry = a.grad_fn, b.grad_fn
 
     @classmethod
@@ -46,9 +47,13 @@ class Reversible(Treatment):
             a, b = dense(a), dense(b)
             if a.is_inference():  # such a tensor would not count its changes
                 a, b = a.clone(), b.clone()
-            forward = self.forward
-            self.tape = Tape(forward.compiler, forward.context_fn, self._schedule(a.device), forward.watch(a, b))
-        return step.each(a, b, partial(self._record, step, ChunkedUndo()))
+            self.tape = Tape(self.forward.compiler, self.forward.context_fn, self._schedule(a.device))
+        index = len(self.tape.frames)
+        out = step.each(a, b, partial(self._record, step, ChunkedUndo()))
+        if not self.is_watched and self.last is not None and self.last.sizes:  # backward comes so far, no further
+            self.is_watched = True
+            self.tape.watch(index, self.forward.watch(a, b))
+        return out
 
     def _schedule(self, device: torch.device) -> Schedule:
         if self.forward.overlap and has_streams(device):

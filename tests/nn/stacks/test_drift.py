@@ -36,6 +36,18 @@ def test_drift_is_that_of_the_last_backward() -> None:
     assert bad.drift is not None and bad.drift > 1e-2
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("frozen", [1, 3])
+def test_first_blocks_that_are_frozen_and_never_rebuilt(frozen: int, chunks: int) -> None:
+    stack = revlib.ReversibleSequential(
+        *blocks(), coupling_forward=torch.add, coupling_inverse=_wrong, chunks=chunks, on_drift="raise"
+    )
+    stack[:frozen].requires_grad_(False)
+    loss = stack(torch.randn(64, 8)).sum()
+    with pytest.raises(RuntimeError, match="backward rebuilt the input with a relative error of"):
+        loss.backward()
+
+
 def test_no_drift_where_nothing_is_rebuilt() -> None:
     x = torch.randn(4, 16)
     stack = revlib.ReversibleSequential(*[nn.Linear(8, 8) for _ in range(3)], memory_budget="1GiB")
