@@ -34,20 +34,24 @@ def noted_in_configs(model: nn.Module, *, strict: bool = True) -> dict[str, Any]
     """Return the targets that `note_in_configs` has written, with their paths in `model`.
 
     A pretrained model was perhaps saved with another head, or with none. Raises ValueError for a path that it does not
-    have in any case; without `strict`, it is left out.
+    have in any case; without `strict`, it is left out. Parts of a pretrained model, such as T5's stacks, may have copies
+    of its config.
     """
-    targets = {}
+    targets: dict[str, Any] = {}
+    noted: list[str] = []  # of pretrained models
     for prefix, pretrained in _pretrained(model):
         paths, base = dict(pretrained.named_modules()), f"{pretrained.base_model_prefix}."
+        is_part = any(not other or prefix.startswith(f"{other}.") for other in noted)
         for path, options in (getattr(pretrained.config, KEY, None) or {}).items():
             found = [each for each in (path, path.removeprefix(base), base + path) if each in paths]
             if found:
                 targets[f"{prefix}.{found[0]}".lstrip(".")] = options
-            elif strict:
+            elif strict and not is_part:
                 raise ValueError(
                     f"the config of {type(pretrained).__name__} says that {path!r} was swapped, and the model has no"
-                    f" such module; name it by targets, or del model.config.{KEY}"
+                    f" such module; leave it out by strict=False, name another by targets, or del model.config.{KEY}"
                 )
+        noted += [prefix] if hasattr(pretrained.config, KEY) else []
     return targets
 
 
