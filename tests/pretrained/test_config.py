@@ -90,9 +90,12 @@ def test_a_swapped_body_under_another_head(saved: str, loaded: str, tmp_path: Pa
 def test_stacks_of_t5_have_copies_of_its_config(tmp_path: Path) -> None:
     config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     model = transformers.T5ForConditionalGeneration(config)
-    targets = revlib.swap(model, {"encoder.block": "midpoint", "decoder.block": "midpoint"})
+    revlib.swap(model, {"decoder.block": "midpoint", "encoder.block": "midpoint"})
     model.save_pretrained(tmp_path)
-    assert revlib.swap(transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)) == targets
+    assert revlib.swap(transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)) == [
+        "decoder.block",
+        "encoder.block",
+    ]
     encoder = transformers.T5EncoderModel.from_pretrained(tmp_path)
     assert revlib.swap(encoder, strict=False) == ["encoder.block"]
 
@@ -100,8 +103,6 @@ def test_stacks_of_t5_have_copies_of_its_config(tmp_path: Path) -> None:
 def test_a_saved_path_that_a_model_does_not_have() -> None:
     model: Any = make("Llama")
     model.config.reversible_targets = {"blocks": {"coupling": "midpoint"}}
-    with pytest.raises(
-        ValueError, match="'blocks' was swapped, and the model has no such module; leave it out by strict=False"
-    ):
+    with pytest.raises(ValueError, match="'blocks' was swapped, and the model has no such .*strict=False"):
         revlib.swap(model)
     assert revlib.swap(model, strict=False) == []

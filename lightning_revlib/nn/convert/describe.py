@@ -34,8 +34,8 @@ def noted_in_configs(model: nn.Module, *, strict: bool = True) -> dict[str, Any]
     """Return the targets that `note_in_configs` has written, with their paths in `model`.
 
     A pretrained model was perhaps saved with another head, or with none. Raises ValueError for a path that it does not
-    have in any case; without `strict`, it is left out. Parts of a pretrained model, such as T5's stacks, may have copies
-    of its config.
+    have in any case; without `strict`, it is left out. Parts of a pretrained model, such as T5's stacks, have perhaps
+    copies of its config.
     """
     targets: dict[str, Any] = {}
     noted: list[str] = []  # of pretrained models
