@@ -94,8 +94,8 @@ class ChunkedForward:
 class LazyLogits:
     """Stands in for the logits that the head of a model with `chunk_loss` returns in training.
 
-    `F.cross_entropy` of it runs by chunks. What a model does to each logit before (a factor, a softcap, a cast) is
-    noted in `then`, and done to each chunk. Any other use computes the logits as a tensor, `whole`.
+    `F.cross_entropy` of it runs by chunks. What a model does to each row before (a factor, a softcap, a cast, a bias)
+    is noted in `then`, and done to each chunk. Any other use computes the logits as a tensor, `whole`.
     """
 
     def __init__(
@@ -122,6 +122,16 @@ class LazyLogits:
         return torch.Size((*self.hidden.shape[:-1], self.classes))
 
     @property
+    def ndim(self) -> int:
+        return self.hidden.ndim
+
+    def dim(self) -> int:
+        return self.hidden.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
     def device(self) -> torch.device:  # to which losses move the labels
         return self.hidden.device
 
@@ -140,6 +150,10 @@ class LazyLogits:
 
     def to(self, *args: Any, **kwargs: Any) -> LazyLogits:
         return self._and_then(methodcaller("to", *args, **kwargs))
+
+    def __add__(self, bias: Any) -> Any:
+        is_of_classes = isinstance(bias, Tensor) and bias.numel() == self.classes == bias.shape[-1]
+        return self._and_then(lambda logits: logits + bias.flatten()) if is_of_classes else self.whole + bias
 
     def __mul__(self, factor: Any) -> Any:
         return (
@@ -191,7 +205,7 @@ class LazyLogits:
 
 # Operators, which Python looks up in the class, and not by `__getattr__`.
 OPERATORS = (
-    "abs add bool eq float floordiv ge gt iter le len lt matmul mod ne neg pos pow"
+    "abs bool eq float floordiv ge gt iter le len lt matmul mod ne neg pos pow"
     " radd rfloordiv rmatmul rmod rmul rpow rsub rtruediv setitem sub"
 )
 for _name in [f"__{operator}__" for operator in OPERATORS.split()]:

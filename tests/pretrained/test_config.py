@@ -103,6 +103,6 @@ def test_stacks_of_t5_have_copies_of_its_config(tmp_path: Path) -> None:
 def test_a_saved_path_that_a_model_does_not_have() -> None:
     model: Any = make("Llama")
     model.config.reversible_targets = {"blocks": {"coupling": "midpoint"}}
-    with pytest.raises(ValueError, match="'blocks' was swapped, and the model has no such .*strict=False"):
+    with pytest.raises(ValueError, match=r"'blocks' was swapped, and the model has no such .*strict=False"):
         revlib.swap(model)
     assert revlib.swap(model, strict=False) == []

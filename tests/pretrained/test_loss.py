@@ -185,12 +185,38 @@ def test_logits_of_a_model_are_never_whole(family: str, loss: str) -> None:
     assert found == [39, 16]  # all tokens; the weights' 16 columns, and chunks of 5
 
 
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_logits_of_an_encoder_and_decoder_are_never_whole(family: str) -> None:
+    sizes = {"d_model": 16, "vocab_size": 97, "decoder_start_token_id": 0}
+    if family == "T5":
+        sizes |= {"d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "dropout_rate": 0}
+    else:
+        sizes |= {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "dropout": 0}
+        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).double().train()
+    if family == "Bart":
+        model.final_logits_bias.normal_()
+    ids, labels = inputs()
+    found, most = [], []
+    for tokens in (None, 5):
+        revlib.chunk_loss(model, tokens=tokens)
+        with Rows() as rows:
+            found.append(gradients(model, model(input_ids=ids, labels=labels).loss))
+        most.append(rows.most)
+    assert most == [39, 16]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_logits_take_the_operators_of_a_tensor() -> None:
     model, ids = make("Llama").train(), inputs()[0]
     revlib.chunk_loss(model)
     lazy = model(input_ids=ids, labels=ids).logits
     logits = lazy + 0
     assert type(logits) is Tensor
+    assert (lazy.size(), lazy.size(-1), lazy.dim(), lazy.ndim) == (logits.shape, 97, 3, 3)
     for ours, theirs in (
         (1 - lazy, 1 - logits),
         (-lazy * 2, -logits * 2),
