@@ -83,7 +83,7 @@ class Ledger(MemoryMeter):
         super()._count(tensor, key)
         func, args = self._call
         self.time += 1
-        entry = Entry(storage_of(tensor).nbytes(), self.time, self.where(), str(func.overloadpacket))
+        entry = Entry(storage_of(tensor).nbytes(), self.time, self.where(), str(getattr(func, "overloadpacket", func)))
         if func is CAST and ((cast := storage_key(args[0])) in self._parameters or cast in self._gathered):
             entry.owner = Owner(CASTS)
         self.entries.append(entry)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Set
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,19 +21,32 @@ OURS = ("state", "param_groups")  # the attributes that all optimizers have
 def preserve_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
     """Put back at the end the optimizer's weights, state, options, and own dicts and lists, which its steps may change.
 
-    Weights and state are copied meanwhile, to the host's memory.
+    Optimizers that it wraps are put back, too. Weights and state are copied meanwhile, to the host's memory.
     """
-    if optimizer is None:
+    with ExitStack() as stack:
+        for each in [] if optimizer is None else wrapped(optimizer):
+            stack.enter_context(_preserve(each))
         yield
-        return
+
+
+def wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield an optimizer, and those among its attributes, as wrappers have one."""
+    yield optimizer
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            yield from wrapped(value)
+
+
+@contextmanager
+def _preserve(optimizer: Optimizer) -> Iterator[None]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     weights = [_copy(p) for p in parameters]
-    state = {p: dict(values) for p, values in optimizer.state.items()}
+    state = {p: dict(x) if isinstance(x, dict) else x for p, x in optimizer.state.items()}
+    groups = [dict(group) for group in optimizer.param_groups]
     own = [x for name, x in vars(optimizer).items() if isinstance(x, (dict, list)) and name not in OURS]
     containers = [(value, copy.copy(value)) for value in own]
-    tensors = [t for t in pytree.tree_leaves([*state.values(), *own]) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves([*state.values(), *own, *groups]) if isinstance(t, Tensor)]
     values = [_copy(t) for t in tensors]
-    groups = [dict(group) for group in optimizer.param_groups]
     attributes = {name: value for name, value in vars(optimizer).items() if isinstance(value, PLAIN)}
     try:
         yield
@@ -56,6 +69,16 @@ def make_state(optimizer: Optimizer) -> None:
             p.grad = torch.zeros_like(p) if p.requires_grad else None
     optimizer.step()
     optimizer.zero_grad()
+
+
+def drop_state(optimizer: Optimizer, trained: Set[Tensor]) -> bool:
+    """Drop the state of parameters that get no gradient, which `make_state` has made; return whether there are such."""
+    states = [each.state for each in wrapped(optimizer)]
+    unused = {p for state in states for p in state if isinstance(p, Tensor) and p not in trained}
+    for state in states:
+        for p in unused:
+            state.pop(p, None)
+    return bool(unused)
 
 
 def _copy(tensor: Any) -> Tensor:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from lightning_revlib.accounting.books import Bookkeeper, Times, moment
 from lightning_revlib.accounting.layout import Layout
 from lightning_revlib.accounting.ledger import Ledger
+from lightning_revlib.accounting.optimizer import wrapped
 from lightning_revlib.accounting.owners import BATCH, BUFFERS, GRADIENTS, PARAMETERS, STATE, STREAMS, Owner
 from lightning_revlib.accounting.places import Places
 from lightning_revlib.accounting.result import Memory
@@ -54,6 +55,7 @@ class Recorder:
         for kind, tensors in existing.items():
             self.ledger.note_existing(tensors, Owner(kind))
         self.head: str | None = None
+        self.trained: set[Tensor] = set()  # parameters that have got a gradient
         self._model = model
         modules = model.named_modules()
         self._with_parameters = {path for path, m in modules if any(True for _ in m.parameters(recurse=False))}
@@ -81,6 +83,8 @@ class Recorder:
         """Note that "forward", "backward" or "optimizer" has ended."""
         if part == "forward":
             self._assign_streams()
+        if part == "backward":
+            self.trained |= {p for p in self._model.parameters() if p.grad is not None}
         self.ledger.notice_resharding()
         self._ends[part] = self.ledger.time
         self.places.is_backward = part == "forward"
@@ -122,12 +126,14 @@ class Recorder:
                         entry.owner = Owner(STREAMS, path)
 
     def _on_gradient(self, parameter: Tensor) -> None:
+        self.trained.add(parameter)
         self.ledger.assign(parameter.grad, Owner(GRADIENTS))
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield the tensors of an optimizer's state."""
-    yield from (t for t in pytree.tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
+    """Yield the tensors of an optimizer's state, and of those that it wraps."""
+    for each in wrapped(optimizer):
+        yield from (t for t in pytree.tree_leaves(list(each.state.values())) if isinstance(t, Tensor))
 
 
 def _first_tensor(values: Any) -> Tensor | None:

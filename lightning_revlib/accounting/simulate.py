@@ -92,14 +92,21 @@ def _choose_grids(model: nn.Module) -> list[Record]:
 
 
 def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:
-    """Return an optimizer of the same class and options for the fake parameters, without state."""
+    """Return an optimizer of the same class and options for the fake parameters, without state.
+
+    Of one that wraps another, both are made.
+    """
     if optimizer is None:
         return None
     twin = object.__new__(type(optimizer))
-    own = {name: value for name, value in vars(optimizer).items() if name != "step"}  # as schedulers set
-    vars(twin).update({name: copy.copy(x) if isinstance(x, (dict, list)) else x for name, x in own.items()})
-    twin.state = defaultdict(dict)
-    twin.param_groups = [{**group, "params": [fake(p) for p in group["params"]]} for group in optimizer.param_groups]
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            vars(twin)[name] = _twin(value, fake)
+        elif name != "step":  # as schedulers set
+            vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list)) else value
+    if "param_groups" in vars(optimizer):  # else they are those of the one that it wraps
+        groups = [{**group, "params": [fake(p) for p in group["params"]]} for group in optimizer.param_groups]
+        vars(twin).update(state=defaultdict(dict), param_groups=groups)
     return twin
 
 

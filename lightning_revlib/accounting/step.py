@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_revlib.accounting.optimizer import make_state, preserve_optimizer
+from lightning_revlib.accounting.optimizer import drop_state, make_state, preserve_optimizer
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Memory
 from lightning_revlib.nn.convert.call import judged
@@ -84,9 +84,13 @@ def count(program: Program) -> Memory:
             _run(program, Recorder(model), precision)
         if any(each.budget is not None for each in found):
             _run(program, Recorder(model), precision)
-        if optimizer is not None and not optimizer.state:
-            make_state(optimizer)
-        return _run(program, Recorder(model, batch, *optimizers), precision)
+        if optimizer is None or optimizer.state:
+            return _run(program, Recorder(model, batch, *optimizers), precision)
+        make_state(optimizer)
+        memory = _run(program, recorder := Recorder(model, batch, *optimizers), precision)
+        if drop_state(optimizer, recorder.trained):
+            memory = _run(program, Recorder(model, batch, *optimizers), precision)
+        return memory
 
 
 def _run(program: Program, recorder: Recorder, precision: Any) -> Memory:

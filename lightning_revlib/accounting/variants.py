@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.accounting.layout import Layout
+from lightning_revlib.accounting.optimizer import wrapped
 from lightning_revlib.accounting.simulate import GRID
 from lightning_revlib.accounting.step import Program, losses_of
 from lightning_revlib.nn.convert.call import SILENT
@@ -119,8 +120,8 @@ def _chunked(program: Program, module: nn.Module) -> Iterator[Program]:
 
 @contextmanager
 def _stepped_in_backward(program: Program) -> Iterator[Program]:
-    optimizer = program.optimizer
-    assert optimizer is not None
+    assert program.optimizer is not None
+    *_, optimizer = wrapped(program.optimizer)  # which steps
     with ExitStack() as hooks:
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:

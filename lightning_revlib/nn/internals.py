@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import Self
 
 # as they are: FakeTensorMode computes shapes without memory; all but the last are used by many libraries, and none has
 # a public twin yet
@@ -58,6 +59,22 @@ def eager() -> Iterator[None]:
         if not _stances:
             stance.__exit__(None, None, None)
         set_compiler(compiler)
+
+
+class EagerMode(TorchDispatchMode):
+    """A dispatch mode that has to see each operation: torch.compile is off inside."""
+
+    supports_higher_order_operators = True  # such as flex_attention, as one operation
+
+    def __enter__(self) -> Self:  # torch's has no type
+        self._eager = eager()
+        self._eager.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.__exit__(*error)
 
 
 def never_compile(*functions: Callable[..., Any]) -> None:

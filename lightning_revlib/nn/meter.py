@@ -9,27 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
-from typing_extensions import Self
 
-from lightning_revlib.nn.internals import TorchDispatchMode, eager
+from lightning_revlib.nn.internals import EagerMode
 
 ROWS, COLUMNS = (Tensor.crow_indices, Tensor.col_indices), (Tensor.ccol_indices, Tensor.row_indices)
 COMPRESSED = {torch.sparse_csr: ROWS, torch.sparse_bsr: ROWS, torch.sparse_csc: COLUMNS, torch.sparse_bsc: COLUMNS}
 GATHER = "fsdp::split_with_sizes_copy"  # FSDP2's operator that writes the weights it has gathered
-
-
-class EagerMode(TorchDispatchMode):
-    """A dispatch mode that has to see each operation: torch.compile is off inside."""
-
-    def __enter__(self) -> Self:  # torch's has no type
-        self._eager = eager()
-        self._eager.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._eager.__exit__(*error)
 
 
 class MemoryMeter(EagerMode):
@@ -129,7 +114,7 @@ class CostMeter(MemoryMeter):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+        if (count := flop_registry.get(getattr(func, "_overloadpacket", func))) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out
 

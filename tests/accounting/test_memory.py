@@ -111,6 +111,83 @@ def test_all_is_as_before(simulate: bool, stepped: bool) -> None:
         assert p.grad is grad or (grad is not None and p.grad is not None and torch.equal(p.grad, grad))
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: state and groups are those of the optimizer that it wraps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_an_optimizer_that_wraps_another(simulate: bool) -> None:
+    model = mlp()
+    steps = torch.optim.AdamW(model.parameters(), 0.1)
+    entropy(model, BATCH).backward()
+    steps.step()
+    state = copy.deepcopy((model.state_dict(), steps.state_dict()))
+    found = [
+        revlib.memory(lambda batch: entropy(model, batch), BATCH, optimizer, model=model, simulate=simulate)
+        for optimizer in (steps, Wrapper(steps))
+    ]
+    assert found[0].rows() == found[1].rows()
+    torch.testing.assert_close((model.state_dict(), steps.state_dict()), state, rtol=0, atol=0)
+    assert steps.param_groups[0]["params"] == list(model.parameters())
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_parameters_without_a_gradient_have_no_state(simulate: bool) -> None:
+    model = nn.Sequential(mlp(), nn.Linear(1000, 1000))
+    trained = sum(p.nbytes for p in model[0].parameters())
+    steps = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    memory = revlib.memory(lambda batch: entropy(model[0], batch), BATCH, steps, model=model, simulate=simulate)
+    assert memory.between_steps.bytes["optimizer state", ""] == trained and not steps.state
+
+
+@pytest.mark.parametrize("count", [revlib.memory, revlib.report], ids=["memory", "report"])
+def test_parameters_that_a_forward_moves_are_put_back(count: Any) -> None:
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = nn.Sequential(nn.Linear(8, 8), revlib.CoupledSequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+            self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                for p, moved in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                    moved.lerp_(p + 1, 0.1)
+            return (self.student(x) - self.teacher(x)).square().mean()
+
+    model = Teacher()
+    before = copy.deepcopy(model.state_dict())
+    count(model, torch.randn(4, 8))
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_a_nested_input_is_simulated() -> None:
+    rows = [torch.randn(n, 16) for n in (3, 7, 5)]
+    batch = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    model = revlib.ReversibleSequential(*[nn.Linear(16, 16) for _ in range(4)], split_dim=None, coupling="midpoint")
+    found = [
+        revlib.memory(lambda x: model(x).values().square().mean(), batch, model=model, simulate=simulate, advice=False)
+        for simulate in (False, True)
+    ]
+    assert found[0].rows() == found[1].rows()
+
+
 def test_a_grid_is_still_to_be_chosen_afterwards() -> None:
     model = FAMILIES["llama"].model(3)
     revlib.swap(model, {"model.layers": {"coupling": {"name": "momentum", "gamma": 0.5}, "grid_bits": "auto"}})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -58,6 +60,15 @@ def test_sparse_tensors_are_their_indices_and_values() -> None:
             assert meter.live >= 10 * 4 + (10 + 11) * 8  # values, indices, and where rows begin
             del matrix
             assert meter.live == 0
+
+
+def test_operators_of_higher_order_are_one_operation() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings(), revlib.MemoryMeter() as meter:
+        warnings.simplefilter("ignore")  # it is not compiled
+        out = flex_attention(*[torch.ones(1, 2, 16, 16)] * 3)
+    assert out.nbytes <= meter.live < 4 * out.nbytes  # type: ignore[union-attr]
 
 
 def test_weights_that_fsdp_gathers_and_frees_by_resizing_them() -> None:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.convert.swap import CONTAINERS, find
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
-from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.meter import EagerMode
+from lightning_revlib.nn.internals import EagerMode, pytree
 from lightning_revlib.nn.stacks.list_forward import same_memory
 from lightning_revlib.nn.steps.outputs import split_output
 
@@ -118,7 +117,7 @@ class _DynamicShapes(EagerMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_dynamic = torch.Tag.dynamic_output_shape in func.tags
+        is_dynamic = torch.Tag.dynamic_output_shape in getattr(func, "tags", ())
         if is_dynamic and func is torch.ops.aten.index.Tensor:  # by numbers, or by a mask
             is_dynamic = any(isinstance(i, Tensor) and i.dtype is torch.bool for i in pytree.tree_leaves(args[1]))
         self.count += is_dynamic

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_revlib.nn.coupling.base import Coupling
-from lightning_revlib.nn.state.tensors import is_fake
+from lightning_revlib.nn.state.tensors import is_fake, values_of
 
 LONGEST_ROW = 1025  # numbers in a row
 _ALL = torch.tensor([(-1.0) ** bin(n & n >> 1).count("1") for n in range(LONGEST_ROW)], device="cpu")
@@ -24,7 +24,7 @@ class Sentinel:
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
-        self.orders = [_order(t) for t in map(_values, (a, b))]
+        self.orders = [_order(t) for t in map(values_of, (a, b))]
         self.sums = self._sums(a, b)
 
     def error(self, a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Sentinel:
         return 6 * (stream.numel() // length + 1) * stream.element_size() + 16 * length + 64
 
     def _sums(self, *given: Tensor) -> Tensor:
-        streams = [_values(t) for t in given]
+        streams = [values_of(t) for t in given]
         length = _row_length(streams[0].numel())
         signs = _signs(length, streams[0])
         sums = []
@@ -52,11 +52,6 @@ class Sentinel:
             torch.mv(rows, signs, out=each[:count])
             torch.dot(rest, signs[: rest.numel()], out=each[count])
         return torch.cat(sums)
-
-
-def _values(stream: Tensor) -> Tensor:
-    """Return the stream; of a nested one, which is of the jagged layout, the tensor of all its values."""
-    return stream.values() if stream.is_nested else stream
 
 
 def _order(stream: Tensor) -> list[int] | None:

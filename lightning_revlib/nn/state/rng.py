@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lightning_revlib.nn.state.base import Call, State
-from lightning_revlib.nn.state.tensors import is_fake
+from lightning_revlib.nn.state.tensors import is_fake, values_of
 
 EMPTY = torch.empty(0, device="cpu")
 
@@ -32,7 +32,7 @@ class Random(State):
     def __init__(self, call: Call) -> None:
         stream, self.replay = call.stream, Random.last_replay
         is_plain = stream.is_cpu and not is_fake(stream)
-        self.like = EMPTY if is_plain else stream.new_empty(0)  # no view, which would hold the stream
+        self.like = EMPTY if is_plain else values_of(stream).new_empty(0)  # no view, which would hold the stream
         self.before = generator_states(stream)
 
     def close(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.internals import eager, parametrization_cache, use_parametrization_cache
+from lightning_revlib.nn.internals import EagerMode, parametrization_cache, use_parametrization_cache
 from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
 from lightning_revlib.nn.state.frozen import may_move
-from lightning_revlib.nn.state.parameters import Lent, is_frozen, named_parameters
-from lightning_revlib.nn.state.tensors import without_graph
+from lightning_revlib.nn.state.parameters import ORDINARY, Lent, is_frozen, named_parameters
+from lightning_revlib.nn.state.tensors import without_graph, written
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
     """Put back at the end gradients, buffers, random states, hooks, and attributes that are no dicts, lists or objects.
 
-    Parameters have no gradient inside. Those without gradient that forward may move are copies. Compiled code runs
-    eagerly.
+    Parameters have no gradient inside. Those that forward changes in place are put back; those without gradient that
+    their block's own call may move are copies. Compiled code runs eagerly.
     """
     modules = list(model.modules())
-    with torch.random.fork_rng(_devices(model)), eager(), ExitStack() as undo:
+    with torch.random.fork_rng(_devices(model)), ExitStack() as undo:
         if (cache := parametrization_cache()) is not None:
             undo.enter_context(use_parametrization_cache({key: without_graph(t) for key, t in cache.items()}))
         undo.callback(torch.clear_autocast_cache)  # torch 2.8 keeps casts of weights that have no gradient
@@ -54,7 +54,32 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             for name, buffer in before.items():
                 if buffer is not None:
                     m._buffers[name] = copy.deepcopy(buffer) if is_lazy(buffer) else buffer.detach().clone()
+        undo.enter_context(_KeepValues(p for p in model.parameters() if type(p) in ORDINARY and not is_lazy(p)))
         yield
+
+
+class _KeepValues(EagerMode):
+    """Puts back at the end what operations change in place of some tensors.
+
+    Each tensor is copied to the host before its first change.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.unchanged = {t.untyped_storage()._cdata: t for t in tensors}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in written(func, args, kwargs or {}):
+            key = t.untyped_storage()._cdata if t.layout is torch.strided else None
+            if (changed := self.unchanged.pop(key, None)) is not None:
+                self.copies.append((changed, changed.detach().to("meta" if changed.is_meta else "cpu", copy=True)))
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for tensor, before in self.copies:
+            tensor.detach().copy_(before)
 
 
 def _put_back(entries: Any, before: Mapping[Any, Any]) -> None:

@@ -1,12 +1,17 @@
-"""What can be asked of any tensor, and values with tensors in them as a frame may hold them."""
+"""What can be asked of tensors and operations, and values with tensors in them as a frame may hold them."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lightning_revlib.nn.internals import pytree
 
 
 def version(tensor: Tensor) -> int:
@@ -16,7 +21,30 @@ def version(tensor: Tensor) -> int:
 
 def is_fake(tensor: Tensor) -> bool:
     """Return whether the tensor is of a FakeTensorMode: it has a device, and no memory there."""
-    return type(tensor) is not Tensor and not tensor.is_meta and tensor.untyped_storage().device.type == "meta"
+    if type(tensor) is Tensor or tensor.is_meta:
+        return False
+    return values_of(tensor).untyped_storage().device.type == "meta"
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """Return the tensor; of a nested one of the jagged layout, the tensor of all its values."""
+    return tensor.values() if tensor.layout is torch.jagged else tensor
+
+
+@lru_cache(maxsize=4096)
+def places_written(func: Any) -> Sequence[tuple[int, str]]:
+    """Return which arguments an operation changes in place, by place and name."""
+    if not hasattr(func, "_schema"):  # an operator of higher order
+        return ()
+    places = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in places if a.alias_info is not None and a.alias_info.is_write]
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Yield the tensors that an operation changes in place."""
+    for index, name in places_written(func):
+        given = args[index] if index < len(args) else kwargs.get(name)
+        yield from [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
 
 
 def without_graph(tensor: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Here it is right: what is kept is copied before such a change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
-from lightning_revlib.nn.state.tensors import version
+from lightning_revlib.nn.state.tensors import places_written, version, written
 from lightning_revlib.nn.treatments.checkpoint import Checkpoint, CheckpointFrame, Contexts
 
 
@@ -65,8 +64,8 @@ class _Keep(_Counting):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        heavy, writes = traits(func)
-        if writes and self.owners:
+        heavy = is_heavy(func)
+        if self.owners:
             for t in written(func, args, kwargs):
                 number = self.owners.pop(t.untyped_storage()._cdata, None)
                 if number is not None:
@@ -94,7 +93,7 @@ class _Keep(_Counting):
 
 class _Reuse(_Counting):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if traits(func)[0]:
+        if is_heavy(func):
             out, kept = self.kept.pop(self.count, (None, None))
             self.count += 1
             if kept is not None and versions(out) == kept:  # else it has been changed since
@@ -107,23 +106,14 @@ def versions(out: Any) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def traits(func: Any) -> tuple[bool, Sequence[tuple[int, str]]]:
-    """Return whether an operation is heavy, and which arguments it changes, by place and name.
+def is_heavy(func: Any) -> bool:
+    """Return whether the output of an operation is kept.
 
     Heavy is what PyTorch counts FLOPs for, and attention's kernel on the CPU, which is not in PyTorch's list. What
     changes an argument has to be done again, and does not count as heavy.
     """
-    schema = func._schema
-    heavy = func._overloadpacket in flop_registry or "scaled_dot_product" in schema.name
-    places = enumerate(schema.arguments)
-    writes = [(i, a.name) for i, a in places if a.alias_info is not None and a.alias_info.is_write]
-    return heavy and not writes, writes
-
-
-def written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Yield the arguments that an operation changes."""
-    for index, name in traits(func)[1]:
-        yield from _tensors(args[index] if index < len(args) else kwargs.get(name))
+    heavy = func._overloadpacket in flop_registry or "scaled_dot_product" in func._schema.name
+    return heavy and not places_written(func)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
