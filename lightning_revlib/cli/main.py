@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -197,7 +198,8 @@ def _with_settings(command: str, overrides: list[str]) -> list[str]:
     """Return the overrides with those of the checkpoint that they name, which may be in the folder of a run."""
     paths = {word: word.partition("=")[2].strip("'\"") for word in overrides if word.startswith("ckpt_path=")}
     (word, path), *others = paths.items() or [("", "")]
-    if command == "bench" or others or path in ("", "null", "???") or "," in path:
+    is_sweep = "," in path and word == f"ckpt_path={path}"  # else it is quoted
+    if command == "bench" or others or path in ("", "null", "???") or is_sweep:
         return overrides
     from lightning_revlib.recipes.commands.checkpoint import find, key_of, settings
 
@@ -212,7 +214,7 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
     """Compose the command's configuration and run it, once or once for each point of a sweep."""
     import hydra
 
-    original, traceback = sys.argv, _full_error()
+    original, traceback, start = sys.argv, _full_error(), time.time()
 
     def task(cfg: DictConfig) -> Any:
         chosen = COMMANDS[command]
@@ -225,7 +227,8 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
         except Exception as error:
             if traceback or not is_user_error(error):
                 raise
-            _discard_run()
+            if not any(word.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for word in overrides):
+                _discard_run(start)
             raise _UserError(explain(error, command, overrides)) from None
 
     sys.path.append(here := os.getcwd())  # the folder into which `revlib copy` writes modules
@@ -240,14 +243,19 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
 
 
-def _discard_run() -> None:
-    """Delete the folder of the run that has failed, if nothing but its configuration and log is in it."""
+def _discard_run(start: float) -> None:
+    """Delete the folder of the run that has failed, if it has only what a run writes before it begins, from `start` on.
+
+    A user's own files are older, or of another kind.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     cfg, here = HydraConfig.get(), Path.cwd()
     folder = Path(cfg.sweep.dir if cfg.mode is RunMode.MULTIRUN else cfg.runtime.output_dir).absolute()
-    if folder in (here, *here.parents) or any(not _is_discardable(each) for each in folder.rglob("*")):
+    if folder.is_symlink() or folder in (here, *here.parents):
+        return
+    if not all(_is_discardable(each, start) for each in folder.rglob("*")):
         return
     shutil.rmtree(folder)
     for parent in folder.parents:  # `logs/train/runs`, if this was the first run
@@ -256,20 +264,23 @@ def _discard_run() -> None:
         parent.rmdir()
 
 
-def _is_discardable(path: Path) -> bool:
-    """Return whether a path is a folder, or a file that Hydra or a logger writes before a run begins."""
-    return path.is_dir() or path.suffix in (".yaml", ".log") or path.name.startswith("events.out.tfevents.")
+def _is_discardable(path: Path, start: float) -> bool:
+    """Return whether a path is a folder, or a file that Hydra or a logger has written since `start`."""
+    known = path.suffix in (".yaml", ".log") or path.name.startswith("events.out.tfevents.")
+    return path.is_dir() or (known and path.stat().st_mtime >= start - 1)  # the file system's clock is coarse
 
 
 def _resumption(words: Sequence[str], checkpoint: str | None = None) -> str:
     """Return what to say after Ctrl-C: the command line that resumes from a checkpoint, if there is one."""
     if not checkpoint:
         return "interrupted"
+    from lightning_revlib.recipes.display.panel import checkpoint_word
+
     path = os.path.relpath(checkpoint)
     if {"-m", "--multirun"} & {*words}:
         return f"interrupted; a sweep cannot resume, but the run can that ckpt_path={path} is of"
     again = [word for word in words if not word.lstrip("+").startswith("ckpt_path=")]
-    return f"interrupted; to resume: revlib {shlex.join([*again, f'ckpt_path={path}'])}"
+    return f"interrupted; to resume: revlib {shlex.join([*again, checkpoint_word(path)])}"
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lightning_revlib.accounting.simulate import simulated
 from lightning_revlib.accounting.step import Program, count, program_of
 from lightning_revlib.nn.meter import format_bytes
 from lightning_revlib.nn.plan.limit import read_budget
-from lightning_revlib.recipes.commands.memory_report import build, sample, type_name
+from lightning_revlib.recipes.commands.memory_report import autocast_of, build, sample, type_name
 
 
 def report_fit(cfg: DictConfig) -> None:
@@ -28,7 +27,7 @@ def report_fit(cfg: DictConfig) -> None:
     """
     limit = read_memory(cfg.memory)
     device = _device(cfg.device)
-    with _precision(cfg, device):
+    with autocast_of(cfg, device):
         print(f"{type_name(cfg)}, batch of {cfg.batch_size}, {format_bytes(limit)} of {device}")
         table = Table("stacks", "highest", "fits", "largest batch", *["longest sequence"] * _has_length(cfg))
         for name in ("plain", "checkpointed", "reversible"):
@@ -122,12 +121,3 @@ def _device(name: Any) -> str:
         print(f"device={name} is not here: simulated on the CPU, whose attention kernels and autocast lists differ")
         return "cpu"
     return str(name or "cpu")
-
-
-@contextmanager
-def _precision(cfg: DictConfig, device: str) -> Iterator[None]:
-    """Have the autocast of the configured precision."""
-    precision = str(cfg.trainer.get("precision") or "32-true")
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-        yield

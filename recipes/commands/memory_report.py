@@ -18,6 +18,8 @@ from lightning_revlib.nn import MemoryMeter, restore, swap
 from lightning_revlib.recipes.display.panel import Bytes
 from lightning_revlib.recipes.display.picture import save
 
+TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}  # by precision
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WAYS = ("plain", "checkpointed", "reversible")
 
 
@@ -43,16 +45,29 @@ def report_memory(cfg: DictConfig) -> None:
     for depth in depths:
         with open_dict(cfg):
             cfg.depth = depth
-        points.append(measure(build(cfg), depth, cfg.batch_size))
+        with autocast_of(cfg, "cpu"):
+            points.append(measure(build(cfg), depth, cfg.batch_size))
     _print(points, cfg.batch_size, type_name(cfg))
     path = draw(cfg.picture, points, f"{type_name(cfg)}, batch of {cfg.batch_size}")
     print(f"picture: {os.path.relpath(path)}")
 
 
 def build(cfg: DictConfig) -> Any:
-    """Build the recipe's module for the images or tokens of `cfg.data`."""
+    """Build the recipe's module for the images or tokens of `cfg.data`, in its trainer's precision."""
     data = instantiate(cfg.data) if "_target_" in cfg.get("data", {}) else None
-    return instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
+    module = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
+    return module.to(dtype) if (dtype := TRUE.get(precision_of(cfg))) else module
+
+
+def precision_of(cfg: DictConfig) -> str:
+    """Return the precision of the configuration's trainer."""
+    return str(cfg.trainer.get("precision") or "32-true")
+
+
+def autocast_of(cfg: DictConfig, device: str) -> torch.autocast:
+    """Return the autocast of the configuration's precision on a device."""
+    dtype = MIXED.get(precision_of(cfg))
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
 
 
 def sample(module: Any, batch_size: Any) -> torch.Tensor:
@@ -67,7 +82,8 @@ def sample(module: Any, batch_size: Any) -> torch.Tensor:
         raise ValueError(
             f"{type(module).__name__} has no example_input_array: set it in __init__ to an input of one sample"
         )
-    return example.expand(batch_size, *example.shape[1:])
+    batch = example.expand(batch_size, *example.shape[1:])
+    return batch.to(next(module.parameters()).dtype) if batch.is_floating_point() else batch
 
 
 def measure(module: Any, depth: Any, batch_size: int) -> Point:

@@ -167,7 +167,9 @@ def _first_step(cfg: DictConfig, module: L.LightningModule) -> int:
 
 def _describe_drift(trainer: L.Trainer, reversible: list[Any], trained: bool) -> str:
     """Return the largest drift of the last step, or why there is none."""
-    if (drift := trainer.callback_metrics.get("drift/worst")) is not None:
+    # A metric may be of a former step, before a memory budget stored all blocks.
+    was_rebuilt = any(stack.drift is not None for stack in reversible)
+    if was_rebuilt and (drift := trainer.callback_metrics.get("drift/worst")) is not None:
         return f"{float(drift):.1e}, relative"
     if not reversible:
         return "none: ordinary autograd rebuilds nothing"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -66,7 +68,12 @@ def show_training(
     ]
     show("revlib train", rows)
     if best:  # outside the frame, so that it can be copied in one piece
-        print(f"revlib predict ckpt_path={best}")
+        print(f"revlib predict {shlex.quote(checkpoint_word(best))}")
+
+
+def checkpoint_word(path: str) -> str:
+    """Return the override that names a checkpoint, quoted for Hydra if its path needs that."""
+    return f"ckpt_path={path}" if re.fullmatch(r"[\w./+-]*", path) else f"ckpt_path='{path}'"
 
 
 def _tested(metrics: Mapping[str, float]) -> dict[str, float]:

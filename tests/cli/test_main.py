@@ -22,6 +22,7 @@ from lightning_revlib.cli.main import COMMANDS, main
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.recipes.commands.run import few_samples
 from lightning_revlib.recipes.data.digits import Digits
+from lightning_revlib.recipes.display.panel import checkpoint_word
 from lightning_revlib.recipes.models.irevnet import IRevNetModule
 
 
@@ -107,6 +108,7 @@ def test_the_panel_shows_the_memory_plan(tmp_path, monkeypatch, capsys):
     assert " of " in row and "at least" in row
     (peak,) = [line for line in out.splitlines() if "peak in backward" in line]
     assert "reversible: 1.0 x " in peak  # the bytes are those of the plan
+    assert "none: no block was rebuilt" in out  # after the first step, which has measured
 
 
 def test_large_batches_are_measured_in_part(tmp_path, monkeypatch, capsys):
@@ -143,6 +145,15 @@ def test_evaluation_needs_only_the_checkpoint(best, tmp_path, monkeypatch, capsy
     with (best.parent.parent / "csv/metrics.csv").open() as file:
         before = [float(row["test/acc"]) for row in csv.DictReader(file) if row["test/acc"]]
     assert before == [pytest.approx(after)]
+
+
+def test_a_folder_whose_name_has_a_space_and_a_comma(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs, mine"
+    shutil.copytree(best.parents[1], folder)
+    word = checkpoint_word("runs, mine")
+    assert main(["eval", word]) == 0
+    assert checkpoint_word("logs/best.ckpt") == "ckpt_path=logs/best.ckpt"
 
 
 def test_prediction_draws_images_beside_their_reconstruction(best, tmp_path, monkeypatch, capsys):
@@ -472,6 +483,28 @@ def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert err.startswith("revlib: ") and message in err and "Traceback" not in err and len(err.splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("way", [["hydra.run.dir=notes"], ["-m", "hydra.sweep.dir=notes"]], ids=str)
+def test_a_run_that_fails_deletes_nothing_of_the_users(way, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    diary = tmp_path / "notes" / "mine" / "diary.log"
+    diary.parent.mkdir(parents=True)
+    diary.touch()
+    assert main(["train", *way, "seed=abc"]) == 1
+    assert diary.exists()
+
+
+def test_a_failed_run_in_a_folder_that_has_older_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "mine.yaml").write_text("# @package _global_\nhydra:\n  run:\n    dir: notes\n")
+    diary = tmp_path / "notes" / "diary.log"
+    diary.parent.mkdir()
+    diary.touch()
+    os.utime(diary, (0, 0))
+    assert main(["train", "--config-dir", "config", "+mine=mine", "seed=abc"]) == 1
+    assert diary.exists()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,17 @@ def test_report_prints_a_table_and_draws_it(recipe, tmp_path, monkeypatch, capsy
     assert (tmp_path / "deep/memory.png").stat().st_size > 10_000
 
 
+def test_a_report_is_of_the_configured_precision(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    held = {}
+    for precision in ("32-true", "64-true", "bf16-mixed"):
+        assert main(["report", "depths=[2]", "batch_size=2", f"precision={precision}"]) == 0
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ 2 ")]
+        held[precision] = float(row.split("│")[3].split("/")[0])
+    assert held["64-true"] == pytest.approx(2 * held["32-true"], rel=0.02)
+    assert held["bf16-mixed"] > held["32-true"]  # casts of weights, of which a small batch has more than activations
+
+
 def test_the_published_networks_are_measured_without_their_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["experiment=irevnet_imagenet", "~data", "depths=[1,[2,1,1,1]]", "batch_size=1"]
