@@ -32,10 +32,14 @@ class ExactResume(Callback):
     On the same machine and with the same number of processes, the final weights equal those of an uninterrupted run to
     the last bit.
 
-    Limit: Lightning takes one batch ahead from a loader that has no length. If its dataset draws random numbers as it
-    goes, in the process that trains (num_workers=0), the resumed run draws others; take one worker.
+    Limits: Lightning takes one batch ahead from a loader that has no length. If its dataset draws random numbers as it
+    goes, in the process that trains (num_workers=0), the resumed run draws others; take one worker. What persistent
+    workers draw after the first epoch is not restored. With
+    precision="64-true" Lightning rounds the loaded weights of a module that is made in float32; make it in float64. It
+    also resumes in the midst of an epoch without what GradientAccumulationScheduler has set.
 
-    Warns if the number of processes has changed; the run resumes as it would without this callback then.
+    Warns of a loader whose batches cannot be drawn again, and if the number of processes has changed; the run resumes
+    as it would without this callback then.
     """
 
     def __init__(self) -> None:
@@ -78,11 +82,17 @@ class ExactResume(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Module) -> None:
+        combined_loader: Any = trainer.fit_loop._combined_loader
+        if any(_draws_by_itself(loader) for loader in combined_loader.flattened):
+            warnings.warn(
+                "ExactResume: a loader has a generator of its own, whose state no checkpoint has; leave out generator=,"
+                " as seed_everything seeds the order of batches",
+                stacklevel=2,
+            )
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
         self._step = loaded["now"]
-        combined_loader: Any = trainer.fit_loop._combined_loader
         if any(hasattr(loader, "load_state_dict") for loader in combined_loader.flattened):
             restore(loaded["now"])
         else:
@@ -95,6 +105,8 @@ class ExactResume(Callback):
             sampler: Any = getattr(loader, "sampler", None)
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(loop.epoch_progress.current.processed)
+            if getattr(loader, "persistent_workers", False) and not loop.epoch_progress.current.processed:
+                loader._iterator = None  # to draw the workers' seed once more; later epochs draw none
         self._epoch = epoch if count else now
         restore(self._epoch)
         if count or not _makes_iterator(trainer):
@@ -150,6 +162,10 @@ class _RestoreBeforeNext:
         self.fetcher.iterator = self.iterator
         restore(self.state)
         return next(self.iterator)
+
+
+def _draws_by_itself(loader: Any) -> bool:
+    return getattr(loader, "generator", None) is not None and not hasattr(loader, "load_state_dict")
 
 
 def _makes_iterator(trainer: pl.Trainer) -> bool:

@@ -28,11 +28,14 @@ class Noisy(Dataset[tuple[torch.Tensor]]):
         return (x + 0.1 * (torch.rand(8) + random.gauss(0, 1) + np.random.randn()),)  # these two draw pairs
 
 
-def fit(tmp_path: Path, save: Any = None, ckpt: Any = None, **options: Any) -> list[torch.Tensor]:
+def fit(tmp_path: Path, save: Any = None, ckpt: Any = None, loads: Any = None, **options: Any) -> list[torch.Tensor]:
     L.seed_everything(5, verbose=False)
     net = Net()
     callbacks = [revlib.ExactResume(), *([ModelCheckpoint(tmp_path, save_top_k=-1, **save)] if save else [])]
-    strategy, loader = options.pop("strategy", "reversible"), DataLoader(Noisy(), batch_size=8, shuffle=True)
+    strategy, loader = (
+        options.pop("strategy", "reversible"),
+        DataLoader(Noisy(), batch_size=8, shuffle=True, **(loads or {})),
+    )
     if budget := options.pop("memory_budget", None):
         strategy = revlib.ReversibleStrategy(memory_budget=budget)
     run = trainer(tmp_path, strategy=strategy, callbacks=callbacks, enable_checkpointing=bool(save), **options)
@@ -58,6 +61,18 @@ def test_from_every_checkpoint_the_same_end(tmp_path: Path, options: dict[str, A
     for path in paths:
         found = fit(tmp_path, None, path, **options)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), path.name
+
+
+def test_persistent_workers_in_the_first_epoch(tmp_path: Path) -> None:
+    loads = {"num_workers": 1, "persistent_workers": True}
+    expected = fit(tmp_path, {"every_n_train_steps": 4}, loads=loads, max_epochs=1)
+    found = fit(tmp_path, None, next(tmp_path.glob("*.ckpt")), loads=loads, max_epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_loader_with_a_generator_of_its_own_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="a loader has a generator of its own, whose state no checkpoint has"):
+        fit(tmp_path, loads={"generator": torch.Generator()}, max_epochs=1)
 
 
 def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
