@@ -43,8 +43,8 @@ class CouplingAnnealing(Callback):
     sets_couplings = True  # in training; a strategy that resumes leaves it to this callback
 
     def __init__(self, steps: int, tolerance: float = 1e-3) -> None:
-        if steps < 1:
-            raise ValueError(f"steps={steps}: take at least one step until the stacks' own coupling is reached")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: take at least one step until the stacks' own coupling is reached")
         self.steps, self.tolerance = steps, tolerance
         # all by path
         self._own: dict[str, Any] = {}  # the stacks' own couplings and treatments

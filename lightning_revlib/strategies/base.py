@@ -18,6 +18,7 @@ from lightning_revlib.strategies.setup import (
     MemoryBudget,
     Targets,
     TunerBudgetError,
+    check_flag,
     explain_memory,
     make_budget,
     read_targets,
@@ -65,6 +66,8 @@ class ReversibleStrategyMixin(Strategy):
         restore: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_flag("optimizer_in_backward", optimizer_in_backward)
+        check_flag("restore", restore)
         super().__init__(**kwargs)
         self.targets = read_targets(targets)
         self.budget = make_budget(memory_budget)
@@ -111,7 +114,7 @@ class ReversibleStrategyMixin(Strategy):
             module: Any = self.lightning_module
             if module.trainer.callbacks:  # none while Lightning's Tuner tries a batch size
                 raise
-            raise TunerBudgetError(f"{error} (for the Tuner: DefaultCPUAllocator: can't allocate memory)") from error
+            raise TunerBudgetError(str(error)) from error
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -46,6 +46,10 @@ class ReversibleDDPStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DDPStrate
 
     strategy_name = "reversible_ddp"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_arguments(type(self), kwargs, ReversibleStrategyMixin, DDPStrategy, DistributedDataParallel)
+        super().__init__(*args, **kwargs)
+
 
 class ReversibleStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DeferredStrategy, SingleDeviceStrategy):
     """Run the stacks of the LightningModule reversibly, on one device or several, of any kind.

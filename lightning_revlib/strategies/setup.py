@@ -24,6 +24,7 @@ __all__ = [
     "Targets",
     "TunerBudgetError",
     "check_arguments",
+    "check_flag",
     "explain_memory",
     "make_budget",
     "read_targets",
@@ -37,7 +38,14 @@ __all__ = [
 
 
 class TunerBudgetError(BudgetError, RuntimeError):
-    """A budget is too small, in the words of a RuntimeError by which Lightning's Tuner knows a batch as too large."""
+    """A budget is too small, with the words among its `args` by which Lightning's Tuner knows a batch as too large."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message} (DefaultCPUAllocator: can't allocate memory)")
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def swap_module(
@@ -135,6 +143,12 @@ def check_arguments(owner: type, given: Mapping[str, Any], *accepting: Any) -> N
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
             raise TypeError(f"{owner.__name__} has no argument {name}={given[name]!r}; {hint}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError if it is not True or False, such as a text."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: pass True or False")
 
 
 def explain_memory(exception: BaseException, module: nn.Module) -> None:

@@ -81,16 +81,19 @@ def test_a_stack_that_a_hook_assigns(tmp_path: Path, hook: str, by: str) -> None
     assert net.net is net.late and net.net.couplings == (revlib.Midpoint(),) and net.net.drift is not None
 
 
+@pytest.mark.parametrize("cls", [revlib.ReversibleStrategy, revlib.ReversibleDDPStrategy])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"optimizer_in_backward": "no"}, "optimizer_in_backward='no': pass True or False"),
+        ({"restore": 1}, "restore=1: pass True or False"),
         ({"find_unused_paramters": True}, "has no argument find_unused_paramters=True; did you mean find_unused_param"),
         ({"targets": ["net"]}, r"targets=\['net'\]: pass a mapping from the path"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_named(cls: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        revlib.ReversibleStrategy(**arguments)
+        cls(**arguments)
 
 
 def budgeted(by: str) -> dict[str, Any]:

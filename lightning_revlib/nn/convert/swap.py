@@ -68,9 +68,10 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
         raise TypeError(f"model={model!r}: pass an nn.Module, an object and no class")
     found = find(model, targets, strict=strict)
     if strict and not found:
+        why = f"{type(model).__name__} has no CoupledSequential" if targets is None else f"targets={targets} is empty"
         raise ValueError(
-            f"nothing to swap: {type(model).__name__} has no CoupledSequential; build its stack from one, or name an"
-            " nn.Sequential or nn.ModuleList by targets: print(lightning_revlib.report(model, batch)) proposes them"
+            f"nothing to swap: {why}; build its stack from a CoupledSequential, or name an nn.Sequential or"
+            " nn.ModuleList by targets: print(lightning_revlib.report(model, batch)) proposes them"
         )
     before = record(found)
     try:

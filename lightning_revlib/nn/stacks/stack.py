@@ -108,6 +108,8 @@ class Stack:
             raise TypeError(f"the {what} is {x.layout}, and streams are dense; pass x.to_dense()")
         options, given = self.options, x
         x = x.resolve_neg()
+        if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            x = x.clone()  # which autograd can save, and which counts its changes
         if options.stream_dtype is not None or x.dtype in (torch.bfloat16, torch.float16):
             x = x.to(options.stream_dtype or torch.float32)
         if isinstance(options.grid_bits, int):

@@ -45,8 +45,6 @@ class Reversible(Treatment):
                     " one, torch.nested.nested_tensor(..., layout=torch.jagged), or take treatment 'store'"
                 )
             a, b = dense(a), dense(b)
-            if a.is_inference():  # such a tensor would not count its changes
-                a, b = a.clone(), b.clone()
             self.tape = Tape(self.forward.compiler, self.forward.context_fn, self._schedule(a.device))
         index = len(self.tape.frames)
         out = step.each(a, b, partial(self._record, step, ChunkedUndo()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_revlib as revlib
 
+TREATMENTS = ("reversible", "checkpoint", "selective", "offload", "store")
 BOTH = pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
 
 
@@ -334,3 +335,18 @@ def test_a_grid_that_is_chosen_between_the_two_runs_of_a_block() -> None:
     with pytest.raises(RuntimeError, match="has chosen its grid in between: give it grid_bits as a number"):
         stack(x).sum().backward()
     stack(x).sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"grid_bits": "auto"}, {"memory_budget": 1.0}, *[{"treatments": [t] * 3} for t in TREATMENTS]]
+)
+def test_an_input_made_in_inference_mode(options: dict[str, Any], grad: bool) -> None:
+    with torch.inference_mode():
+        x = torch.randn(64, 8)
+    stack = revlib.ReversibleSequential(*blocks(3), **options)
+    with torch.set_grad_enabled(grad):
+        y = stack(x)
+    if grad:
+        y.sum().backward()
+        assert all(p.grad is not None for p in stack.parameters())
