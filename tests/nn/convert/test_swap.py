@@ -135,7 +135,7 @@ def test_nothing_to_swap_is_an_error() -> None:
         ValueError, match=r"nothing to swap: Linear has no CoupledSequential.*report\(model, batch\)\) proposes"
     ):
         revlib.swap(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="nothing to swap: targets={} is empty"):
+    with pytest.raises(ValueError, match=r"nothing to swap: targets=\{\} is empty"):
         revlib.swap(nn.Sequential(nn.Linear(2, 2)), {})
 
 
