@@ -1,7 +1,7 @@
 """All private names of torch that the package uses, each with its reason and the public replacement to watch for.
 
 No other module of the package reaches for one (tests/test_house.py holds it). If a name is missing in a release of
-torch, what depends on it fails here, and what can do without it goes on: see each function.
+torch, the import fails here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -24,21 +25,19 @@ from typing_extensions import Self
 # a public twin yet
 __all__ = ["TorchDispatchMode", "pytree", "FakeTensorMode", "outside_transforms"]
 
-try:
-    # Turns torch.compile off while the engine runs and on again for a block. Watch torch.compiler for a context manager
-    # that does both; `torch.compiler.disable` cannot turn compilation on again inside.
-    from torch._dynamo.eval_frame import set_eval_frame, skip_code
-except ImportError:  # blocks run eagerly then
 
-    def set_eval_frame(callback: Any) -> Any:  # type: ignore[misc]
-        return None
+@contextmanager
+def compiled_by(callback: Any) -> Iterator[Any]:
+    """Have `callback` compile what this thread runs inside, None for nothing; yield the callback before.
 
-    def skip_code(code: Any) -> None: ...  # type: ignore[misc]
-
-
-def set_compiler(callback: Any) -> Any:
-    """Make `callback` compile what this thread runs from now on, None for nothing, and return the callback before."""
-    return set_eval_frame(callback)
+    The engine turns torch.compile off by it, and on again for a block, which `torch.compiler.disable` cannot. Watch
+    torch.compiler for a context manager that does both.
+    """
+    before = set_eval_frame(callback)
+    try:
+        yield before
+    finally:
+        set_eval_frame(before)
 
 
 _stances: list[Any] = []  # torch's context that makes compiled code run eagerly, once for each user of it
@@ -50,15 +49,14 @@ def eager() -> Iterator[None]:
 
     Under a dispatch mode torch would compile nothing either, and mark the code as not to be compiled later on.
     """
-    compiler = set_compiler(None)  # none may be active while torch's stance is set
-    _stances.append(_stances[-1] if _stances else torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
-        stance = _stances.pop()
-        if not _stances:
-            stance.__exit__(None, None, None)
-        set_compiler(compiler)
+    with compiled_by(None):  # no compiler may be active while torch's stance is set
+        _stances.append(_stances[-1] if _stances else torch.compiler.set_stance("force_eager"))
+        try:
+            yield
+        finally:
+            stance = _stances.pop()
+            if not _stances:
+                stance.__exit__(None, None, None)
 
 
 class EagerMode(TorchDispatchMode):

@@ -13,7 +13,7 @@ from torch import Tensor, clear_autocast_cache
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_revlib.nn.engine.errors import computes_otherwise, draws_in_batched_gradients, saved_modified
-from lightning_revlib.nn.internals import never_compile, outside_transforms
+from lightning_revlib.nn.internals import compiled_by, never_compile, outside_transforms
 from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.steps.step import Step
 
@@ -113,7 +113,7 @@ class SavedTensors(ABC):
         if number in self.changed:
             raise saved_modified(self.step.name, self.changed[number])
         try:
-            with outside_transforms():  # vmap may be round backward
+            with outside_transforms(), compiled_by(None):  # vmap may be round backward
                 self.recompute()
         except RuntimeError as error:
             if "random operations inside of vmap" in str(error):

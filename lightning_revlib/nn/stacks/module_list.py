@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import graph_task, in_transform, is_exporting, set_compiler
+from lightning_revlib.nn.internals import compiled_by, graph_task, in_transform, is_exporting
 from lightning_revlib.nn.stacks.build import steps_of
 from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
 from lightning_revlib.nn.stacks.options import StackOptions
@@ -109,10 +109,9 @@ class Layerwise(Reversible):
 
     def call(self, proxy: LayerProxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer, called by the model, in place of its forward."""
-        compiler = set_compiler(None)
         thread = threading.get_ident()
         forward = self._forwards.pop(thread, None)  # put back when the layer has run: an error ends the forward
-        try:
+        with compiled_by(None) as compiler:
             x, args, kwargs = proxy.first(args, kwargs)
             if forward is None or not self._continues(forward, proxy.module, x):
                 forward = self._begin(proxy.module, x, (args, kwargs), compiler)
@@ -122,8 +121,6 @@ class Layerwise(Reversible):
             if forward.index < len(self):
                 self._forwards[thread] = forward
             return out
-        finally:
-            set_compiler(compiler)
 
     call_eagerly = run_eagerly(call)
 

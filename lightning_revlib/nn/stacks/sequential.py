@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.registry import CouplingFunction, CouplingSpec
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.internals import in_transform, is_exporting, set_compiler
+from lightning_revlib.nn.internals import compiled_by, in_transform, is_exporting
 from lightning_revlib.nn.plan.limit import MemoryBudget
 from lightning_revlib.nn.stacks.build import arguments_of, build_steps
 from lightning_revlib.nn.stacks.options import OnDrift, StackOptions, options_of_slice
@@ -223,15 +223,14 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 " lightning_revlib.restore(model) makes it an ordinary one, with the same parameters"
             )
         x = self._run_ordinary(x, args, kwargs, layerwise)
-        compiler = set_compiler(None)  # the engine is not compiled; its blocks are
         steps: list[Step] = []
         try:
-            streams = [*self.split(x, views=True)]
-            steps = build_steps(self, x.dtype, args, kwargs, layerwise)
-            y = self._run(streams, steps, compiler)
-            return _with_extras(y if y.dtype is x.dtype else y.to(x.dtype), steps)
+            with compiled_by(None) as compiler:  # the engine is not compiled; its blocks are
+                streams = [*self.split(x, views=True)]
+                steps = build_steps(self, x.dtype, args, kwargs, layerwise)
+                y = self._run(streams, steps, compiler)
+                return _with_extras(y if y.dtype is x.dtype else y.to(x.dtype), steps)
         finally:
-            set_compiler(compiler)
             for step in steps:
                 step.take_extra()
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_revlib.nn.coupling.base import Streams
 from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
-from lightning_revlib.nn.internals import set_compiler, surrounding_hooks
+from lightning_revlib.nn.internals import surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
-from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
+from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import Treatment
@@ -51,28 +51,19 @@ class CheckpointFrame(SavedTensors):
         finally:
             self.end()
         step.check_arguments(self.state.arguments)
-        try:
+        with step.naming_errors():
             self.state.close()
-        except StateError as error:
-            raise errors.of_state(step, error) from error
         return out
 
     def recompute(self) -> None:
-        compiler = set_compiler(None)
+        retain = torch.is_grad_enabled()  # under create_graph
+        saved: list[Tensor] = []
         try:
-            with self.lock:
-                retain = torch.is_grad_enabled()  # under create_graph
-                saved: list[Tensor] = []
-                try:
-                    with torch.no_grad():
-                        self._run_short(saved)
-                    self.keep(saved, retain)
-                except StateError as error:
-                    raise errors.of_state(self.step, error) from error
-                finally:
-                    saved.clear()  # the second run's graph refers to this list
+            with self.lock, torch.no_grad(), self.step.naming_errors():
+                self._run_short(saved)
+                self.keep(saved, retain)
         finally:
-            set_compiler(compiler)
+            saved.clear()  # the second run's graph refers to this list
 
     def _run_short(self, saved: list[Tensor]) -> None:
         """Run the block again up to the last tensor that backward needs."""
