@@ -115,7 +115,8 @@ class Step:
         streams = coupling.forward(a, b, f)
         if self.watch is not None:
             self.watch(*streams)
-        self._check_grid(streams[1])
+        if self.coupling.bits is not None:
+            check_on_grid(streams[1], self.coupling, self.coupling.bits, f"{self.name}: the stream")
         return coupling, streams
 
     def inverse(self, a_out: Tensor, b_out: Tensor) -> Streams:
@@ -176,16 +177,20 @@ class Step:
         if f.dtype is not b.dtype and torch.promote_types(f.dtype, b.dtype) != b.dtype:
             raise TypeError(f"{self.name} returned {f.dtype} for a stream of {b.dtype}; set stream_dtype={f.dtype}")
 
-    def _check_grid(self, stream: Tensor) -> None:
-        """Raise ValueError if an exact stream becomes too large to be exact."""
-        if self.coupling.bits is None or not stream.numel() or stream.is_meta or is_fake(stream):
-            return
-        limit, largest = self.coupling.limit(stream.dtype), stream.detach().abs().amax().item()
-        if not largest < limit:
-            bits = self.coupling.bits
-            fewer = bits - math.floor(math.log2(largest / limit)) - 1 if math.isfinite(largest) else -1
-            way_out = f"set grid_bits={fewer}" if fewer >= 0 else "set stream_dtype=torch.float64"
-            raise ValueError(
-                f"{self.name}: the stream reaches {largest:.3g}, and on the grid of grid_bits={bits} it must stay below"
-                f" {limit:.3g} to be exact; {way_out}, or take smaller outputs"
-            )
+
+def check_on_grid(x: Tensor, coupling: Coupling, bits: int, what: str) -> None:
+    """Raise ValueError if a tensor is too large to be exact on the grid of these bits, where the coupling runs."""
+    if not x.numel() or x.is_meta or is_fake(x):
+        return
+    limit, largest = coupling.limit(x.dtype), x.detach().abs().amax().item()
+    if largest < limit:
+        return
+    fewer = bits - math.floor(math.log2(largest / limit)) - 1 if math.isfinite(largest) else -1
+    if math.isnan(largest):
+        way_out = "find what makes it"
+    else:
+        way_out = f"set grid_bits={fewer}" if fewer >= 0 else "set stream_dtype=torch.float64, or take smaller outputs"
+    raise ValueError(
+        f"{what} reaches {largest:.3g}, and on the grid of grid_bits={bits} it must stay below {limit:.3g} to"
+        f" be exact; {way_out}"
+    )

@@ -202,3 +202,11 @@ def test_an_empty_batch() -> None:
     for coupling in ("additive", {"name": "momentum", "gamma": 0.25}):
         stack = revlib.ReversibleSequential(nn.Linear(4, 4), nn.Linear(4, 4), grid_bits=12, coupling=coupling)
         assert stack(torch.zeros(0, 8, requires_grad=True)).shape == (0, 8)
+
+
+def test_an_input_that_is_no_number_is_told_apart_from_a_large_one() -> None:
+    stack = revlib.ReversibleSequential(nn.Linear(2, 2), nn.Linear(2, 2), grid_bits=19)
+    with pytest.raises(ValueError, match=r"stack: its input reaches nan, .*; find what makes it"):
+        stack(torch.full((1, 4), float("nan")))
+    with pytest.raises(ValueError, match=r"stack: its input reaches 100, .*; set grid_bits=17"):
+        stack(torch.full((1, 4), 100.0))
