@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level
 
+from lightning_revlib.nn.state.base import StateError
 from lightning_revlib.nn.steps.step import Step
 
 
@@ -31,6 +32,10 @@ def input_modified(step: Step) -> RuntimeError:
         f"the input of {step.name} has been modified by an inplace operation since forward, and"
         " backward has to run the block on it again; use the operation that is not in-place"
     )
+
+
+def of_state(step: Step, error: StateError) -> RuntimeError:
+    return RuntimeError(f"{step.name}: {error}")
 
 
 def saved_modified(name: str, shape: Sequence[int]) -> RuntimeError:

@@ -39,7 +39,7 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch, make_contexts
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.internals import graph_is_kept, graph_task
-from lightning_revlib.nn.state.base import NOTHING, CallState
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
 from lightning_revlib.nn.steps.step import Step
 
 
@@ -61,11 +61,13 @@ class Frame(SavedTensors):
         tape = self.tape
         first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else make_contexts(tape.context_fn)
         try:
-            with self.hooks(), step.naming_errors():
+            with self.hooks():
                 with first:
                     f = step.evaluate(b, tape.compiler)
                 self.state.close()  # before the coupling, which may draw, and does not run again
                 self.coupling, streams = step.couple(a, b, f)
+        except StateError as error:
+            raise errors.of_state(step, error) from error
         finally:
             self.end()
         step.check_arguments(self.state.arguments)
@@ -82,7 +84,7 @@ class Frame(SavedTensors):
         """
         saved: list[Tensor] = []
         try:
-            with self.step.naming_errors(), self.state.restore():
+            with self.state.restore():
                 b = self.coupling.recover(*out) if before is None else before[1]
                 # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
                 x = b.detach() if b.stride() == self.stride else b.new_empty_strided(b.shape, self.stride).copy_(b)
@@ -93,6 +95,8 @@ class Frame(SavedTensors):
                     with torch.enable_grad(), catch(saved):
                         self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), x, f)
             self.keep(saved, self.tape.retain)
+        except StateError as error:
+            raise errors.of_state(self.step, error) from error
         finally:
             saved.clear()  # the second run's graph refers to this list
         return a, b

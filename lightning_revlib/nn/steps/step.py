@@ -6,8 +6,7 @@ f = block(b, *args, **kwargs);  a, b = coupling.forward(a, b, f)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.internals import compiled_by, pytree
-from lightning_revlib.nn.state.base import NOTHING, StateError
+from lightning_revlib.nn.state.base import NOTHING
 from lightning_revlib.nn.state.tensors import is_fake, version, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
 
@@ -50,14 +49,6 @@ class Step:
     @property
     def name(self) -> str:
         return f"{self.path}.{self.key} ({type(self.module).__name__})"
-
-    @contextmanager
-    def naming_errors(self) -> Iterator[None]:
-        """Give errors of the state inside the path of the step."""
-        try:
-            yield
-        except StateError as error:
-            raise RuntimeError(f"{self.name}: {error}") from error
 
     def run(self, a: Tensor, b: Tensor, compiler: Any = None, branch: RunBranch | None = None) -> Streams:
         """Run the step by ordinary autograd, and return the streams after it; `branch` may replace the method."""

@@ -19,7 +19,7 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
 from lightning_revlib.nn.internals import surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
-from lightning_revlib.nn.state.base import NOTHING, CallState
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
 from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import Treatment
@@ -51,17 +51,21 @@ class CheckpointFrame(SavedTensors):
         finally:
             self.end()
         step.check_arguments(self.state.arguments)
-        with step.naming_errors():
+        try:
             self.state.close()
+        except StateError as error:
+            raise errors.of_state(step, error) from error
         return out
 
     def recompute(self) -> None:
         retain = torch.is_grad_enabled()  # under create_graph
         saved: list[Tensor] = []
         try:
-            with self.lock, torch.no_grad(), self.step.naming_errors():
+            with self.lock, torch.no_grad():
                 self._run_short(saved)
                 self.keep(saved, retain)
+        except StateError as error:
+            raise errors.of_state(self.step, error) from error
         finally:
             saved.clear()  # the second run's graph refers to this list
 
