@@ -38,6 +38,14 @@ def of_state(step: Step, error: StateError) -> RuntimeError:
     return RuntimeError(f"{step.name}: {error}")
 
 
+def graph_freed() -> RuntimeError:
+    return RuntimeError(
+        "backward reached the graph of a block's second run, which is freed: it goes through what the block has put into"
+        " a list, dict or object of its own when backward ran it again; return it beside the branch, or keep it as an"
+        " attribute that each call sets anew"
+    )
+
+
 def saved_modified(name: str, shape: Sequence[int]) -> RuntimeError:
     return RuntimeError(
         f"{name}: a tensor of shape {list(shape)} needed for its gradient has been"

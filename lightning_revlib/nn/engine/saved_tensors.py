@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, clear_autocast_cache
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_revlib.nn.engine.errors import computes_otherwise, draws_in_batched_gradients, saved_modified
+from lightning_revlib.nn.engine.errors import (
+    computes_otherwise,
+    draws_in_batched_gradients,
+    graph_freed,
+    saved_modified,
+)
 from lightning_revlib.nn.internals import compiled_by, never_compile, outside_transforms
 from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.steps.step import Step
@@ -132,7 +137,13 @@ def sizes_of(tensors: list[Tensor]) -> list[int]:
 
 def catch(tensors: list[Tensor], enough: int = -1) -> saved_tensors_hooks:
     """Return a context that adds what autograd saves to a list. Inside, Enough is raised when so many are complete."""
-    return saved_tensors_hooks(partial(collect, tensors, enough), tensors.__getitem__)
+    return saved_tensors_hooks(partial(collect, tensors, enough), partial(_find_in, tensors))
+
+
+def _find_in(tensors: list[Tensor], number: int) -> Tensor:
+    if number >= len(tensors):
+        raise graph_freed()
+    return tensors[number]
 
 
 def collect(tensors: list[Tensor], enough: int, tensor: Tensor) -> int:
@@ -154,4 +165,4 @@ def _may_be_empty(tensor: Tensor) -> bool:
     return is_made_here and tensor.is_floating_point() and not tensor.requires_grad and not tensor._version
 
 
-never_compile(SavedTensors._pack, SavedTensors._unpack, collect, _may_be_empty)
+never_compile(SavedTensors._pack, SavedTensors._unpack, collect, _find_in, _may_be_empty)

@@ -16,12 +16,16 @@ from lightning_revlib.nn.state.tensors import is_fake, version, without_graph, w
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
 PLAIN = (bool, int, float, str, type(None))
+GROUPS = (tuple, list, dict)  # which count as changed if they are other objects
 ABSENT: Any = object()
 Values: TypeAlias = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # attributes of modules, and values for some
 
 
 class Snapshot:
-    """All attributes of some modules at a time, of which plain ones and tuples can be told and put back."""
+    """All attributes of some modules at a time, of which plain ones, tuples, lists and dicts can be put back.
+
+    What is changed in a list or dict is not.
+    """
 
     __slots__ = ("before",)
 
@@ -29,7 +33,7 @@ class Snapshot:
         self.before = [(vars(m), vars(m).copy()) for m in modules]
 
     def changes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return the plain values and tuples that are others now, and ABSENT for those that were not there."""
+        """Return the values that are others now, and ABSENT for those that were not there."""
         return [(own, former) for own, before in self.before if (former := changed_values(own, before))]
 
     def put_back(self) -> None:
@@ -37,10 +41,10 @@ class Snapshot:
 
 
 class Attributes(State):
-    """The plain attributes and tuples that a block's call changes, adds or deletes, as they were before the call.
+    """The plain attributes, tuples, lists and dicts that a block's call sets or deletes, as they were before the call.
 
     Of its tensors and generators all are restored: their owner may set others before backward. What the call itself
-    sets instead of a tensor is left for the next call. A dict or list stays as it is.
+    sets instead of a tensor is left for the next call. What a call changes in a list or dict stays as it is.
 
     Torch's own layers change none, but the block that has them may set theirs.
     """
@@ -90,7 +94,7 @@ class Attributes(State):
 
 
 def changed_values(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Return the plain values and tuples of a module that are others now, and ABSENT for those that were not there."""
+    """Return the values of a module that are others now, and ABSENT for those that were not there."""
     # Most modules change nothing. `map` compares all their attributes without a line of Python for each.
     if len(now) == len(before) and not any(map(is_not, now.values(), before.values())):
         return {}
@@ -120,9 +124,9 @@ def _set_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> None:
 
 
 def _is_other(before: Any, now: Any) -> bool:
-    """Return whether a plain attribute or a tuple has changed. One that was added may be a tensor, too."""
+    """Return whether an attribute has changed. One that was added may be a tensor, too."""
     if before is ABSENT:
-        return isinstance(now, (*PLAIN, tuple, Tensor)) and now is not None
-    if isinstance(before, tuple):  # of tensors, perhaps
+        return isinstance(now, (*PLAIN, *GROUPS, Tensor)) and now is not None
+    if isinstance(before, GROUPS):  # of tensors, perhaps
         return now is not before
     return isinstance(before, PLAIN) and (type(now) is not type(before) or now != before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_revlib as revlib
 from tests.nn.state.twins import TREATMENTS, sample, twins
 
 
@@ -153,3 +154,54 @@ def test_the_training_flag_of_a_scripted_module(treatment: Any) -> None:
         grads.append(torch.autograd.grad(y, x)[0])
         assert not any(m.training for m in model.modules())
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+class Lists(nn.Module):
+    """Keeps its further losses in a list or dict, which each call sets anew, and its last output in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.losses: list[Tensor] = []
+        self.last: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).tanh()
+        if self.last:
+            y = y + self.last["y"]
+        self.last = {"y": y.detach()}
+        self.losses = [y.square().mean(), y.sum()]  # the second one saves nothing
+        return y
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_lists_and_dicts_that_each_call_sets_anew(treatment: Any) -> None:
+    found, x = [], sample()
+    for stack in twins(Lists, treatment):
+        for _ in range(2):
+            y = stack(x)
+        parameters = [p for block in stack for p in block.parameters()]
+        grads = torch.autograd.grad(y.square().sum(), [x, *parameters], retain_graph=True)
+        for number in (0, 1):
+            loss = torch.stack([block.losses[number] for block in stack]).sum()
+            grads += torch.autograd.grad(loss, [x, *parameters], retain_graph=True)
+        found.append(grads)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9)
+
+
+def test_a_loss_in_an_object_of_a_blocks() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.log = nn.Linear(4, 4), [torch.zeros(())]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x).tanh()
+            self.log[0] = y.square().mean()
+            return y
+
+    stack = revlib.ReversibleSequential(Keeps(), Keeps())
+    stack(torch.randn(3, 8)).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward reached the graph of a block's second run, which is freed"):
+        sum(block.log[0] for block in stack).backward()
