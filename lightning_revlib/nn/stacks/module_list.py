@@ -272,6 +272,6 @@ class IteratedSequential(Layerwise, nn.Sequential):
 
 
 ORDER = (
-    "the layers of a reversible list run once each, in their order. A model that skips layers, as by layerdrop, or"
-    " repeats them cannot be swapped; lightning_revlib.restore(model) undoes the swap"
+    "the layers of a reversible list run once each, in their order. A model that skips layers or repeats them"
+    " cannot be swapped; set model.config.layerdrop = 0 if it has one; lightning_revlib.restore(model) undoes the swap"
 )
