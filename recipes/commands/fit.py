@@ -30,15 +30,17 @@ def report_fit(cfg: DictConfig) -> None:
     with autocast_of(cfg, device):
         print(f"{type_name(cfg)}, batch of {cfg.batch_size}, {format_bytes(limit)} of {device}")
         table = Table("stacks", "highest", "fits", "largest batch", *["longest sequence"] * _has_length(cfg))
+        console = Console()
         for name in ("plain", "checkpointed", "reversible"):
-            simulation = Simulation(cfg, name, device)
-            total = simulation.total(cfg.batch_size)
-            sizes = [largest(simulation.total, limit, cfg.batch_size)]
-            if _has_length(cfg):
-                sizes.append(_longest(cfg, name, device, limit))
+            with console.status(f"simulating {name} steps of larger and larger batches; large ones take minutes"):
+                simulation = Simulation(cfg, name, device)
+                total = simulation.total(cfg.batch_size)
+                sizes = [largest(simulation.total, limit, cfg.batch_size)]
+                if _has_length(cfg):
+                    sizes.append(_longest(cfg, name, device, limit))
             fits = "yes" if total <= limit else "no"
             table.add_row(name, format_bytes(total), fits, *[str(size or "none") for size in sizes])
-        Console().print(table)
+        console.print(table)
         _print_plan(cfg, device, limit)
 
 
