@@ -116,10 +116,11 @@ def _print_plan(cfg: DictConfig, device: str, limit: int) -> None:
 
 def _device(name: Any) -> str:
     try:
-        torch.device(name or "cpu")
-    except RuntimeError as error:
+        device = torch.device(name or "cpu")
+        is_here = device.type == "cpu" or torch.get_device_module(device).is_available()
+    except RuntimeError as error:  # such as of "meta", which has no module
         raise ValueError(f"device={name}: {str(error).splitlines()[0]}") from None
-    if name and torch.device(name).type != "cpu" and not torch.get_device_module(torch.device(name)).is_available():
+    if not is_here:
         print(f"device={name} is not here: simulated on the CPU, whose attention kernels and autocast lists differ")
         return "cpu"
     return str(name or "cpu")

@@ -122,10 +122,14 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
     Path(cfg.paths.output_dir).mkdir(parents=True, exist_ok=True)
     callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] + (callbacks or [])
     loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    numbers = {}
     for key in ("max_epochs", "max_steps"):
-        if isinstance(value := cfg.trainer.get(key), str):
+        if (value := cfg.trainer.get(key)) is None:
+            continue
+        if not isinstance(value, (int, float)) or value != int(value):
             raise ValueError(f"trainer.{key}={value}: pass a whole number, such as trainer.{key}=30")
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+        numbers[key] = int(value)  # of 1e3, say
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **numbers)
 
 
 @contextmanager
@@ -183,8 +187,13 @@ def _describe_drift(trainer: L.Trainer, reversible: list[Any], trained: bool) ->
 def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule, L.Trainer]:
     """Return the data and module of a checkpoint, and a Trainer."""
     _seed(cfg.seed)
-    module = load_module(cfg)
-    return load_data(cfg), module, make_trainer(cfg)
+    module, data = load_module(cfg), load_data(cfg)
+    if others := getattr(data, "model_arguments", {}).keys() - module.hparams.keys():
+        raise ValueError(
+            f"data: {_name(data)} has {', '.join(sorted(others))}, and the checkpoint's {_name(module)} works on other"
+            " data; leave data out, to take those of its training"
+        )
+    return data, module, make_trainer(cfg)
 
 
 def _check_display(cfg: DictConfig, module: L.LightningModule) -> None:
@@ -245,7 +254,7 @@ def _seed(seed: object) -> None:
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     """Set the number of CPU threads inside the context; None keeps it."""
-    if count is not None and (not isinstance(count, int) or count < 1):
+    if count is not None and (type(count) is not int or count < 1):
         raise ValueError(f"threads={count}: pass a whole number of 1 or more, or null")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

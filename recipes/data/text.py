@@ -54,6 +54,8 @@ class SequenceData(L.LightningDataModule):
 
     def _loader(self, part: str, **options: Any) -> DataLoader[Any]:
         size, workers = self.hparams["batch_size"], self.hparams["num_workers"]
+        if part == "train" and size > (count := len(self.parts[part])):  # type: ignore[arg-type]
+            raise ValueError(f"batch_size={size}: the data for training are {count} sequences; take as many at most")
         return DataLoader(
             self.parts[part], batch_size=size, num_workers=workers, persistent_workers=workers > 0, **options
         )

@@ -147,6 +147,13 @@ def test_evaluation_needs_only_the_checkpoint(best, tmp_path, monkeypatch, capsy
     assert before == [pytest.approx(after)]
 
 
+def test_data_of_another_kind_than_the_checkpoints(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", f"ckpt_path={best}", "data=topics"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("revlib: data: Topics has length, vocab, and the checkpoint's IRevNet works on other data")
+
+
 def test_a_folder_whose_name_has_a_space_and_a_comma(best, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs, mine"
@@ -411,6 +418,10 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
         (["train", "recipe.optimizer.lr=-1"], "Invalid learning rate: -1"),
         (["train", "scheduler.max_lr=fast"], "scheduler={'max_lr': 'fast'}: "),
         (["train", "data.batch_size=0"], "batch_size=0"),
+        (["train", "recipe=reformer", "data.batch_size=1000"], "batch_size=1000: the data for training are 819"),
+        (["train", "threads=true"], "threads=True: pass a whole number"),
+        (["train", "trainer.max_epochs=1.5"], "trainer.max_epochs=1.5: pass a whole number"),
+        (["report", "simulate=true", "memory=1GiB", "device=meta"], "device=meta: "),
         (["train", "recipe.dropout=lots"], "; was recipe.dropout=lots meant as a number, such as 0.1?"),
         (["train", "recipe=reformer", "data.length=abc"], "; was data.length=abc meant as a number, such as 512?"),
         (["train", "recipe=reformer", "recipe.axial=3"], "recipe: 'int' object is not iterable; see recipe.axial=3"),
@@ -600,6 +611,11 @@ def test_help_of_a_command_explains_its_own_groups_and_keys(argv, has, has_not, 
 def test_help_explains_a_wrong_option(capsys):
     assert main(["train", "recipe=irevnte", "--help"]) == 1
     assert "recipe=irevnte: no such option (did you mean irevnet?)" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_the_command():
+    words = [sys.executable, "-m", "lightning_revlib", "--version"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip().endswith(revlib.__version__)
 
 
 def test_the_traceback_is_there_on_demand(monkeypatch, tmp_path):
