@@ -61,7 +61,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
             return f"{key}: no such key; {where}; add {' or '.join(others)}, which {have} {name}"
         return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
     if not isinstance(error, (TypeError, OSError)):
-        return str(error).strip()
+        text = str(error).strip()
+        return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text  # of a loader's process
     suspects = _suspects(command, overrides) if isinstance(error, TypeError) else []
     # the user's values may cause it, or the program
     return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"

@@ -51,7 +51,10 @@ class ImageFolder(ImageData):
         parts: dict[str, Labelled] = {}
         for part, folder in folders.items():
             dataset = _Files(self._folder(folder), self.names, round(self.shape[1] * 8 / 7))
-            parts[part] = dataset, torch.tensor([label for _, label in dataset.files])
+            labels = [label for _, label in dataset.files]
+            if part == "train" and (empty := sorted({*range(self.classes)} - {*labels})):
+                raise ValueError(f"{self._folder(folder)} has no images in {', '.join(self.names[i] for i in empty)}")
+            parts[part] = dataset, torch.tensor(labels)
         return parts
 
     def fit(self, images: Tensor, training: bool) -> Tensor:
@@ -74,6 +77,8 @@ class _Files(Dataset[Any]):
 
     def __init__(self, folder: Path, names: list[str], side: int) -> None:
         self.side = side
+        if others := {entry.name for entry in folder.iterdir() if entry.is_dir()} - set(names):
+            raise ValueError(f"{folder} has classes that train has not: {', '.join(sorted(others))}; move them away")
         self.files = [
             (file, label)
             for label, name in enumerate(names)

@@ -125,6 +125,17 @@ def test_image_folders(tmp_path):
     assert {part: len(x) for part, x in data.parts.items()} == {"train": 16, "val": 16, "test": 6}
 
 
+def test_classes_without_images_and_classes_that_are_only_held_out(tmp_path):
+    root = standin.images(tmp_path)
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="train has no images in empty"):
+        ImageFolder(str(root), size=28, batch_size=4).setup()
+    (root / "train" / "empty").rmdir()
+    (root / "val" / "other").mkdir()
+    with pytest.raises(ValueError, match="val has classes that train has not: other; move them away"):
+        ImageFolder(str(root), size=28, batch_size=4).setup()
+
+
 def test_normalisation_and_custom_augmentation(tmp_path):
     seen = []
     data = FashionMNIST(
