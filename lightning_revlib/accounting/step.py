@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -41,9 +42,10 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
         raise ValueError(f"memory: which module does {step!r} train? Pass it, as in memory(step, batch, model=model)")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         if not callable(optimizer):
+            given = " ".join(reprlib.repr(optimizer).split())  # in one line
             raise TypeError(
-                f"memory: optimizer={optimizer!r}: pass an optimizer, or a function that makes one of parameters, such"
-                " as torch.optim.AdamW"
+                f"memory: optimizer={given}: pass an optimizer, or a function that makes one of"
+                " parameters, such as torch.optim.AdamW; of several optimizers, count the step of each by itself"
             )
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     for module in fsdp_modules(model):  # FSDP2 leaves weights gathered after a forward without backward
@@ -118,6 +120,11 @@ def losses_of(out: Any, model: nn.Module) -> list[Tensor]:
     found = [out["loss"]] if isinstance(out, Mapping) and "loss" in out else judged(out)
     if losses := [y for y in found if y.requires_grad]:
         return losses
+    if not found:
+        raise ValueError(
+            f"memory: the step returned {type(out).__name__} and no loss; return it as a tensor, and leave backward and"
+            " the optimizer's step to memory"
+        )
     raise ValueError(f"memory: no output of {type(model).__name__} requires grad; unfreeze a parameter")
 
 

@@ -239,6 +239,10 @@ def test_errors_say_what_to_pass() -> None:
         revlib.memory(lambda batch: entropy(model, batch), BATCH)
     with pytest.raises(TypeError, match=r"optimizer='adam': pass an optimizer, or a function that makes one"):
         revlib.memory(nn.Linear(2, 2), torch.ones(1, 2), "adam")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizer=\[SGD.*of several optimizers, count the step of each by itself"):
+        revlib.memory(model, BATCH[0], [torch.optim.SGD(model.parameters(), 0.1)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the step returned NoneType and no loss"):
+        revlib.memory(lambda batch: entropy(model, batch).backward(), BATCH, model=model)
     with pytest.raises(ValueError, match="no output of Sequential requires grad; unfreeze a parameter"):
         revlib.memory(model.requires_grad_(False), BATCH[0])
 
