@@ -53,8 +53,8 @@ class MemoryMeter(EagerMode):
             if storage is not None and storage.nbytes():
                 continue
             del self._gathered[key]
-            if storage is not None and (known := self._known.get(key)):  # else its finalizer has run
-                known()
+            if storage is not None and (uncount := self._known.get(key)):  # else its finalizer has run
+                uncount()
 
     def reset_peak(self) -> None:
         """Set the peak to the bytes that are alive now."""
@@ -63,8 +63,8 @@ class MemoryMeter(EagerMode):
     def forget_gradient(self, parameter: Tensor) -> None:
         """Stop counting the gradient of a parameter, as a hook for `register_post_accumulate_grad_hook`."""
         for tensor in tensors_in(parameter.grad):
-            if known := self._known.get(storage_key(tensor)):
-                known()
+            if uncount := self._known.get(storage_key(tensor)):
+                uncount()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.notice_resharding()
@@ -102,9 +102,9 @@ class ActivationMeter(MemoryMeter):
     """Counts no gathered weights, which are parameters."""
 
     def _note_gathered(self, tensors: Sequence[Tensor]) -> None:
-        for known in [self._known.get(storage_key(tensor)) for tensor in tensors]:
-            if known is not None:
-                known()
+        for uncount in [self._known.get(storage_key(tensor)) for tensor in tensors]:
+            if uncount is not None:
+                uncount()
 
 
 class CostMeter(MemoryMeter):

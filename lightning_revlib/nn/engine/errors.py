@@ -84,8 +84,8 @@ def computes_otherwise(
         f"{step.name} computes something else in backward than it did in forward: it saved"
         f" {len(sizes)} tensors for its gradient, and {len(recomputed)} when recomputed.",
         *[f"  {n}: saved {size:,} bytes, recomputed {_show(t)}, {count:,}" for n, size, t, count in pairs[:3]],
-        "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only; hooks,"
-        " and lists such as PEFT's of active adapters, must stay as they are until backward has ended.",
+        "A block must depend on its input, arguments, parameters, registered buffers and torch's generators only."
+        " Hooks, and lists such as that of PEFT's active adapters, must stay as they are until backward has ended.",
     ]
     if is_rebuilt and step.coupling.growth:
         lines.append(

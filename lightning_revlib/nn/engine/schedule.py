@@ -8,7 +8,7 @@ from lightning_revlib.nn.coupling.base import Streams
 
 
 class Schedule:
-    """Steps are undone one by one, when autograd asks for what they saved. Subclass it for another order."""
+    """Steps are undone one by one, when autograd asks for what they saved. Subclasses have other orders."""
 
     def start(self) -> None:
         """Note that a backward begins at the output."""

@@ -62,7 +62,7 @@ class Treatment(ABC):
 
     @classmethod
     def cost(cls, alone: StepCost, stored: StepCost) -> StepCost:
-        """Return what a step costs among others, given what it costs alone, and stored."""
+        """Return what a step costs, given what it costs by itself, and stored; offload adds what neighbours copy."""
         return alone
 
 

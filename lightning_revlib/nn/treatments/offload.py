@@ -12,6 +12,7 @@ and before it uses what side has brought.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -80,7 +81,7 @@ class Transfer:
         if coming is not step:
             self._load(step)
         self.main.wait_stream(self.side)
-        step.arrived = True
+        step.arrive()
         for other in (current, coming):
             if other is not None and other is not step and other is not step.before:
                 other.drop()  # what is left was saved for an output that nobody uses
@@ -95,19 +96,43 @@ class Transfer:
             step.load(self.device)
 
 
+@dataclass(slots=True)
+class Carried:
+    """A storage in the host's memory."""
+
+    host: Tensor  # its bytes
+    source: Tensor | None  # a tensor in it on the device, until it has been copied
+    uses: int = 0  # how many tensors were saved of it
+    there: Tensor | None = None  # its bytes on the device again, in backward
+    left: int = 0  # how many tensors backward has not yet asked for
+
+    def load(self, device: torch.device) -> None:
+        """Begin to copy it to the device."""
+        self.there = torch.empty_like(self.host, device=device, pin_memory=False)
+        self.there.copy_(self.host, non_blocking=True)
+
+    def take(self) -> Tensor | None:
+        """Return its bytes on the device, which are freed when all tensors have been asked for."""
+        there, self.left = self.there, self.left - 1
+        if not self.left:
+            self.there = None
+        return there
+
+    def drop(self) -> None:
+        """Free the copy on the device."""
+        self.there, self.left = None, self.uses
+
+
 class OffloadedStep:
     """What autograd saves in one step; `before` is the step before it, if that is offloaded, too."""
 
     def __init__(self, transfer: Transfer, module: nn.Module, before: OffloadedStep | None) -> None:
         self.transfer, self.module, self.before = transfer, module, before
         self.owned: set[int] | None = None  # storages that stay
-        self.hosts: list[Tensor] = []  # storages' bytes in host memory
-        self.there: list[Any] = []  # tensors or None: and on the device, in backward
-        self.uses: list[int] = []  # how many tensors were saved of each
-        self.left: list[int] = []  # of these, how many backward has not yet asked for
-        self.arrived = False  # and main has waited for them
-        self.sources: dict[tuple[int, int], tuple[int, Tensor]] = {}  # by storage and version, while they are copied
+        self.carried: list[Carried] = []
+        self.open: dict[tuple[int, int], Carried] = {}  # by storage and version, while they are copied
         self.sent: Any = None  # when they all are
+        self.arrived = False  # on the device, in backward, and main has waited for them
 
     def run(self, step: Step, a: Tensor, b: Tensor, compiler: Any) -> Streams:
         """Run the step by ordinary autograd."""
@@ -120,7 +145,13 @@ class OffloadedStep:
         """Wait for the copies of the last step in a row: what follows may change and free their sources."""
         self.transfer.main.wait_stream(self.transfer.side)
         for step in filter(None, (self, self.before)):
-            step.sources.clear()
+            step.release_sources()
+
+    def release_sources(self) -> None:
+        """Release what has been copied."""
+        for each in self.open.values():
+            each.source = None
+        self.open = {}
 
     @torch.compiler.disable
     def pack(self, t: Tensor) -> Any:
@@ -135,57 +166,59 @@ class OffloadedStep:
         if storage._cdata in self.owned:
             return t
         key = storage._cdata, t._version
-        if key not in self.sources:
-            self.sources[key] = len(self.hosts), t.detach()  # t refers to the graph, which refers to this
-            self._send(storage)
-        number = self.sources[key][0]
-        self.uses[number] += 1
-        return number, t.dtype, t.storage_offset(), t.shape, t.stride()
+        if (each := self.open.get(key)) is None:
+            each = self.open[key] = self._send(t)
+            self.carried.append(each)
+        each.uses += 1
+        return each, t.dtype, t.storage_offset(), t.shape, t.stride()
 
-    def _send(self, storage: torch.UntypedStorage) -> None:
+    def _send(self, t: Tensor) -> Carried:
+        """Begin to copy a tensor's storage to the host."""
         transfer = self.transfer
-        source = torch.empty(0, dtype=torch.uint8, device=transfer.device).set_(storage)
+        source = torch.empty(0, dtype=torch.uint8, device=transfer.device).set_(t.untyped_storage())
         host = host_memory(source)
         transfer.side.wait_stream(transfer.main)
         with transfer.module.stream(transfer.side):
             host.copy_(source, non_blocking=True)
-        self.hosts.append(host)
-        self.uses.append(0)
+        return Carried(host, t.detach())  # t refers to the graph, which refers to this
 
     def _close(self, name: str) -> None:
-        if changed := [t.shape for (_, count), (_, t) in self.sources.items() if t._version != count]:
-            raise errors.saved_modified(name, changed[0])
+        for (_, count), each in self.open.items():
+            if each.source is not None and each.source._version != count:
+                raise errors.saved_modified(name, each.source.shape)
         self.drop()
         self.sent = self.transfer.side.record_event()
-        if self.before is not None and self.before.sources:
+        if self.before is not None and self.before.open:
             self.transfer.main.wait_event(self.before.sent)
-            self.before.sources.clear()
+            self.before.release_sources()
 
     @torch.compiler.disable
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        number, dtype, offset, shape, stride = packed
+        each, dtype, offset, shape, stride = packed
         if self.sent is None:  # the step has not ended: its block calls autograd itself
-            whole = list(self.sources.values())[number][1]
+            whole = each.source
         else:
-            if not self.arrived or self.there[number] is None:
+            if not self.arrived or each.there is None:
                 self.transfer.fetch(self)
-            whole = self.there[number]
-            self.left[number] -= 1
-            if not self.left[number]:
-                self.there[number] = None
+            whole = each.take()
         return torch.empty(0, dtype=dtype, device=whole.device).set_(whole.untyped_storage(), offset, shape, stride)
 
     def load(self, device: torch.device) -> None:
         """Begin to copy all storages to the device."""
-        for number, host in enumerate(self.hosts):
-            self.there[number] = torch.empty_like(host, device=device, pin_memory=False)
-            self.there[number].copy_(host, non_blocking=True)
+        for each in self.carried:
+            each.load(device)
+
+    def arrive(self) -> None:
+        """Note that main has waited for the copies on the device."""
+        self.arrived = True
 
     def drop(self) -> None:
         """Free the copies on the device."""
-        self.there, self.left, self.arrived = [None] * len(self.hosts), [*self.uses], False
+        self.arrived = False
+        for each in self.carried:
+            each.drop()
 
 
 def host_memory(like: Tensor) -> Tensor:

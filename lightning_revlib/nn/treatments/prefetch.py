@@ -42,10 +42,10 @@ class Prefetch(Schedule):
 
     def rewind(self, tape: Tape, frame: Frame) -> None:
         self.wait()
-        if self.recomputed is not None and self.index == frame.index:
+        if self.recomputed is not None and self.index == frame.index:  # it was undone ahead
             frame.put_recomputed(self.recomputed)
             frame.release_next()
-        elif self.above is not None and self.index == frame.index - 1 == tape.position:
+        elif self.above is not None and self.index == frame.index - 1 == tape.position:  # only the step below it was
             frame.undo(self.above, before=self.above)  # what it saves was given away, and is asked for again
             return
         else:
