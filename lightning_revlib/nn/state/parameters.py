@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import compress
-from operator import is_not
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -50,6 +48,20 @@ def named_parameters(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str,
     return [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
 
 
+class Noted(NamedTuple):
+    """A parameter when a forward ended."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    requires_grad: bool
+    version: int | None  # None if it is left to `Frozen`
+
+    def is_changed(self) -> bool:
+        """Return whether it was modified in place since."""
+        return self.version is not None and version(self.parameter) != self.version
+
+
 class Parameters(State):
     """Parameters of modules when a forward ended, and the versions of arguments by then.
 
@@ -61,56 +73,57 @@ class Parameters(State):
     """
 
     shared = True
-    __slots__ = (
-        "arguments", "before", "changed", "checked", "index", "modules", "moved", "named", "requires_grad",
-        "versions",
-    )  # fmt: skip
+    __slots__ = ("arguments", "before", "changed", "index", "modules", "moved", "noted", "versions")
 
     def __init__(self, call: Call) -> None:
         self.modules, self.arguments = call.modules, call.arguments
         _refuse_sample_gradients(call.modules)
         ready = [p for _, _, p in named_parameters(call.modules) if not isinstance(p, UninitializedParameter)]
-        self.before = [*zip(ready, map(version, ready), strict=True)]
-        self.index: dict[nn.Module, list[tuple[str, nn.Parameter, bool]]] = {}  # made when it is needed
+        self.before = {id(p): version(p) for p in ready}
+        self.index: dict[nn.Module, list[Noted]] = {}  # made when it is needed
 
     def close(self) -> bool:
         self.arguments = [*{id(t): t for t in self.arguments}.values()]
-        self.named = named_parameters(self.modules)
-        self.requires_grad = [p.requires_grad for _, _, p in self.named]
-        self.checked = self.named
-        if not all(self.requires_grad):
-            self.checked = [each for each in self.named if not is_frozen(each[2])]
-        self.versions = self._versions()
-        before, self.before = {id(p): count for p, count in self.before}, []
-        counted = zip(self.checked, self.versions, strict=False)  # arguments follow
-        self.moved = {p for (_, _, p), count in counted if before.get(id(p), count) != count and p.requires_grad}
+        self.versions = [version(t) for t in self.arguments]
+        self.noted = [
+            Noted(m, name, p, p.requires_grad, None if is_frozen(p) else version(p))
+            for m, name, p in named_parameters(self.modules)
+        ]
+        trained = [n for n in self.noted if n.requires_grad]
+        self.moved = {n.parameter for n in trained if self.before.get(id(n.parameter), n.version) != n.version}
+        self.before = {}
         return True
 
     def is_current(self) -> bool:
-        self.changed = self._find_changed()
-        if self.changed or self.moved:
-            return False
+        for t, count in zip(self.arguments, self.versions, strict=True):
+            if version(t) != count:
+                raise modified(f"an argument of shape {list(t.shape)}")
+        # An error for the blocks that have them: an optimizer in backward may have stepped those of other blocks.
+        self.changed = {(n.module, n.name) for n in self.noted if n.is_changed()}
         now = [p for m in self.modules for p in m._parameters.values() if p is not None]
         return (
-            len(now) == len(self.named)
-            and not any(map(is_not, now, [p for _, _, p in self.named]))
-            and [p.requires_grad for p in now] == self.requires_grad
+            not self.changed
+            and not self.moved
+            and len(now) == len(self.noted)
+            and all(
+                p is n.parameter and p.requires_grad == n.requires_grad for p, n in zip(now, self.noted, strict=True)
+            )
         )
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        lent: list[tuple[nn.Module, str, nn.Parameter, Lent]] = []
+        lent: list[tuple[Noted, Lent]] = []
         with ExitStack() as undo:
             for m in filter(self._by_module().__contains__, modules):
-                for name, p, requires_grad in self.index[m]:
-                    if (m, name) in self.changed:
-                        raise modified(f"parameter {name!r} of {brief(m)}")
-                    if p in self.moved and type(p) in ORDINARY:
-                        undo.callback(m._parameters.__setitem__, name, m._parameters[name])
-                        m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
-                        lent.append((m, name, p, copy))
+                for n in self.index[m]:
+                    if (m, n.name) in self.changed:
+                        raise modified(f"parameter {n.name!r} of {brief(m)}")
+                    if n.parameter in self.moved and type(n.parameter) in ORDINARY:
+                        undo.callback(m._parameters.__setitem__, n.name, m._parameters[n.name])
+                        m._parameters[n.name] = copy = Lent(n.parameter.detach().clone(), n.requires_grad)
+                        lent.append((n, copy))
                     else:
-                        _put(undo, m, name, p, requires_grad)
+                        _put(undo, n)
             try:
                 yield
             except Exception:  # of the block; a second run that ends early raises another
@@ -119,28 +132,12 @@ class Parameters(State):
             finally:
                 _check_lent(lent)
 
-    def _find_changed(self) -> set[tuple[nn.Module, str]]:
-        """Return the parameters that were modified in place since: an error for the blocks that have them.
-
-        An optimizer in backward may have stepped those of other blocks. Raises StateError for an argument.
-        """
-        changed = [now != then for now, then in zip(self._versions(), self.versions, strict=True)]
-        for t in compress(self.arguments, changed[len(self.checked) :]):
-            raise modified(f"an argument of shape {list(t.shape)}")
-        return {(m, name) for m, name, _ in compress(self.checked, changed)}
-
-    def _by_module(self) -> dict[nn.Module, list[tuple[str, nn.Parameter, bool]]]:
+    def _by_module(self) -> dict[nn.Module, list[Noted]]:
         if not self.index:
             self.index = {m: [] for m in self.modules}
-            for (m, name, p), requires_grad in zip(self.named, self.requires_grad, strict=True):
-                self.index[m].append((name, p, requires_grad))
+            for n in self.noted:
+                self.index[n.module].append(n)
         return self.index
-
-    def _versions(self) -> list[int]:
-        try:
-            return [p._version for _, _, p in self.checked] + [t._version for t in self.arguments]
-        except RuntimeError:  # inference tensors do not count their changes
-            return [version(p) for _, _, p in self.checked] + [version(t) for t in self.arguments]
 
 
 def _refuse_sample_gradients(modules: Sequence[nn.Module]) -> None:
@@ -153,21 +150,23 @@ def _refuse_sample_gradients(modules: Sequence[nn.Module]) -> None:
             )
 
 
-def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> None:
+def _check_lent(lent: Sequence[tuple[Noted, Lent]]) -> None:
     """Raise StateError if a second run has not set a parameter to what the first one did."""
-    for m, name, p, copy in lent:
+    for n, copy in lent:
+        p = n.parameter
         if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
             raise StateError(
-                f"parameter {name!r} of {brief(m)} is moved by its block's call, and a second run moves it on; have it"
-                " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
+                f"parameter {n.name!r} of {brief(n.module)} is moved by its block's call, and a second run moves it on;"
+                " have it require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
             )
 
 
-def _put(undo: ExitStack, m: nn.Module, name: str, p: nn.Parameter, requires_grad: bool) -> None:
-    now = m._parameters[name] if name in m._parameters else None  # a scripted module has no dict of them
+def _put(undo: ExitStack, n: Noted) -> None:
+    parameters, p = n.module._parameters, n.parameter
+    now = parameters[n.name] if n.name in parameters else None  # a scripted module has no dict of them
     if now is not p and type(p) in ORDINARY and type(now) in ORDINARY:
-        undo.callback(m._parameters.__setitem__, name, now)
-        m._parameters[name] = p
-    if p.is_leaf and p.requires_grad != requires_grad:
+        undo.callback(parameters.__setitem__, n.name, now)
+        parameters[n.name] = p
+    if p.is_leaf and p.requires_grad != n.requires_grad:
         undo.callback(p.requires_grad_, p.requires_grad)
-        p.requires_grad_(requires_grad)
+        p.requires_grad_(n.requires_grad)
