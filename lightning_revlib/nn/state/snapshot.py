@@ -21,7 +21,7 @@ from lightning_revlib.nn.state.tensors import without_graph, written
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put back at the end gradients, buffers, random states, hooks, and attributes that are no dicts, lists or objects.
+    """Put back at the end gradients, buffers, random states, hooks, and attributes, but not what is in dicts and objects.
 
     Parameters have no gradient inside. Those that forward changes in place are put back; those without gradient that
     their block's own call may move are copies. Compiled code runs eagerly.
