@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,12 +29,14 @@ def preserve_optimizer(optimizer: Optimizer | None) -> Iterator[None]:
         yield
 
 
-def wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield an optimizer, and those among its attributes, as wrappers have one."""
-    yield optimizer
-    for value in vars(optimizer).values():
-        if isinstance(value, Optimizer):
-            yield from wrapped(value)
+def wrapped(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer, and those among its attributes, as wrappers have one, or a list or dict of some."""
+    found = [optimizer]
+    for each in found:
+        for value in pytree.tree_leaves(list(vars(each).values())):
+            if isinstance(value, Optimizer) and all(value is not other for other in found):
+                found.append(value)
+    return found
 
 
 @contextmanager
@@ -71,14 +73,11 @@ def make_state(optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def drop_state(optimizer: Optimizer, trained: Set[Tensor]) -> bool:
-    """Drop the state of parameters that get no gradient, which `make_state` has made; return whether there are such."""
+def drop_state(optimizer: Optimizer, unused: Iterable[Tensor]) -> bool:
+    """Drop the state of some parameters, which `make_state` has made; return whether there was any."""
     states = [each.state for each in wrapped(optimizer)]
-    unused = {p for state in states for p in state if isinstance(p, Tensor) and p not in trained}
-    for state in states:
-        for p in unused:
-            state.pop(p, None)
-    return bool(unused)
+    dropped = [state.pop(p) for p in unused for state in states if p in state]
+    return bool(dropped)
 
 
 def _copy(tensor: Any) -> Tensor:

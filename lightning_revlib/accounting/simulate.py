@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_revlib.accounting.fakes import Fakes
+from lightning_revlib.accounting.optimizer import OURS, wrapped
 from lightning_revlib.accounting.step import Program
 from lightning_revlib.nn.convert.swap import Match, Record, put_back, record, stacks, swap_one
 from lightning_revlib.nn.internals import FakeTensorMode, fsdp_objects, pytree
@@ -94,20 +95,23 @@ def _choose_grids(model: nn.Module) -> list[Record]:
 def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:
     """Return an optimizer of the same class and options for the fake parameters, without state.
 
-    Of one that wraps another, both are made.
+    Of one that wraps others, all are made.
     """
     if optimizer is None:
         return None
-    twin = object.__new__(type(optimizer))
-    for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer):
-            vars(twin)[name] = _twin(value, fake)
-        elif name != "step":  # as schedulers set
-            vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list)) else value
-    if "param_groups" in vars(optimizer):  # else they are those of the one that it wraps
-        groups = [{**group, "params": [fake(p) for p in group["params"]]} for group in optimizer.param_groups]
-        vars(twin).update(state=defaultdict(dict), param_groups=groups)
-    return twin
+    originals = wrapped(optimizer)
+    twins = {id(each): object.__new__(type(each)) for each in originals}
+    for each in originals:
+        own = {name: value for name, value in vars(each).items() if name not in ("step", *OURS)}  # schedulers set step
+        own = {name: copy.copy(x) if isinstance(x, (dict, list)) else x for name, x in own.items()}
+        own = pytree.tree_map_only(Optimizer, lambda x: twins[id(x)], own)
+        if "param_groups" in vars(each):  # else they are those of the one that it wraps
+            own["state"] = defaultdict(dict)
+            own["param_groups"] = [
+                {**group, "params": [fake(p) for p in group["params"]]} for group in each.param_groups
+            ]
+        vars(twins[id(each)]).update(own)
+    return twins[id(optimizer)]
 
 
 def _known(device: torch.device | str | None, model: nn.Module) -> torch.device | None:

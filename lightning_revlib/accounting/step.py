@@ -90,7 +90,7 @@ def count(program: Program) -> Memory:
             return _run(program, Recorder(model, batch, *optimizers), precision)
         make_state(optimizer)
         memory = _run(program, recorder := Recorder(model, batch, *optimizers), precision)
-        if drop_state(optimizer, recorder.trained):
+        if drop_state(optimizer, [p for p in model.parameters() if p not in recorder.trained]):
             memory = _run(program, Recorder(model, batch, *optimizers), precision)
         return memory
 

@@ -165,7 +165,13 @@ class _RestoreBeforeNext:
 
 
 def _draws_by_itself(loader: Any) -> bool:
-    return getattr(loader, "generator", None) is not None and not hasattr(loader, "load_state_dict")
+    """Return whether the order of batches, or what workers draw, follows from a generator other than torch's."""
+    if hasattr(loader, "load_state_dict"):
+        return False
+    sampler = getattr(loader, "sampler", None)
+    batched = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    drawing = [sampler, batched, *([loader] if getattr(loader, "num_workers", 0) else [])]
+    return any(getattr(each, "generator", None) is not None for each in drawing)
 
 
 def _makes_iterator(trainer: pl.Trainer) -> bool:

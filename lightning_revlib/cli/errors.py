@@ -62,7 +62,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return f"{key}: no such key{suggest(name, keys, parent)}; {where}; +{key}=... adds a new one"
     if not isinstance(error, (TypeError, OSError)):
         text = str(error).strip()
-        return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text  # of a loader's process
+        # A loader's process adds its traceback.
+        return re.split(r"^[\w.]+(?:Error|Exception): ", text, flags=re.M)[-1] if text.startswith("Caught ") else text
     suspects = _suspects(command, overrides) if isinstance(error, TypeError) else []
     # the user's values may cause it, or the program
     return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"

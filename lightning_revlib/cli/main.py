@@ -10,11 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
-import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_revlib.cli.errors import CONFIG, explain, is_user_error, suggest
@@ -214,7 +211,9 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
     """Compose the command's configuration and run it, once or once for each point of a sweep."""
     import hydra
 
-    original, traceback, start = sys.argv, _full_error(), time.time()
+    from lightning_revlib.cli.folders import discard_run
+
+    original, traceback = sys.argv, _full_error()
 
     def task(cfg: DictConfig) -> Any:
         chosen = COMMANDS[command]
@@ -227,8 +226,7 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
         except Exception as error:
             if traceback or not is_user_error(error):
                 raise
-            if not any(word.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for word in overrides):
-                _discard_run(start)
+            discard_run()
             raise _UserError(explain(error, command, overrides)) from None
 
     sys.path.append(here := os.getcwd())  # the folder into which `revlib copy` writes modules
@@ -241,33 +239,6 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
         sys.path.remove(here)
         if not traceback:
             del os.environ["HYDRA_FULL_ERROR"]
-
-
-def _discard_run(start: float) -> None:
-    """Delete the folder of the run that has failed, if it has only what a run writes before it begins, from `start` on.
-
-    A user's own files are older, or of another kind.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    cfg, here = HydraConfig.get(), Path.cwd()
-    folder = Path(cfg.sweep.dir if cfg.mode is RunMode.MULTIRUN else cfg.runtime.output_dir).absolute()
-    if folder.is_symlink() or folder in (here, *here.parents):
-        return
-    if not all(_is_discardable(each, start) for each in folder.rglob("*")):
-        return
-    shutil.rmtree(folder)
-    for parent in folder.parents:  # `logs/train/runs`, if this was the first run
-        if here not in parent.parents or any(parent.iterdir()):
-            break
-        parent.rmdir()
-
-
-def _is_discardable(path: Path, start: float) -> bool:
-    """Return whether a path is a folder, or a file that Hydra or a logger has written since `start`."""
-    known = path.suffix in (".yaml", ".log") or path.name.startswith("events.out.tfevents.")
-    return path.is_dir() or (known and path.stat().st_mtime >= start - 1)  # the file system's clock is coarse
 
 
 def _resumption(words: Sequence[str], checkpoint: str | None = None) -> str:

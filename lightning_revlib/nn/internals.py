@@ -33,7 +33,7 @@ def compiled_by(callback: Any) -> Iterator[Any]:
     The engine turns torch.compile off by it, and on again for a block, which `torch.compiler.disable` cannot. Watch
     torch.compiler for a context manager that does both.
     """
-    before = set_eval_frame(callback)
+    before = set_eval_frame(None if is_eager() else callback)
     try:
         yield before
     finally:
@@ -43,9 +43,14 @@ def compiled_by(callback: Any) -> Iterator[Any]:
 _stances: list[Any] = []  # torch's context that makes compiled code run eagerly, once for each user of it
 
 
+def is_eager() -> bool:
+    """Return whether compiled code runs eagerly now, by `eager`."""
+    return bool(_stances)
+
+
 @contextmanager
 def eager() -> Iterator[None]:
-    """Have what torch.compile has made run eagerly inside; contexts may end in any order.
+    """Have what torch.compile has made run eagerly inside, in all threads.
 
     Under a dispatch mode torch would compile nothing either, and mark the code as not to be compiled later on.
     """
@@ -64,15 +69,19 @@ class EagerMode(TorchDispatchMode):
 
     supports_higher_order_operators = True  # such as flex_attention, as one operation
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._eager: list[Any] = []  # contexts, one for each time that it was entered
+
     def __enter__(self) -> Self:  # torch's has no type
-        self._eager = eager()
-        self._eager.__enter__()
+        self._eager.append(eager())
+        self._eager[-1].__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._eager.__exit__(*error)
+        self._eager.pop().__exit__(*error)
 
 
 def never_compile(*functions: Callable[..., Any]) -> None:

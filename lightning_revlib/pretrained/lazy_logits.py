@@ -152,7 +152,11 @@ class LazyLogits:
         return self._and_then(methodcaller("to", *args, **kwargs))
 
     def __add__(self, bias: Any) -> Any:
-        is_of_classes = isinstance(bias, Tensor) and bias.numel() == self.classes == bias.shape[-1]
+        is_of_classes = (
+            isinstance(bias, Tensor)
+            and 1 <= bias.ndim <= self.hidden.ndim
+            and bias.numel() == self.classes == bias.shape[-1]
+        )
         return self._and_then(lambda logits: logits + bias.flatten()) if is_of_classes else self.whole + bias
 
     def __mul__(self, factor: Any) -> Any:

@@ -126,7 +126,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
     for key in ("max_epochs", "max_steps"):
         if (value := cfg.trainer.get(key)) is None:
             continue
-        if not isinstance(value, (int, float)) or value != int(value):
+        if type(value) not in (int, float) or not float(value).is_integer():
             raise ValueError(f"trainer.{key}={value}: pass a whole number, such as trainer.{key}=30")
         numbers[key] = int(value)  # of 1e3, say
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **numbers)

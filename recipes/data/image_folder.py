@@ -37,7 +37,8 @@ class ImageFolder(ImageData):
         self, root: str, batch_size: int = 64, *, size: int = 224, smallest: float = 0.08, **options: Any
     ) -> None:
         self.shape, self.root = (3, size, size), Path(root)
-        names = sorted(entry.name for entry in self._folder("train").iterdir() if entry.is_dir())
+        entries = [entry for entry in self._folder("train").iterdir() if entry.is_dir()]
+        names = sorted(entry.name for entry in entries if entry.name[0] != ".")
         if len(names) < 2:
             raise ValueError(f"data.root={root}: train needs a folder for each class, and has {len(names)}")
         self.names, self.classes = names, len(names)
@@ -77,7 +78,8 @@ class _Files(Dataset[Any]):
 
     def __init__(self, folder: Path, names: list[str], side: int) -> None:
         self.side = side
-        if others := {entry.name for entry in folder.iterdir() if entry.is_dir()} - set(names):
+        folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
+        if others := folders - set(names):
             raise ValueError(f"{folder} has classes that train has not: {', '.join(sorted(others))}; move them away")
         self.files = [
             (file, label)

@@ -496,7 +496,9 @@ def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, c
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.parametrize("way", [["hydra.run.dir=notes"], ["-m", "hydra.sweep.dir=notes"]], ids=str)
+@pytest.mark.parametrize(
+    "way", [["hydra.run.dir=notes"], ["++hydra.run.dir=notes"], ["-m", "hydra.sweep.dir=notes"]], ids=str
+)
 def test_a_run_that_fails_deletes_nothing_of_the_users(way, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     diary = tmp_path / "notes" / "mine" / "diary.log"

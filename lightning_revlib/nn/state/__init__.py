@@ -3,6 +3,7 @@
 from lightning_revlib.nn.state.attributes import Attributes
 from lightning_revlib.nn.state.base import KINDS, Call, CallState, Scope, State
 from lightning_revlib.nn.state.buffers import Buffers
+from lightning_revlib.nn.state.compilation import Eagerness
 from lightning_revlib.nn.state.context import Context, FunctionModes
 from lightning_revlib.nn.state.frozen import Frozen
 from lightning_revlib.nn.state.kernels import Kernels
@@ -16,4 +17,4 @@ __all__ = ["KINDS", "Call", "CallState", "Scope", "State"]
 # Settings come before the attributes that a call itself has changed; function modes last, as they see what torch does
 # from then on.
 KINDS += [Buffers, Frozen, Settings, Attributes, Parametrizations]
-KINDS += [Random, Parameters, Context, Kernels, FunctionModes]
+KINDS += [Random, Parameters, Context, Kernels, Eagerness, FunctionModes]

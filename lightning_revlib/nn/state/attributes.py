@@ -1,9 +1,10 @@
-"""Attributes of modules that calls read and change: plain values, tuples, tensors and generators."""
+"""Attributes of modules that calls read and change: plain values, tuples, lists, dicts, tensors and generators."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from operator import is_not
 from typing import Any, TypeAlias
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State, StateError, brief
 from lightning_revlib.nn.state.parameters import modified
-from lightning_revlib.nn.state.tensors import is_fake, version, without_graph, without_graphs
+from lightning_revlib.nn.state.tensors import is_data, is_fake, version, without_graph, without_graphs
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None), complex, bytes, range, Enum, torch.dtype, torch.device)
 GROUPS = (tuple, list, dict)  # which count as changed if they are other objects
 ABSENT: Any = object()
+PRESENT: Any = object()  # the value that an attribute has now
 Values: TypeAlias = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # attributes of modules, and values for some
 
 
@@ -71,7 +73,7 @@ class Attributes(State):
                     f" again; make it a buffer, as in register_buffer({name!r}, ...), which is put back"
                 )
         assert self.before is not None
-        changes = [(own, {k: without_graphs(v) for k, v in former.items()}) for own, former in self.before.changes()]
+        changes = [(own, {k: _held(v) for k, v in former.items()}) for own, former in self.before.changes()]
         self.former = changes + [(vars(m), {name: t}) for m, name, t, _ in self.tensors]
         self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
         self.before = None
@@ -84,6 +86,8 @@ class Attributes(State):
                 raise modified(f"attribute {name!r} of {brief(m)}")
         now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in self.former]
         drawn = [(g, g.get_state()) for g, _ in self.generators]
+        tables: list[Any] = [table for m in modules for table in (m._modules, m._parameters) if isinstance(table, dict)]
+        built = [(table, table.copy()) for table in tables]
         set_attributes(self.former)
         _set_generators(self.generators)
         try:
@@ -91,6 +95,8 @@ class Attributes(State):
         finally:
             set_attributes(now)
             _set_generators(drawn)
+            for table, before in built:  # a call that builds a layer may have built it again
+                table.update(before)
 
 
 def changed_values(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +120,13 @@ def set_attributes(values: Values) -> None:
         for name, value in attributes.items():
             if value is ABSENT:
                 own.pop(name, None)
-            else:
+            elif value is not PRESENT:
                 own[name] = value
+
+
+def _held(value: Any) -> Any:
+    """Return a former value as a frame may hold it; none of a list or dict of objects, which may refer to a graph."""
+    return PRESENT if isinstance(value, (list, dict)) and not is_data(value) else without_graphs(value)
 
 
 def _set_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> None:

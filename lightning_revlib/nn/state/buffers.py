@@ -42,6 +42,7 @@ class Buffers(State):
         self.former: list[tuple[nn.Module, str, Any]] = []  # None, or ABSENT, if the call has set it, or registered it
         self.norms: list[tuple[nn.Module, int | None]] = []  # with the batches they have counted before
         self.written: list[nn.Module] = []  # norms
+        copies: dict[int, Tensor] = {}
         for m in call.modules:
             if not m._buffers:
                 continue
@@ -52,7 +53,8 @@ class Buffers(State):
                 if buffer is None:
                     self.read.append((m, name, None, 0))
                 elif not isinstance(buffer, UninitializedBuffer):
-                    self.met.append((m, name, copy_of(buffer), buffer, version(buffer), m.training))
+                    before = copies.setdefault(id(buffer), copy_of(buffer))  # one of a buffer with several names
+                    self.met.append((m, name, before, buffer, version(buffer), m.training))
 
     @classmethod
     def concerns(cls, call: Call) -> bool:
@@ -92,7 +94,8 @@ class Buffers(State):
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         lent = [(m._buffers, name, value_then(b, n, self.values, "buffer", name, m)) for m, name, b, n in self.read]
         lent = [(buffers, name, b) for buffers, name, b in lent if _now(buffers, name) is not b]
-        lent += [(m._buffers, name, copy_of(b) if isinstance(b, Tensor) else b) for m, name, b in self.former]
+        copies = {id(b): copy_of(b) for _, _, b in self.former if isinstance(b, Tensor)}
+        lent += [(m._buffers, name, copies.get(id(b), b)) for m, name, b in self.former]
         lent += [(m._buffers, name, b.clone()) for m in self.written for name, b in m._buffers.items() if b is not None]
         now = [(buffers, name, _now(buffers, name)) for buffers, name, _ in lent]
         _tell_of_threads(modules)

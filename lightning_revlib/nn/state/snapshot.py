@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_revlib.nn.state.tensors import without_graph, written
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put back at the end gradients, buffers, random states, hooks, and attributes, but not what is in dicts and objects.
+    """Put back at the end gradients, buffers, random states, hooks, and attributes, but not what is in objects.
 
     Parameters have no gradient inside. Those that forward changes in place are put back; those without gradient that
     their block's own call may move are copies. Compiled code runs eagerly.
@@ -33,9 +34,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         undo.callback(torch.clear_autocast_cache)  # torch 2.8 keeps casts of weights that have no gradient
         settled = [m for m in modules if not isinstance(m, LazyModuleMixin)]  # lazy ones get sizes, and lose a hook
         undo.callback(Snapshot(settled).put_back)
-        for hooks in [value for m in settled for name, value in vars(m).items() if "_hooks" in name]:
-            if isinstance(hooks, dict):
-                undo.callback(_put_back, hooks, dict(hooks))
+        for value in [value for m in settled for value in vars(m).values() if type(value) in (dict, OrderedDict, list)]:
+            undo.callback(_put_back, value, value.copy())  # hooks among them
         tensors = attributes_of(modules, Tensor)
         undo.callback(set_attributes, [(vars(m), {name: t}) for m, name, t in tensors])
         set_attributes([(vars(m), {name: without_graph(t)}) for m, name, t in tensors])
@@ -66,24 +66,33 @@ class _KeepValues(EagerMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.unchanged = {t.untyped_storage()._cdata: t for t in tensors}
+        self.data = [(t, t.detach()) for t in tensors]  # may be exchanged, too
+        self.unchanged: dict[int | None, list[Tensor]] = {}  # by storage
+        for t, data in self.data:
+            self.unchanged.setdefault(data.untyped_storage()._cdata, []).append(t)
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in written(func, args, kwargs or {}):
             key = t.untyped_storage()._cdata if t.layout is torch.strided else None
-            if (changed := self.unchanged.pop(key, None)) is not None:
-                self.copies.append((changed, changed.detach().to("meta" if changed.is_meta else "cpu", copy=True)))
+            for each in self.unchanged.pop(key, ()):
+                self.copies.append((each, each.detach().to("meta" if each.is_meta else "cpu", copy=True)))
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for tensor, before in self.copies:
-            tensor.detach().copy_(before)
+        for t, data in self.data:
+            if t.untyped_storage()._cdata != data.untyped_storage()._cdata:
+                t.data = data
+        for t, before in self.copies:
+            t.detach().copy_(before)
 
 
-def _put_back(entries: Any, before: Mapping[Any, Any]) -> None:
-    """Put back what was in a dict, or what a scripted module has instead of one."""
+def _put_back(entries: Any, before: Any) -> None:
+    """Put back what was in a list, a dict, or what a scripted module has instead of one."""
+    if isinstance(entries, list):
+        entries[:] = before
+        return
     for key in [key for key, _ in entries.items() if key not in before]:
         del entries[key]
     for key, value in before.items():

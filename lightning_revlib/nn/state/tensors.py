@@ -52,6 +52,15 @@ def without_graph(tensor: Tensor) -> Tensor:
     return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
+def is_data(value: Any) -> bool:
+    """Return whether a value consists of plain values and tensors, of which `without_graphs` holds no graph."""
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(is_data, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_data, value))
+    return isinstance(value, (Tensor, bool, int, float, str, type(None)))
+
+
 def without_graphs(value: Any, copies: dict[int, Any] | None = None) -> Any:
     """Return a value to be held by a frame: `without_graph` what tensors are in it, and dicts and lists as copies.
 
@@ -59,7 +68,7 @@ def without_graphs(value: Any, copies: dict[int, Any] | None = None) -> Any:
     """
     copies = {} if copies is None else copies
     if isinstance(value, Tensor):
-        return without_graph(value)
+        return value if value.grad_fn is None else copies.setdefault(id(value), without_graph(value))
     if isinstance(value, tuple):
         inner = [without_graphs(each, copies) for each in value]
         if all(map(is_, inner, value)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -205,3 +207,66 @@ def test_a_loss_in_an_object_of_a_blocks() -> None:
     stack(torch.randn(3, 8)).sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward reached the graph of a block's second run, which is freed"):
         sum(block.log[0] for block in stack).backward()
+
+
+class Logits:
+    """An object that is no tensor, tuple, list or dict, and has a tensor with its graph."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_objects_in_a_list_that_each_call_sets_anew_are_freed(treatment: Any) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.routers: list[Logits] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x).tanh()
+            self.routers = [Logits(y)]
+            return y
+
+    stack, met = revlib.ReversibleSequential(Routed(), Routed(), treatments=[treatment] * 2), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            stack(torch.randn(3, 8)).sum().backward()
+            met.append(weakref.ref(stack[0].routers[0]))
+        assert [each() is None for each in met] == [True, True, True, False]
+    finally:
+        gc.enable()
+
+
+class Builds(nn.Module):
+    """Makes its layer in its first call, known by a flag or by the layer's absence."""
+
+    def __init__(self, by_flag: bool) -> None:
+        super().__init__()
+        self.by_flag, self.is_built, self.linear = by_flag, False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_built if self.by_flag else self.linear is None:
+            self.linear, self.is_built = nn.Linear(4, 4, dtype=x.dtype), True
+        return nn.functional.dropout(self.linear(x)).tanh()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_layers_that_a_first_call_makes(treatment: Any, by_flag: bool) -> None:
+    found, x = [], sample()
+    for stack in twins(lambda: Builds(by_flag), treatment):
+        torch.manual_seed(0)
+        grads: list[Any] = []
+        for _ in range(2):
+            y = stack(x)
+            layers = [block.linear for block in stack]
+            y.square().sum().backward()
+            assert [block.linear for block in stack] == layers
+            grads += [p.grad.clone() for layer in layers for p in layer.parameters()]
+        found.append(grads)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9)

@@ -222,3 +222,25 @@ def test_a_buffer_with_a_graph(treatment: Any) -> None:
         grads.append(torch.autograd.grad((model(x) + model(2 * x)).square().sum(), [x, *model.parameters()]))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_buffer_with_two_names(treatment: Any) -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.ones(4, dtype=torch.float64))
+            self.inner = nn.Tanh()
+            self.inner.register_buffer("count", self.seen)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(1)
+            return self.inner(x * self.inner.count) / self.seen
+
+    found, x = [], sample()
+    for stack in twins(Shares, treatment):
+        for _ in range(2):
+            y = stack(x)
+        found.append([torch.autograd.grad(y.square().sum(), x)[0], stack[0].seen, stack[0].inner.count])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9)
