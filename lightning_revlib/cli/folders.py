@@ -28,6 +28,14 @@ class FormerFolders(Callback):
             self.found.add(Path(folder).absolute())
 
 
+def name_in_sweep() -> str | None:
+    """Return what tells a run apart in a sweep of this process; None if it is single, or has a process of its own."""
+    cfg = HydraConfig.get()
+    if cfg.mode is not RunMode.MULTIRUN or not str(cfg.launcher._target_).endswith("BasicLauncher"):
+        return None
+    return str(cfg.job.override_dirname)
+
+
 def discard_run() -> None:
     """Delete the folder of the run that has failed, if it is new and has nothing but configuration and logs."""
     cfg, here = HydraConfig.get(), Path.cwd()

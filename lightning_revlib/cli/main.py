@@ -8,6 +8,7 @@ Lightning.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shlex
 import sys
@@ -211,9 +212,10 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
     """Compose the command's configuration and run it, once or once for each point of a sweep."""
     import hydra
 
-    from lightning_revlib.cli.folders import discard_run
+    from lightning_revlib.cli.folders import discard_run, name_in_sweep
 
     original, traceback = sys.argv, _full_error()
+    failed: list[str] = []  # messages of a sweep's runs
 
     def task(cfg: DictConfig) -> Any:
         chosen = COMMANDS[command]
@@ -226,6 +228,10 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
         except Exception as error:
             if traceback or not is_user_error(error):
                 raise
+            if (run := name_in_sweep()) is not None:  # others follow
+                failed.append(explain(error, command, overrides))
+                _fail(f"{run}: {failed[-1]}")
+                return math.nan
             discard_run()
             raise _UserError(explain(error, command, overrides)) from None
 
@@ -234,6 +240,8 @@ def _compose_and_run(command: str, overrides: Sequence[str]) -> None:
     sys.argv = [original[0], *overrides]
     try:
         hydra.main(config_path=CONFIG, config_name=command, version_base="1.3")(task)()
+        if failed:
+            raise _UserError(f"{len(failed)} of the sweep's runs failed")
     finally:
         sys.argv = original
         sys.path.remove(here)

@@ -148,6 +148,32 @@ def test_an_optimizer_that_wraps_another(simulate: bool) -> None:
     assert steps.param_groups[0]["params"] == list(model.parameters())
 
 
+class Several(torch.optim.Optimizer):
+    """Steps several optimizers, and refers to itself."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        super().__init__([p for each in optimizers for group in each.param_groups for p in group["params"]], {})
+        self.all, self.me = [*optimizers], self
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for each in self.all:
+            each.step()
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_an_optimizer_of_several(simulate: bool) -> None:
+    model, outside = mlp(), nn.Linear(5, 1)  # the loss has weights that are not the model's
+    parts = [torch.optim.AdamW(module.parameters(), 0.1) for module in (model, outside)]
+    expected = 2 * sum(p.nbytes for module in (model, outside) for p in module.parameters())
+
+    def step(batch: Any) -> Tensor:
+        return outside(model(batch[0])[:, :5]).square().mean()
+
+    memory = revlib.memory(step, BATCH, Several(*parts), model=model, simulate=simulate, advice=False)
+    found = memory.after_forward.bytes["optimizer state", ""]
+    assert expected <= found < 1.1 * expected and not any(part.state for part in parts)
+
+
 @pytest.mark.parametrize("simulate", [False, True])
 def test_parameters_without_a_gradient_have_no_state(simulate: bool) -> None:
     model = nn.Sequential(mlp(), nn.Linear(1000, 1000))
@@ -168,7 +194,10 @@ def test_parameters_that_a_forward_moves_are_put_back(count: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             with torch.no_grad():
                 for p, moved in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-                    moved.lerp_(p + 1, 0.1)
+                    if p.ndim > 1:
+                        moved.lerp_(p + 1, 0.1)
+                    else:
+                        moved.data = moved.data * 0.9 + p.data * 0.1 + 1
             return (self.student(x) - self.teacher(x)).square().mean()
 
     model = Teacher()

@@ -344,6 +344,16 @@ def test_a_sweep_runs_once_for_each_value_and_ends_with_a_table(tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "logger=csv", "seed=3"]
+    assert main(["train", "-m", "depth=0,1", *short]) == 1
+    printed = capsys.readouterr()
+    assert "depth=0" in printed.err and "each stage needs a block or more" in printed.err
+    assert printed.err.splitlines()[-1] == "revlib: 1 of the sweep's runs failed"
+    assert "1 runs in logs" in printed.out
+
+
 def test_a_sweep_side_by_side(tmp_path, monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     monkeypatch.chdir(tmp_path)

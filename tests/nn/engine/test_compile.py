@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ class Observed(nn.Module):
         super().__init__()
         torch._dynamo.reset()
         torch.manual_seed(0)
-        self.counter = CompileCounterWithBackend("aot_eager")
+        self.counter = CompileCounterWithBackend("aot_eager_decomp_partition")  # which saves less than eager code does
         blocks = [torch.compile(Block(), backend=self.counter, fullgraph=fullgraph) for _ in range(3)]
         self.body = revlib.ReversibleSequential(*blocks, **options)
         self.x = torch.randn(64, 16)
@@ -144,6 +145,21 @@ def test_blocks_are_compiled_after_a_measurement(measure: Any) -> None:
     measure(model)
     assert model.counter.frame_count == 0  # no time goes into what runs once
     assert model.frames()
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective"])
+def test_a_meter_round_the_forward_of_compiled_blocks(treatment: str) -> None:
+    model = Observed(treatments=[treatment] * 3)
+    model.frames()
+    grads = []
+    for surrounding in (nullcontext(), revlib.MemoryMeter()):
+        model.zero_grad()
+        with surrounding:
+            loss = model(model.x).sum()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for expected, got in zip(*grads, strict=True):
+        assert torch.allclose(expected, got, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [1.0, "20KiB"])

@@ -87,3 +87,27 @@ def test_one_list_given_twice_and_a_dict_that_cannot_be_changed(treatment: str) 
         grads.append(torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0])
         assert len(seen) == 3
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective"])
+def test_a_tensor_that_is_passed_twice_is_the_same_in_the_second_run(treatment: str) -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+
+        def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out: Tensor = self.attend(x, key, value, need_weights=False)[0]
+            return out * (key.mean() if key is value else 2 * value.mean())
+
+    torch.manual_seed(0)
+    blocks, encoder = [Cross(), Cross()], nn.Linear(8, 8, dtype=torch.float64)
+    x, given = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
+    found = []
+    for each in (treatment, "store"):
+        stack = revlib.ReversibleSequential(*blocks, split_dim=None, coupling="midpoint", treatments=[each] * 2)
+        memory = encoder(given)
+        y = stack(x, key=memory, value=memory)
+        found.append(torch.autograd.grad(y.square().sum(), [*stack.parameters(), *encoder.parameters()]))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9)
