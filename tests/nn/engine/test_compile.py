@@ -167,8 +167,7 @@ def test_compiled_blocks_under_a_memory_budget(budget: Any) -> None:
     assert Observed(fullgraph=True, memory_budget=budget).frames()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_selective_runs_compiled_blocks(backend: str) -> None:
+def test_selective_runs_compiled_blocks() -> None:
     assert Observed(fullgraph=True, treatments=["selective"] * 3).frames()
     torch._dynamo.reset()
     found = []
@@ -177,7 +176,7 @@ def test_selective_runs_compiled_blocks(backend: str) -> None:
         blocks = [nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(3)]
         stack = revlib.ReversibleSequential(*blocks, treatments=[treatment] * 3)
         for block in stack:
-            block.compile(backend=backend)
+            block.compile(backend="aot_eager")
         torch.manual_seed(1)
         stack(torch.ones(4, 16)).square().sum().backward()
         found.append([p.grad for p in stack.parameters()])
