@@ -81,7 +81,8 @@ def _explain_argument(error: Exception, cause: BaseException, command: str, over
 
 def _with_recipe_keys(text: str, command: str, overrides: Sequence[str]) -> str:
     """Return a message with arguments of the recipe's class as they are written on the command line."""
-    keys = [key for key in _keys(command, overrides, "recipe") if key not in _keys(command, overrides, "")]
+    of_all = _keys(command, overrides, "")
+    keys = [key for key in _keys(command, overrides, "recipe") if key not in of_all]
     return re.sub(rf"(?<![\w.])({'|'.join(keys)})=", r"recipe.\1=", text) if keys else text
 
 
