@@ -18,6 +18,7 @@ from lightning_revlib.strategies.setup import (
     MemoryBudget,
     Targets,
     TunerBudgetError,
+    check_arguments,
     check_flag,
     explain_memory,
     make_budget,
@@ -57,6 +58,8 @@ class ReversibleStrategyMixin(Strategy):
         ValueError: at setup, if nothing can be swapped or a target is wrong.
     """
 
+    accepting: tuple[Any, ...] = ()  # what takes further arguments, if they are to be checked; Lightning may not
+
     def __init__(
         self,
         targets: Targets | None = None,
@@ -66,6 +69,8 @@ class ReversibleStrategyMixin(Strategy):
         restore: bool = False,
         **kwargs: Any,
     ) -> None:
+        if self.accepting:
+            check_arguments(type(self), kwargs, ReversibleStrategyMixin, *self.accepting)
         check_flag("optimizer_in_backward", optimizer_in_backward)
         check_flag("restore", restore)
         super().__init__(**kwargs)

@@ -45,24 +45,7 @@ class ReversibleDDPStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DDPStrate
     """
 
     strategy_name = "reversible_ddp"
-
-    def __init__(
-        self,
-        targets: Targets | None = None,
-        *,
-        memory_budget: MemoryBudget | None = None,
-        optimizer_in_backward: bool = False,
-        restore: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        check_arguments(type(self), kwargs, ReversibleDDPStrategy, DDPStrategy, DistributedDataParallel)
-        super().__init__(
-            targets,
-            memory_budget=memory_budget,
-            optimizer_in_backward=optimizer_in_backward,
-            restore=restore,
-            **kwargs,
-        )
+    accepting = (DDPStrategy, DistributedDataParallel)
 
 
 class ReversibleStrategy(AtomicCheckpoint, ReversibleStrategyMixin, DeferredStrategy, SingleDeviceStrategy):

@@ -92,6 +92,8 @@ def test_nothing_to_anneal_is_an_error() -> None:
         ValueError, match=r"is for momentum and scaled without grid_bits, and the stacks have layers: Midpoint"
     ):
         fit(Module(), [revlib.CouplingAnnealing(steps=8)], "midpoint", max_epochs=1)
+    with pytest.raises(ValueError, match="steps='3': take at least one"):
+        revlib.CouplingAnnealing("3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps=0: take at least one"):
         revlib.CouplingAnnealing(0)
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import lightning_revlib as revlib
+from lightning_revlib.cli.errors import explain
 from lightning_revlib.cli.main import COMMANDS, main
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.recipes.commands.run import few_samples
@@ -504,6 +505,11 @@ def test_an_error_gets_one_clear_message(argv, message, tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert err.startswith("revlib: ") and message in err and "Traceback" not in err and len(err.splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+def test_an_error_of_a_loaders_process_is_told_without_its_traceback():
+    error = ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback ...\nValueError: a.png: cut\noff")
+    assert explain(error, "train") == "a.png: cut\noff"
 
 
 @pytest.mark.parametrize(

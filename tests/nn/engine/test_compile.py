@@ -147,6 +147,15 @@ def test_blocks_are_compiled_after_a_measurement(measure: Any) -> None:
     assert model.frames()
 
 
+def test_a_meter_that_is_entered_twice() -> None:
+    model, meter = Observed(), revlib.MemoryMeter()
+    with meter:
+        with meter:
+            pass
+        assert model.frames() == 0
+    assert model.frames()
+
+
 @pytest.mark.parametrize("treatment", ["reversible", "checkpoint", "selective"])
 def test_a_meter_round_the_forward_of_compiled_blocks(treatment: str) -> None:
     model = Observed(treatments=[treatment] * 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 import lightning_revlib as revlib
 from tests.nn.state.twins import TREATMENTS, sample, twins
+
+
+class Kind(Enum):
+    ONE, TWO = 1, 2
 
 
 class Schedule(nn.Module):
@@ -270,3 +275,25 @@ def test_layers_that_a_first_call_makes(treatment: Any, by_flag: bool) -> None:
         found.append(grads)
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "values", [(1 + 0j, 2 + 0j), (b"1", b"2"), (range(1), range(2)), (Kind.ONE, Kind.TWO)], ids=str
+)
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_plain_values_of_further_types(treatment: Any, values: tuple[Any, Any]) -> None:
+    class Turns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind = values[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.tanh() if self.kind == values[0] else x.sin()
+            self.kind = values[1] if self.kind == values[0] else values[0]
+            return y * (1.0 if self.kind == values[0] else 3.0)
+
+    x, found = sample(), []
+    for stack in twins(Turns, treatment):
+        found.append(torch.autograd.grad(stack(x).square().sum(), x)[0])
+        assert all(block.kind == values[1] for block in stack)  # type: ignore[attr-defined]
+    assert torch.allclose(*found, rtol=1e-9)
