@@ -102,7 +102,7 @@ def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:
     twins = {id(each): object.__new__(type(each)) for each in originals}
     for each in originals:
         own = {name: value for name, value in vars(each).items() if name not in ("step", *OURS)}  # schedulers set step
-        own = pytree.tree_map_only(Optimizer, lambda x: twins[id(x)], own)  # dicts and lists become others
+        own = pytree.tree_map_only(Optimizer, lambda x: twins[id(x)], own)  # copies dicts and lists, too
         if "param_groups" in vars(each):  # else they are those of the one that it wraps
             own["state"] = defaultdict(dict)
             own["param_groups"] = [

@@ -19,69 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import Self
 
-# as they are: FakeTensorMode computes shapes without memory; all but the last are used by many libraries, and none has
-# a public twin yet
-__all__ = ["TorchDispatchMode", "pytree", "FakeTensorMode", "outside_transforms"]
-
-
-@contextmanager
-def compiled_by(callback: Any) -> Iterator[Any]:
-    """Have `callback` compile what this thread runs inside, None for nothing; yield the callback before.
-
-    The engine turns torch.compile off by it, and on again for a block, which `torch.compiler.disable` cannot. Watch
-    torch.compiler for a context manager that does both.
-    """
-    before = set_eval_frame(None if is_eager() else callback)
-    try:
-        yield before
-    finally:
-        set_eval_frame(before)
-
-
-_stances: list[Any] = []  # torch's context that makes compiled code run eagerly, once for each user of it
-
-
-def is_eager() -> bool:
-    """Return whether compiled code runs eagerly now, by `eager`."""
-    return bool(_stances)
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """Have what torch.compile has made run eagerly inside, in all threads.
-
-    Under a dispatch mode torch would compile nothing either, and mark the code as not to be compiled later on.
-    """
-    with compiled_by(None):  # no compiler may be active while torch's stance is set
-        _stances.append(_stances[-1] if _stances else torch.compiler.set_stance("force_eager"))
-        try:
-            yield
-        finally:
-            stance = _stances.pop()
-            if not _stances:
-                stance.__exit__(None, None, None)
-
-
-class EagerMode(TorchDispatchMode):
-    """A dispatch mode that has to see each operation: torch.compile is off inside."""
-
-    supports_higher_order_operators = True  # such as flex_attention, as one operation
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._eager: list[Any] = []  # contexts, one for each time that it was entered
-
-    def __enter__(self) -> Self:  # torch's has no type
-        self._eager.append(eager())
-        self._eager[-1].__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._eager.pop().__exit__(*error)
+# as they are: FakeTensorMode computes shapes without memory; set_eval_frame turns torch.compile off and on, for
+# `nn.compilation`; the others but `outside_transforms` are used by many libraries; none has a public twin yet
+__all__ = ["TorchDispatchMode", "pytree", "FakeTensorMode", "outside_transforms", "set_eval_frame"]
 
 
 def never_compile(*functions: Callable[..., Any]) -> None:

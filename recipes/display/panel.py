@@ -64,11 +64,17 @@ def show_training(
         ("drift", drift),
         ("training", f"{seconds:.1f} s"),
         ("logs", os.path.relpath(logs)),
-        ("last checkpoint" if best and Path(best).stem == "last" else "best checkpoint", best or "none kept"),
+        ("last checkpoint" if best and Path(best).stem == "last" else "best checkpoint", _within(best, logs)),
     ]
     show("revlib train", rows)
     if best:  # outside the frame, so that it can be copied in one piece
         print(f"revlib predict {shlex.quote(checkpoint_word(best))}")
+
+
+def _within(path: str | None, folder: str) -> str:
+    """Return a path from the folder on, as the folder has a row of its own."""
+    inside = path is not None and Path(path).absolute().is_relative_to(Path(folder).absolute())
+    return os.path.relpath(path, folder) if inside else path or "none kept"  # type: ignore[arg-type]
 
 
 def checkpoint_word(path: str) -> str:

@@ -85,6 +85,7 @@ def test_training_closes_with_the_panel(tmp_path, monkeypatch, capsys):
         "drift",
         "none: ordinary autograd",
         "logs/train/",
+        " checkpoints/best.ckpt ",
     ):
         assert row in out
     assert "Warning" not in out and "treespec" not in out

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_revlib.nn.compilation import EagerMode
 from lightning_revlib.nn.convert.swap import CONTAINERS, find
 from lightning_revlib.nn.coupling.standard import Momentum
 from lightning_revlib.nn.engine.drift import expected_drift
-from lightning_revlib.nn.internals import EagerMode, pytree
+from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.stacks.list_forward import same_memory
 from lightning_revlib.nn.steps.outputs import split_output
 

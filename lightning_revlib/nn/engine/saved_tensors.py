@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, clear_autocast_cache
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_revlib.nn.compilation import compiled_by
 from lightning_revlib.nn.engine.errors import (
     computes_otherwise,
     draws_in_batched_gradients,
     graph_freed,
     saved_modified,
 )
-from lightning_revlib.nn.internals import compiled_by, never_compile, outside_transforms
+from lightning_revlib.nn.internals import never_compile, outside_transforms
 from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.steps.step import Step
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.internals import compiled_by, graph_task, in_transform, is_exporting
+from lightning_revlib.nn.compilation import compiled_by
+from lightning_revlib.nn.internals import graph_task, in_transform, is_exporting
 from lightning_revlib.nn.stacks.build import steps_of
 from lightning_revlib.nn.stacks.list_forward import ListForward, describe, has_cache, same_memory, without_cache
 from lightning_revlib.nn.stacks.options import StackOptions

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_revlib.nn.compilation import compiled_by
 from lightning_revlib.nn.coupling.registry import CouplingFunction, CouplingSpec
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.internals import compiled_by, in_transform, is_exporting
+from lightning_revlib.nn.internals import in_transform, is_exporting
 from lightning_revlib.nn.plan.limit import MemoryBudget
 from lightning_revlib.nn.stacks.build import arguments_of, build_steps
 from lightning_revlib.nn.stacks.options import OnDrift, StackOptions, options_of_slice

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from lightning_revlib.nn.internals import eager, is_eager
+from lightning_revlib.nn.compilation import eager, is_eager
 from lightning_revlib.nn.state.base import NOTHING, Call, State
 
 

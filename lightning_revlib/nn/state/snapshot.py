@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_revlib.nn.internals import EagerMode, parametrization_cache, use_parametrization_cache
+from lightning_revlib.nn.compilation import EagerMode
+from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
 from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
 from lightning_revlib.nn.state.frozen import may_move
 from lightning_revlib.nn.state.parameters import ORDINARY, Lent, is_frozen, named_parameters

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_revlib.nn.compilation import compiled_by
 from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
-from lightning_revlib.nn.internals import compiled_by, pytree
+from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.state.base import NOTHING
 from lightning_revlib.nn.state.tensors import is_fake, version, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
