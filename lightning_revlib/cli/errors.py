@@ -66,7 +66,7 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return re.split(r"^[\w.]+(?:Error|Exception): ", text, flags=re.M)[-1] if text.startswith("Caught ") else text
     suspects = _suspects(command, overrides) if isinstance(error, TypeError) else []
     # the user's values may cause it, or the program
-    return "; ".join([str(error).strip(), *suspects]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
+    return "; ".join([*suspects, str(error).strip()]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
 def _explain_argument(error: Exception, cause: BaseException, command: str, overrides: Sequence[str]) -> str:

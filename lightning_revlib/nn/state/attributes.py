@@ -125,7 +125,7 @@ def set_attributes(values: Values) -> None:
 
 
 def _held(value: Any) -> Any:
-    """Return a former value as a frame may hold it: PRESENT for a list or dict of objects, which may refer to a graph."""
+    """Return a former value as a frame may hold it: PRESENT for a list or dict of objects, which may have a graph."""
     return PRESENT if isinstance(value, (list, dict)) and not is_data(value) else without_graphs(value)
 
 

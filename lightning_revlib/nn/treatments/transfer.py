@@ -4,8 +4,9 @@
     side          | 1 to the host | ...   1 to the device |
 
 Storages are copied whole, and once each, however many tensors of them are saved. What the block owns, parameters and
-buffers, stays where it is, and so does what is small. At most, what two steps save is on the device. Side waits for main before it begins; main waits for side before memory that side reads may be freed,
-and before it uses what side has brought.
+buffers, stays where it is, and so does what is small. At most, what two steps save is on the device. Side waits for
+main before it begins; main waits for side before memory that side reads may be freed, and before it uses what side has
+brought.
 """
 
 from __future__ import annotations
