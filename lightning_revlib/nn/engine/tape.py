@@ -134,8 +134,7 @@ class Tape:
         self.compiler = compiler  # torch.compile's callback at the time, for the blocks
         self.context_fn = context_fn  # makes contexts for each step's two runs
         self.schedule = Schedule() if schedule is None else schedule
-        self.on_entrance: Callable[[Tensor, Tensor], None] | None = None  # see `watch`
-        self.entrance = 0
+        self.entrance: tuple[int, Callable[[Tensor, Tensor], None]] | None = None  # see `watch`
         self.frames: list[weakref.ref[Frame]] = []
         self.outputs: list[tuple[Tensor, int]] = []  # with their versions, until backward comes to them
         self.streams: Streams | None = None  # those before the frame of number `position`
@@ -151,7 +150,7 @@ class Tape:
 
     def watch(self, index: int, on_entrance: Callable[[Tensor, Tensor], None] | None) -> None:
         """Have `on_entrance` called with the streams before the step of that number, each time they are rebuilt."""
-        self.entrance, self.on_entrance = index, on_entrance
+        self.entrance = None if on_entrance is None else (index, on_entrance)
 
     def keep(self, read: Callable[[list[Tensor]], Streams], *outputs: Tensor) -> None:
         """Keep what comes out of a step until the next step begins, or as long as the graph."""
@@ -209,8 +208,8 @@ class Tape:
         out, self.streams = self.streams, None  # after an error the next call starts afresh
         assert out is not None
         self.streams, self.position = frame.undo(out), frame.index
-        if frame.index == self.entrance and self.on_entrance is not None:
-            self.on_entrance(*self.streams)
+        if self.entrance is not None and frame.index == self.entrance[0]:
+            self.entrance[1](*self.streams)
 
     def try_to_undo(self, frame: Frame) -> bool:
         """Undo the last step before it is asked for; return False, with nothing changed, if that fails."""
