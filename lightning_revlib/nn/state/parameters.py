@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_revlib.nn.state.base import Call, Former, State, StateError, brief
-from lightning_revlib.nn.state.tensors import is_fake, version
+from lightning_revlib.nn.state.tensors import is_fake, version, versions
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 
@@ -43,23 +43,43 @@ def is_frozen(p: Any) -> TypeGuard[nn.Parameter]:
     return p is not None and not p.requires_grad and type(p) in ORDINARY and p.numel() > 0
 
 
-def named_parameters(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Return the parameters of modules, not of modules in them, with their names."""
-    return [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+def named_parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Return the parameters of modules, not of modules in them, with their names; not those without a shape yet."""
+    return [
+        (m, name, p)
+        for m in modules
+        for name, p in m._parameters.items()
+        if p is not None and type(p) is not UninitializedParameter
+    ]
 
 
-class Noted(NamedTuple):
-    """A parameter when a forward ended."""
+class Noted:
+    """Parameters of modules at a time: whether they require grad, and their versions. A column is compared at once."""
 
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-    requires_grad: bool
-    version: int | None  # None if it is left to `Frozen`
+    __slots__ = ("ids", "named", "requires_grad", "versions")
 
-    def is_changed(self) -> bool:
-        """Return whether it was modified in place since."""
-        return self.version is not None and version(self.parameter) != self.version
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.named = named_parameters(modules)
+        parameters = [p for _, _, p in self.named]
+        self.ids = [*map(id, parameters)]
+        self.requires_grad = [p.requires_grad for p in parameters]
+        self.versions = versions(parameters)
+
+    def modified(self) -> Set[tuple[nn.Module, str]]:
+        """Return those that were modified in place since, but for those that are left to `Frozen`."""
+        now = versions(p for _, _, p in self.named)
+        if now == self.versions:
+            return set()
+        columns = zip(self.named, self.requires_grad, self.versions, now, strict=True)
+        return {(m, name) for (m, name, p), grad, then, n in columns if then != n and (grad or not is_frozen(p))}
+
+    def moved_since(self, before: Noted) -> Set[nn.Parameter]:
+        """Return those that require grad and were modified in place between."""
+        if self.versions == before.versions and self.ids == before.ids:
+            return set()
+        then = dict(zip(before.ids, before.versions, strict=True))
+        columns = zip(self.named, self.requires_grad, self.versions, strict=True)
+        return {p for (_, _, p), grad, count in columns if grad and then.get(id(p), count) != count}
 
 
 class Parameters(State):
@@ -73,25 +93,21 @@ class Parameters(State):
     """
 
     shared = True
-    __slots__ = ("arguments", "before", "changed", "index", "modules", "moved", "noted", "versions")
+    __slots__ = ("arguments", "before", "by_module", "modified", "modules", "moved", "noted", "versions")
 
     def __init__(self, call: Call) -> None:
         self.modules, self.arguments = call.modules, call.arguments
         _refuse_sample_gradients(call.modules)
-        ready = [p for _, _, p in named_parameters(call.modules) if not isinstance(p, UninitializedParameter)]
-        self.before = {id(p): version(p) for p in ready}
-        self.index: dict[nn.Module, list[Noted]] = {}  # made when it is needed
+        self.before: Noted | None = Noted(call.modules)
+        self.by_module: dict[nn.Module, list[tuple[str, nn.Parameter, bool]]] = {}  # made when it is needed
 
     def close(self) -> bool:
         self.arguments = [*{id(t): t for t in self.arguments}.values()]
-        self.versions = [version(t) for t in self.arguments]
-        self.noted = [
-            Noted(m, name, p, p.requires_grad, None if is_frozen(p) else version(p))
-            for m, name, p in named_parameters(self.modules)
-        ]
-        trained = [n for n in self.noted if n.requires_grad]
-        self.moved = {n.parameter for n in trained if self.before.get(id(n.parameter), n.version) != n.version}
-        self.before = {}
+        self.versions = versions(self.arguments)
+        assert self.before is not None
+        self.noted = Noted(self.modules)
+        self.moved = self.noted.moved_since(self.before)
+        self.before = None
         return True
 
     def is_current(self) -> bool:
@@ -99,31 +115,26 @@ class Parameters(State):
             if version(t) != count:
                 raise modified(f"an argument of shape {list(t.shape)}")
         # An error for the blocks that have them: an optimizer in backward may have stepped those of other blocks.
-        self.changed = {(n.module, n.name) for n in self.noted if n.is_changed()}
-        now = [p for m in self.modules for p in m._parameters.values() if p is not None]
-        return (
-            not self.changed
-            and not self.moved
-            and len(now) == len(self.noted)
-            and all(
-                p is n.parameter and p.requires_grad == n.requires_grad for p, n in zip(now, self.noted, strict=True)
-            )
-        )
+        self.modified = self.noted.modified()
+        if self.modified or self.moved:
+            return False
+        now = Noted(self.modules)
+        return now.ids == self.noted.ids and now.requires_grad == self.noted.requires_grad
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        lent: list[tuple[Noted, Lent]] = []
+        lent: list[tuple[nn.Module, str, nn.Parameter, Lent]] = []
         with ExitStack() as undo:
-            for m in filter(self._by_module().__contains__, modules):
-                for n in self.index[m]:
-                    if (m, n.name) in self.changed:
-                        raise modified(f"parameter {n.name!r} of {brief(m)}")
-                    if n.parameter in self.moved and type(n.parameter) in ORDINARY:
-                        undo.callback(m._parameters.__setitem__, n.name, m._parameters[n.name])
-                        m._parameters[n.name] = copy = Lent(n.parameter.detach().clone(), n.requires_grad)
-                        lent.append((n, copy))
+            for m in modules:
+                for name, p, requires_grad in self._parameters(m):
+                    if (m, name) in self.modified:
+                        raise modified(f"parameter {name!r} of {brief(m)}")
+                    if p in self.moved and type(p) in ORDINARY:
+                        undo.callback(m._parameters.__setitem__, name, m._parameters[name])
+                        m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
+                        lent.append((m, name, p, copy))
                     else:
-                        _put(undo, n)
+                        _put(undo, m._parameters, name, p, requires_grad)
             try:
                 yield
             except Exception:  # of the block; a second run that ends early raises another
@@ -132,12 +143,11 @@ class Parameters(State):
             finally:
                 _check_lent(lent)
 
-    def _by_module(self) -> dict[nn.Module, list[Noted]]:
-        if not self.index:
-            self.index = {m: [] for m in self.modules}
-            for n in self.noted:
-                self.index[n.module].append(n)
-        return self.index
+    def _parameters(self, m: nn.Module) -> Sequence[tuple[str, nn.Parameter, bool]]:
+        if not self.by_module:
+            for (owner, name, p), requires_grad in zip(self.noted.named, self.noted.requires_grad, strict=True):
+                self.by_module.setdefault(owner, []).append((name, p, requires_grad))
+        return self.by_module.get(m, ())
 
 
 def _refuse_sample_gradients(modules: Sequence[nn.Module]) -> None:
@@ -150,23 +160,21 @@ def _refuse_sample_gradients(modules: Sequence[nn.Module]) -> None:
             )
 
 
-def _check_lent(lent: Sequence[tuple[Noted, Lent]]) -> None:
+def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> None:
     """Raise StateError if a second run has not set a parameter to what the first one did."""
-    for n, copy in lent:
-        p = n.parameter
+    for m, name, p, copy in lent:
         if not (p.is_meta or is_fake(p) or (copy - p).norm() <= 0.01 * p.norm()):  # 0.01 is for 16 bits
             raise StateError(
-                f"parameter {n.name!r} of {brief(n.module)} is moved by its block's call, and a second run moves it on;"
-                " have it require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
+                f"parameter {name!r} of {brief(m)} is moved by its block's call, and a second run moves it on; have it"
+                " require no gradient, as in requires_grad_(False), or make it a buffer, which are put back"
             )
 
 
-def _put(undo: ExitStack, n: Noted) -> None:
-    parameters, p = n.module._parameters, n.parameter
-    now = parameters[n.name] if n.name in parameters else None  # a scripted module has no dict of them
+def _put(undo: ExitStack, parameters: Any, name: str, p: nn.Parameter, requires_grad: bool) -> None:
+    now = parameters[name] if name in parameters else None  # a scripted module has no dict of them
     if now is not p and type(p) in ORDINARY and type(now) in ORDINARY:
-        undo.callback(parameters.__setitem__, n.name, now)
-        parameters[n.name] = p
-    if p.is_leaf and p.requires_grad != n.requires_grad:
+        undo.callback(parameters.__setitem__, name, now)
+        parameters[name] = p
+    if p.is_leaf and p.requires_grad != requires_grad:
         undo.callback(p.requires_grad_, p.requires_grad)
-        p.requires_grad_(n.requires_grad)
+        p.requires_grad_(requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from operator import is_
 from typing import Any
@@ -17,6 +17,15 @@ from lightning_revlib.nn.internals import pytree
 def version(tensor: Tensor) -> int:
     """Return how often the tensor was changed in place; 0 for inference tensors, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor was changed in place."""
+    tensors = [*tensors]
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        return [version(t) for t in tensors]
 
 
 def is_fake(tensor: Tensor) -> bool:
