@@ -30,26 +30,15 @@ def is_user_error(error: Exception) -> bool:
 
 def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> str:
     """Return one message for the user: the value that was given, and what can be given instead."""
-    from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+    if message := _explain_override(error, overrides):
+        return message
     cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        if option in PLUGINS:
-            return f"{group}={option} is a plugin of Hydra's, which is not installed: pip install {PLUGINS[option]}"
-        return f"{group}={option}: no such option{suggest(option, error.options)}; it has {', '.join(error.options)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
-    if str(error).startswith("Config group override must be a string"):  # Hydra does not say of which
-        for word in overrides:
-            group, _, option = word.partition("=")
-            if (options := _options(group)) and option not in options:
-                return f"{word}: no such option; it has {', '.join(options)}"
-    if str(error).startswith("Ambiguous value for argument"):
-        given = str(error).split("'")[1]
-        name, _, value = given.partition("=")
-        return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
+    if isinstance(error, MissingMandatoryValue):
+        key = _missing_key(error.full_key or "", command, overrides)
+        return f"{key} is needed: add {key}=..."
     if isinstance(error, InstantiationException) and cause is not None:
         return _explain_argument(error, cause, command, overrides)
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
@@ -69,6 +58,29 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
     return "; ".join([*suspects, str(error).strip()]) + " (HYDRA_FULL_ERROR=1 shows the traceback)"
 
 
+def _explain_override(error: Exception, overrides: Sequence[str]) -> str:
+    """Return the message about an override that Hydra cannot use, if it is one."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if option in PLUGINS:
+            return f"{group}={option} is a plugin of Hydra's, which is not installed: pip install {PLUGINS[option]}"
+        return f"{group}={option}: no such option{suggest(option, error.options)}; it has {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
+    if str(error).startswith("Config group override must be a string"):  # Hydra does not say of which
+        for word in overrides:
+            group, _, option = word.partition("=")
+            if (options := _options(group)) and option not in options:
+                return f"{word}: no such option; it has {', '.join(options)}"
+    if str(error).startswith("Ambiguous value for argument"):
+        given = str(error).split("'")[1]
+        name, _, value = given.partition("=")
+        return f"{given}: for one run after the other add -m; a list is written {name}=[{value}]"
+    return ""
+
+
 def _explain_argument(error: Exception, cause: BaseException, command: str, overrides: Sequence[str]) -> str:
     """Return the message of a class that refuses its arguments, with the keys that they may come from."""
     _, _, where = str(error).rpartition("full_key: ")  # torch's messages do not name the key
@@ -84,6 +96,34 @@ def _with_recipe_keys(text: str, command: str, overrides: Sequence[str]) -> str:
     of_all = _keys(command, overrides, "")
     keys = [key for key in _keys(command, overrides, "recipe") if key not in of_all]
     return re.sub(rf"(?<![\w.])({'|'.join(keys)})=", r"recipe.\1=", text) if keys else text
+
+
+def _missing_key(key: str, command: str, overrides: Sequence[str]) -> str:
+    """Return the key whose value is missing, to which another may refer."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(_compose(command, overrides))
+    while referred := re.match(r"\$\{(?:oc\.select:)?([\w.]+)", str(_value_at(values, key))):
+        key = referred[1]
+    return key
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def check_flags(command: str, overrides: Sequence[str]) -> None:
+    """Raise ValueError for a flag that is given as a text, which would count as true."""
+    from omegaconf import OmegaConf
+
+    texts = [word for word in overrides if word.partition("=")[2].lower() in ("yes", "no", "on", "off")]
+    cfg = _compose(command, overrides) if texts else None
+    for word in texts:
+        key = word.partition("=")[0].lstrip("+")
+        if isinstance(OmegaConf.select(cfg, key, throw_on_missing=False), bool):
+            raise ValueError(f"{word}: write {key}=true or {key}=false")
 
 
 def _suspects(command: str, overrides: Sequence[str]) -> list[str]:

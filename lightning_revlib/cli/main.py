@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_revlib.cli.errors import CONFIG, explain, is_user_error, suggest
+from lightning_revlib.cli.errors import CONFIG, check_flags, explain, is_user_error, suggest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -180,6 +180,7 @@ def _run(command: str, overrides: list[str]) -> int:
         print(" ".join([*COMMANDS, *OTHERS]))
         return 0
     try:
+        check_flags(command, overrides)
         _compose_and_run(command, _with_settings(command, overrides))
     except _UserError as error:
         return _fail(str(error))

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -36,6 +36,16 @@ def load_model(model: str) -> Any:
     plain = type(loaded)(type(loaded.config)(**config)).float()
     plain.load_state_dict(loaded.state_dict())
     return plain
+
+
+@overload
+def absolute(model: str) -> str: ...
+@overload
+def absolute(model: None) -> None: ...
+def absolute(model: str | None) -> str | None:
+    """Return the name of a model, as it is known in all folders: of a local one its path from the root."""
+    path = None if model is None else Path(model).expanduser()
+    return model if path is None or not path.exists() else str(path.resolve())
 
 
 def load_tokenizer(model: str) -> Any:

@@ -168,6 +168,17 @@ def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, pat
         raise ValueError(f"ckpt_path={path} was trained with {', '.join(differing)}; set the same to resume from it")
 
 
+def same_optimizer(checkpoint: dict[str, Any], overrides: Sequence[str], path: str) -> None:
+    """Raise ValueError for overrides that would not count, as a resumed run has the checkpoint's optimizer."""
+    trained = checkpoint.get(OVERRIDES, overrides)
+    ours = [each for each in overrides if key_of(each).partition(".")[0] == "scheduler" or ".optimizer." in each]
+    if changed := [each for each in ours if each not in trained]:
+        raise ValueError(
+            f"{', '.join(changed)}: a run that resumes goes on with the optimizer and schedule of ckpt_path={path};"
+            " leave it out"
+        )
+
+
 def _hint(file: Path) -> str:
     """Return a hint with similar names in the file's folder, or that the folder does not exist."""
     if not file.parent.is_dir():

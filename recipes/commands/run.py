@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from lightning_revlib.callbacks.memory import MemoryBreakdown
 from lightning_revlib.callbacks.monitors import DriftMonitor
 from lightning_revlib.nn import CoupledSequential
 from lightning_revlib.nn.convert.swap import stacks
-from lightning_revlib.recipes.commands.checkpoint import SignCheckpoint, load_data, load_module, read, same_architecture
+from lightning_revlib.recipes.commands.checkpoint import (
+    SignCheckpoint,
+    load_data,
+    load_module,
+    read,
+    same_architecture,
+    same_optimizer,
+)
 from lightning_revlib.recipes.commands.memory_report import activations
 from lightning_revlib.recipes.display.curves import draw_curves
 from lightning_revlib.recipes.display.panel import show, show_training
@@ -36,9 +43,9 @@ def train(cfg: DictConfig) -> float:
     _seed(cfg.seed)
     data: L.LightningDataModule = instantiate(cfg.data)
     module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
-    start = _first_step(cfg, module)
     overrides = [*HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
-    trainer = make_trainer(cfg, [SignCheckpoint(overrides)])
+    start = _first_step(cfg, module, overrides)
+    trainer = make_trainer(cfg, [SignCheckpoint(overrides), MetricCheck(cfg.optimized_metric)])
     for logger in trainer.loggers:
         logger.log_hyperparams(_plain(cfg))
 
@@ -85,9 +92,20 @@ def train(cfg: DictConfig) -> float:
                 print(callback.memory)
         (Path(cfg.paths.output_dir) / RESULTS).write_text(json.dumps(metrics, indent=1))
         draw_curves(trainer.loggers)
-    if cfg.optimized_metric not in metrics:
-        raise ValueError(f"optimized_metric={cfg.optimized_metric} is none of {', '.join(sorted(metrics))}")
+    _check_metric(cfg.optimized_metric, metrics)
     return float(metrics[cfg.optimized_metric])
+
+
+class MetricCheck(Callback):
+    """Raise ValueError in the first validation, not after training, if it does not log a metric."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look for the metric. Those of the test are not known yet."""
+        if not str(self.name).startswith("test/"):
+            _check_metric(self.name, trainer.callback_metrics)
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -154,18 +172,24 @@ def _test_original(cfg: DictConfig, module: L.LightningModule, data: L.Lightning
     return instantiate(cfg.trainer, strategy="auto", **silent).test(module, data, verbose=False)[0]
 
 
+def _check_metric(name: str, metrics: Mapping[str, Any]) -> None:
+    if name not in metrics:
+        raise ValueError(f"optimized_metric={name} is none of {', '.join(sorted(metrics))}")
+
+
 def _plain(cfg: DictConfig) -> Any:
     """Return the configuration as a dictionary, without keys that are not given because the recipe has its own."""
     given = [str(key) for key in cfg if not OmegaConf.is_missing(cfg, key)]
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, given), resolve=True)
 
 
-def _first_step(cfg: DictConfig, module: L.LightningModule) -> int:
+def _first_step(cfg: DictConfig, module: L.LightningModule, overrides: Sequence[str]) -> int:
     """Return the number of steps done before this run; ValueError for a checkpoint from which it cannot resume."""
     if cfg.ckpt_path is None:
         return 0
     checkpoint = read(cfg.ckpt_path)
     same_architecture(checkpoint, module, cfg.ckpt_path)
+    same_optimizer(checkpoint, overrides, cfg.ckpt_path)
     return checkpoint["global_step"]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_revlib.pretrained.load import absolute
 from lightning_revlib.recipes.data.documents import read_json_lines, tokenize
 
 
@@ -94,6 +95,7 @@ class Text(SequenceData):
         self, length: int = 512, batch_size: int = 16, num_workers: int = 0, tokenizer: str | None = None
     ) -> None:
         super().__init__()
+        tokenizer = absolute(tokenizer)  # for checkpoints
         self.save_hyperparameters()
 
     @property
@@ -196,6 +198,7 @@ class TextFile(Text):
         tokenizer: str | None = None,
         key: str = "text",
     ) -> None:
+        tokenizer = absolute(tokenizer)
         super().__init__(length, batch_size, num_workers, tokenizer)
         self.save_hyperparameters()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn import swap
 from lightning_revlib.nn.convert.swap import Targets, find, stacks
 from lightning_revlib.pretrained.lazy_logits import chunk_loss
-from lightning_revlib.pretrained.load import load_model, load_tokenizer
+from lightning_revlib.pretrained.load import absolute, load_model, load_tokenizer
 from lightning_revlib.recipes.display.panel import Row
 from lightning_revlib.recipes.tasks.base import OptimizerFactory, RecipeModule, SchedulerFactory
 
@@ -67,9 +67,10 @@ class FineTuneModule(RecipeModule):
         **data: Any,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
         if data or tokenizer is not None:
             check_tokens(tokenizer, model)
+        model, tokenizer = absolute(model), absolute(tokenizer)  # for checkpoints
+        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
         self.net = load_model(model).train()
         check_length(self.net.config, model, length)
         if lora is not None and lora.get("r") is not None:
@@ -167,7 +168,7 @@ class FineTuneModule(RecipeModule):
 
 def check_tokens(tokenizer: str | None, model: str) -> None:
     """Raise ValueError if data are images, bytes, or tokens of another model's."""
-    if tokenizer != model:
+    if absolute(tokenizer) != absolute(model):
         what = "no tokens" if tokenizer is None else f"tokens of {tokenizer}"
         raise ValueError(
             f"data.tokenizer={tokenizer}: the data are {what}, and the model is {model}; take data=text_file or"

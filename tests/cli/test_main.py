@@ -187,6 +187,13 @@ def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch
     assert "planned for 40 steps, and this run has 60" in capsys.readouterr().err
 
 
+def test_another_learning_rate_on_resuming_is_an_error(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [f"ckpt_path={best}", "trainer.max_epochs=9"]
+    assert main(["train", *options, "recipe.optimizer.lr=0.5", "scheduler=none"]) == 1
+    assert "revlib: recipe.optimizer.lr=0.5, scheduler=none: a run that resumes goes on" in capsys.readouterr().err
+
+
 def test_the_folder_of_a_run_stands_for_its_checkpoint_and_its_settings(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "logger=csv", "callbacks=checkpoint"]
@@ -486,6 +493,10 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
             "coupling.gamma: no such key; coupling has name; add coupling=momentum or coupling=momentum_exact, which",
         ),
         (["train", "strategy=auto", "strategy.stage=3"], "add strategy=reversible_deepspeed, which has stage"),
+        (["train", "recipe=finetune"], "recipe.model is needed: add recipe.model=..."),
+        (["train", "recipe=reformer", "data=text_file"], "data.path is needed: add data.path=..."),
+        (["train", "recipe=finetune", "recipe.residual=no"], "write recipe.residual=true or recipe.residual=false"),
+        (["train", "optimized_metric=val/precision"], "optimized_metric=val/precision is none of val/acc, val/loss"),
         (["train", "recipe.attention=[lsh]"], "add recipe=reformer, which has attention"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

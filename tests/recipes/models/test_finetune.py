@@ -121,6 +121,17 @@ def test_resuming_ends_with_the_same_loss(folder, trained, recwarn):
     assert not [w for w in recwarn if "another function" in str(w.message)]
 
 
+def test_a_checkpoint_knows_a_model_that_was_named_relative_to_a_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    short = ["trainer.max_steps=1", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"]
+    assert main(["train", *SHORT, "recipe.model=model", "data.path=documents.jsonl", *short, "hydra.run.dir=here"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", f"ckpt_path={folder / 'here'}", "prompt=Document", "count=2"]) == 1  # of data, no model
+    assert "data.path=documents.jsonl" in capsys.readouterr().err
+    data = ["data=text_file", f"data.path={folder / 'documents.jsonl'}", f"data.tokenizer={folder / 'model'}"]
+    assert main(["predict", f"ckpt_path={folder / 'here'}", "prompt=Document", "count=2", *data, "data.length=16"]) == 0
+
+
 @pytest.mark.parametrize("prompt", ["Document", "null"])
 def test_predict_writes_text(prompt, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
