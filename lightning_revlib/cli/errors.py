@@ -37,8 +37,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return message
     cause = error.__cause__
     if isinstance(error, MissingMandatoryValue):
-        key = _missing_key(error.full_key or "", command, overrides)
-        return f"{key} is needed: add {key}=..."
+        missing = _missing_key(error.full_key or "", command, overrides)
+        return f"{missing} is needed: add {missing}=..."
     if isinstance(error, InstantiationException) and cause is not None:
         return _explain_argument(error, cause, command, overrides)
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
@@ -119,7 +119,9 @@ def check_flags(command: str, overrides: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     texts = [word for word in overrides if word.partition("=")[2].lower() in ("yes", "no", "on", "off")]
-    cfg = _compose(command, overrides) if texts else None
+    if not texts:
+        return
+    cfg = _compose(command, overrides)
     for word in texts:
         key = word.partition("=")[0].lstrip("+")
         if isinstance(OmegaConf.select(cfg, key, throw_on_missing=False), bool):

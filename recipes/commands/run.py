@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_revlib.callbacks.memory import MemoryBreakdown
@@ -31,6 +28,14 @@ from lightning_revlib.recipes.commands.checkpoint import (
     same_optimizer,
 )
 from lightning_revlib.recipes.commands.memory_report import activations
+from lightning_revlib.recipes.commands.trainer import (
+    MetricCheck,
+    check_metric,
+    interruptible,
+    make_trainer,
+    seed_all,
+    threads,
+)
 from lightning_revlib.recipes.display.curves import draw_curves
 from lightning_revlib.recipes.display.panel import show, show_training
 from lightning_revlib.recipes.tasks.classifier import ImageClassifier
@@ -40,7 +45,7 @@ RESULTS = "results.json"  # the metrics of the best checkpoint, in the folder of
 
 def train(cfg: DictConfig) -> float:
     """Fit, test the best checkpoint and print the panel; return that checkpoint's `optimized_metric`."""
-    _seed(cfg.seed)
+    seed_all(cfg.seed)
     data: L.LightningDataModule = instantiate(cfg.data)
     module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
     overrides = [*HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
@@ -49,7 +54,7 @@ def train(cfg: DictConfig) -> float:
     for logger in trainer.loggers:
         logger.log_hyperparams(_plain(cfg))
 
-    with _threads(cfg.threads), interruptible(trainer, cfg.ckpt_path):
+    with threads(cfg.threads), interruptible(trainer, cfg.ckpt_path):
         original = _test_original(cfg, module, data) if trainer.world_size == 1 else {}
         begin = time.perf_counter()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
@@ -92,20 +97,8 @@ def train(cfg: DictConfig) -> float:
                 print(callback.memory)
         (Path(cfg.paths.output_dir) / RESULTS).write_text(json.dumps(metrics, indent=1))
         draw_curves(trainer.loggers)
-    _check_metric(cfg.optimized_metric, metrics)
+    check_metric(cfg.optimized_metric, metrics)
     return float(metrics[cfg.optimized_metric])
-
-
-class MetricCheck(Callback):
-    """Raise ValueError in the first validation, not after training, if it does not log a metric."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look for the metric. Those of the test are not known yet."""
-        if not str(self.name).startswith("test/"):
-            _check_metric(self.name, trainer.callback_metrics)
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -134,47 +127,12 @@ def predict(cfg: DictConfig) -> None:
     show("revlib predict", [run, *present(batches, cfg), ("checkpoint", str(cfg.ckpt_path))])
 
 
-def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.Trainer:
-    """Build the Trainer of a configuration, with its callbacks and loggers."""
-    _quiet()
-    Path(cfg.paths.output_dir).mkdir(parents=True, exist_ok=True)
-    callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] + (callbacks or [])
-    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
-    numbers = {}
-    for key in ("max_epochs", "max_steps"):
-        if (value := cfg.trainer.get(key)) is None:
-            continue
-        if type(value) not in (int, float) or not float(value).is_integer():
-            raise ValueError(f"trainer.{key}={value}: pass a whole number, such as trainer.{key}=30")
-        numbers[key] = int(value)  # of 1e3, say
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **numbers)
-
-
-@contextmanager
-def interruptible(trainer: L.Trainer, resumed: str | None = None) -> Iterator[None]:
-    """Raise KeyboardInterrupt for the SystemExit with which Lightning answers Ctrl-C.
-
-    Its argument is the checkpoint from which the run can resume: the last one, or the one that it `resumed` from.
-    """
-    try:
-        yield
-    except SystemExit as end:
-        if not isinstance(end.__context__, KeyboardInterrupt):
-            raise
-        raise KeyboardInterrupt(getattr(trainer.checkpoint_callback, "last_model_path", "") or resumed) from None
-
-
 def _test_original(cfg: DictConfig, module: L.LightningModule, data: L.LightningDataModule) -> Mapping[str, float]:
     """Return the test metrics of a pretrained model before it is swapped and trained; none of another module."""
     if not getattr(module, "is_pretrained", False):
         return {}
     silent = {"callbacks": [], "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     return instantiate(cfg.trainer, strategy="auto", **silent).test(module, data, verbose=False)[0]
-
-
-def _check_metric(name: str, metrics: Mapping[str, Any]) -> None:
-    if name not in metrics:
-        raise ValueError(f"optimized_metric={name} is none of {', '.join(sorted(metrics))}")
 
 
 def _plain(cfg: DictConfig) -> Any:
@@ -210,7 +168,7 @@ def _describe_drift(trainer: L.Trainer, reversible: list[Any], trained: bool) ->
 
 def _restore(cfg: DictConfig) -> tuple[L.LightningDataModule, L.LightningModule, L.Trainer]:
     """Return the data and module of a checkpoint, and a Trainer."""
-    _seed(cfg.seed)
+    seed_all(cfg.seed)
     module, data = load_module(cfg), load_data(cfg)
     if others := getattr(data, "model_arguments", {}).keys() - module.hparams.keys():
         raise ValueError(
@@ -266,36 +224,3 @@ def few_samples(inputs: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     if inputs.numel() <= (2**20 if numbers else 2**16) and sum(p.numel() for p in module.parameters()) <= 10**7:
         return inputs
     return inputs[:2] if numbers else inputs[:2, :4096]
-
-
-def _seed(seed: object) -> None:
-    """Seed all generators; ValueError for a seed that is not a whole number."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed}: pass a whole number from 0 to 4294967295, such as seed=0")
-    L.seed_everything(seed, workers=True, verbose=False)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Set the number of CPU threads inside the context; None keeps it."""
-    if count is not None and (type(count) is not int or count < 1):
-        raise ValueError(f"threads={count}: pass a whole number of 1 or more, or null")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _quiet() -> None:
-    """Silence Lightning's list of devices, and its advice for data that do not lie in memory."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*The number of training batches.*",
-        ".*LeafSpec.*",
-        ".*dirpath has changed.*",
-    ):
-        warnings.filterwarnings("ignore", message)
