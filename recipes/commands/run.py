@@ -92,7 +92,7 @@ def train(cfg: DictConfig) -> float:
             measured=measured,
             original=original,
         )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if isinstance(callback, MemoryBreakdown) and callback.memory is not None:
                 print(callback.memory)
         (Path(cfg.paths.output_dir) / RESULTS).write_text(json.dumps(metrics, indent=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from numbers import Number
 from operator import is_not
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from lightning_revlib.nn.state.parameters import modified
 from lightning_revlib.nn.state.tensors import is_data, is_fake, version, without_graph, without_graphs
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
-PLAIN = (bool, int, float, str, type(None), complex, bytes, range, Enum, torch.dtype, torch.device)
+PLAIN = (Number, str, type(None), bytes, range, Enum, torch.dtype, torch.device)  # NumPy's scalars are Numbers
 GROUPS = (tuple, list, dict)  # which count as changed if they are other objects
 ABSENT: Any = object()
 PRESENT: Any = object()  # the value that an attribute has now

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import weakref
 from enum import Enum
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -278,7 +280,16 @@ def test_layers_that_a_first_call_makes(treatment: Any, by_flag: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [(1 + 0j, 2 + 0j), (b"1", b"2"), (range(1), range(2)), (Kind.ONE, Kind.TWO)], ids=str
+    "values",
+    [
+        (1 + 0j, 2 + 0j),
+        (b"1", b"2"),
+        (range(1), range(2)),
+        (Kind.ONE, Kind.TWO),
+        (numpy.float32(1), numpy.float32(2)),
+        (Fraction(1, 2), Fraction(1, 3)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_plain_values_of_further_types(treatment: Any, values: tuple[Any, Any]) -> None:
