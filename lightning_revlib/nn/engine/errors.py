@@ -53,6 +53,13 @@ def saved_modified(name: str, shape: Sequence[int]) -> RuntimeError:
     )
 
 
+def kept_modified(step: Step, shape: Sequence[int]) -> RuntimeError:
+    return RuntimeError(
+        f"{step.name}: a tensor of shape {list(shape)} needed for its gradient has been modified in place since a first"
+        " backward with create_graph=True; modify it, or step the optimizer, after the last backward"
+    )
+
+
 def draws_in_batched_gradients(step: Step) -> RuntimeError:
     return RuntimeError(
         f"{step.name} draws random numbers, and torch lets no block draw while is_grads_batched (vectorize=True in"

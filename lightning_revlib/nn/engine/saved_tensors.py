@@ -17,10 +17,12 @@ from lightning_revlib.nn.engine.errors import (
     computes_otherwise,
     draws_in_batched_gradients,
     graph_freed,
+    kept_modified,
     saved_modified,
 )
 from lightning_revlib.nn.internals import never_compile, outside_transforms
 from lightning_revlib.nn.state.base import NOTHING, CallState
+from lightning_revlib.nn.state.tensors import versions
 from lightning_revlib.nn.steps.step import Step
 
 ContextFunction: TypeAlias = Callable[[], tuple[Any, Any]]  # contexts of a first and a second run
@@ -45,7 +47,18 @@ class SavedTensors(ABC):
     While the step runs, they are at hand: its block may call autograd itself. After `end`, only their sizes are left.
     """
 
-    __slots__ = ("__weakref__", "changed", "recomputed", "rerun", "retain", "saved", "sizes", "state", "step")
+    __slots__ = (
+        "__weakref__",
+        "changed",
+        "recomputed",
+        "rerun",
+        "retain",
+        "saved",
+        "sizes",
+        "state",
+        "step",
+        "versions",
+    )
 
     is_rebuilt = False  # whether the second run's input was computed by the coupling's inverse
 
@@ -56,6 +69,7 @@ class SavedTensors(ABC):
         self.changed: dict[int, torch.Size] = {}  # shapes of those that were modified in place after they were saved
         self.recomputed: list[Tensor | None] | None = None  # each until autograd has asked for it
         self.retain = False  # recomputed tensors stay, as the gradient is itself differentiated
+        self.versions: list[int] = []  # of those that stay
         self.rerun: AbstractContextManager[Any] = NOTHING  # around the second run, made by `context_fn`
 
     @abstractmethod
@@ -88,7 +102,7 @@ class SavedTensors(ABC):
         if (sizes := sizes_of(saved)) != self.sizes:
             raise computes_otherwise(self.step, self.sizes, saved, sizes, self.is_rebuilt)
         self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)] if self.changed else [*saved]
-        self.retain = retain
+        self.retain, self.versions = retain, versions(saved) if retain else []
 
     def take_recomputed(self) -> list[Tensor | None] | None:
         """Return what the second run has saved, and have it no more."""
@@ -110,6 +124,8 @@ class SavedTensors(ABC):
             return self._find(number)
         if not self.retain:
             self.recomputed[number] = None  # type: ignore[index]  # memory falls as the block's backward proceeds
+        elif tensor._version != self.versions[number]:
+            raise kept_modified(self.step, tensor.shape)
         return tensor
 
     def _find(self, number: int) -> Tensor:

@@ -226,7 +226,9 @@ class Tape:
 def _reach_output(tape: weakref.ref[Tape], outputs: list[tuple[Tensor, int]], grads: Any) -> None:
     """Start a backward that has come to a node which made an output. The tape may have been freed before."""
     held = tape()
-    if held is not None and held.task != graph_task():
-        held.start()
+    if held is not None:
+        with held.lock:  # other threads may differentiate the same graph
+            if held.task != graph_task():
+                held.start()
     if not graph_is_kept():
         outputs.clear()

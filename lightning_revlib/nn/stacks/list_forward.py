@@ -19,11 +19,16 @@ class ListForward:
     Without a `run`, layers run by ordinary autograd.
     """
 
-    def __init__(self, index: int, a: Tensor, b: Tensor, run: Run | None) -> None:
-        self.index = index  # of the layer that is due
-        self.a, self.b, self.run = a, b, run
+    def __init__(self, index: int, a: Tensor, b: Tensor) -> None:
+        self.index, self.steps = index, 0  # number of the layer that is due, and of its first step
+        self.a, self.b = a, b
+        self.run: Run | None = None
         self.handed: Any = None  # what the model was handed last
         self._versions: tuple[int, int] | None = None  # of that, and of stream a, which the model was handed before
+
+    def record(self, run: Run) -> None:
+        """Go on by a run."""
+        self.run = run
 
     def step(self, step: Step, compiler: Any) -> None:
         """Run a step of the layer that is due."""
@@ -31,6 +36,7 @@ class ListForward:
             self.a, self.b = step.run(self.a, self.b, compiler)
         else:
             self.a, self.b = self.run.step(step, self.a, self.b)
+        self.steps += 1
 
     def hand(self, dtype: torch.dtype) -> Tensor:
         """Return stream b for the model, which may read it, or leave the list here."""

@@ -15,7 +15,7 @@ import inspect
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,8 @@ class Layerwise(Reversible):
             if isinstance(proxy, LayerProxy) and proxy.owner is not self:
                 raise ValueError(
                     f"{self.name_of(layer)} is a layer of {proxy.owner.path}, too, which runs it reversibly; a layer"
-                    " can be in one reversible list only: leave one of them as it is, or give it copies of the layers"
+                    " can be in one reversible list only: leave one of them as it is, or give it copies made"
+                    " before the swap, or after lightning_revlib.restore(model)"
                 )
         super().set_options(options)
         self._forwards = {}
@@ -102,6 +103,17 @@ class Layerwise(Reversible):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_forwards": {}}
 
+    def __iter__(self) -> Iterator[nn.Module]:
+        for layer in super().__iter__():
+            proxy = vars(layer).get("forward")
+            if isinstance(proxy, LayerProxy) and proxy.module is not layer:
+                raise RuntimeError(
+                    f"{self.path}: a copy of a reversible list attribute by attribute, such as one of the package"
+                    " higher, has layers that run with the original weights; take torch.func.functional_call,"
+                    " copy.deepcopy, or undo the swap by lightning_revlib.restore(model)"
+                )
+            yield layer
+
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
             f"{self.path}: nn.DataParallel cannot copy a reversible list, whose layers would keep the original weights;"
@@ -115,7 +127,9 @@ class Layerwise(Reversible):
         with compiled_by(None) as compiler:
             x, args, kwargs = proxy.first(args, kwargs)
             if forward is None or not self._continues(forward, proxy.module, x):
-                forward = self._begin(proxy.module, x, (args, kwargs), compiler)
+                forward = self._begin(proxy.module, x)
+            if forward.run is None and torch.is_grad_enabled():  # a model may run its first layers under no_grad
+                self._record(forward, proxy.module, (args, kwargs), compiler)
             if forward.run is not None:
                 args, kwargs = without_cache((args, kwargs), self.path)
             out = self._advance(forward, self._steps(forward.index, proxy, x.dtype, args, kwargs), compiler)
@@ -157,7 +171,7 @@ class Layerwise(Reversible):
         self.end_run(forward.run, out)
         return out
 
-    def _begin(self, layer: nn.Module, x: Any, call: Any, compiler: Any) -> ListForward:
+    def _begin(self, layer: nn.Module, x: Any) -> ListForward:
         """Begin a forward with its first layer; another one may have been given up before."""
         first = self[self.options.ordinary]
         if layer is not first:
@@ -167,11 +181,13 @@ class Layerwise(Reversible):
             raise RuntimeError(
                 f"{self.path}: its layers are others than when it was swapped, or the forward of one; call swap again"
             )
-        if torch.is_grad_enabled():
-            self._check_recording(layer)
-        a, b = self.split(x)
-        ordinary = not torch.is_grad_enabled() or is_exporting() or has_cache(call, self.path)
-        return ListForward(self.options.ordinary, a, b, None if ordinary else self.new_run(None, compiler))
+        return ListForward(self.options.ordinary, *self.split(x))
+
+    def _record(self, forward: ListForward, layer: nn.Module, call: Any, compiler: Any) -> None:
+        """Run the layers from this one on reversibly, unless the call is one that cannot."""
+        self._check_recording(layer)
+        if not is_exporting() and not has_cache(call, self.path):
+            forward.record(self.new_run(None, compiler, first=forward.steps))
 
     def _check_recording(self, layer: nn.Module) -> None:
         """Raise RuntimeError or ValueError if something else would run layers by its own rules."""

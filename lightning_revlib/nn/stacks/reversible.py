@@ -114,8 +114,11 @@ class Reversible(Stack):
         """The memory plan that `memory_budget` has led to; None before the first forward, or without a budget."""
         return None if self.budget is None else self.budget.plan
 
-    def new_run(self, blocks: Iterable[nn.Module] | None, compiler: Any) -> Run:
-        """Begin a forward: by the plan of a budget, or each step by its own treatment."""
+    def new_run(self, blocks: Iterable[nn.Module] | None, compiler: Any, first: int = 0) -> Run:
+        """Begin a forward: by the plan of a budget, or each step by its own treatment.
+
+        It begins with the step of number `first`, without a plan unless that is 0.
+        """
         options, treatments, budget = self.options, self.step_treatments(), self.budget
         if options.grid_bits == "auto":  # off the grid there may be no inverse
             treatments, budget = tuple("checkpoint" if t == "reversible" else t for t in treatments), None
@@ -129,10 +132,10 @@ class Reversible(Stack):
             batched=budget is None,  # which would be overrun
             watch=partial(self._watch, []),
         )
-        if budget is not None and set(treatments) == {"reversible"}:
+        if budget is not None and set(treatments) == {"reversible"} and not first:
             return PlannedRun(self, treatments, forward)
         # Weights that steps share get gradients to the last bit only if all steps use the same cast of them.
-        return Run(treatments, forward, keeps_casts=options.grid_bits is not None and budget is None)
+        return Run(treatments[first:], forward, keeps_casts=options.grid_bits is not None and budget is None)
 
     def _tell_what_is_stored(self) -> None:
         """Warn of couplings that have an inverse in training only; Python shows the same warning once."""

@@ -170,9 +170,14 @@ def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> No
             )
 
 
+def _is_exchanged(p: Any) -> bool:
+    """Return whether somebody else puts the parameter in place for the time of a call: FSDP, or a second run."""
+    return p is None or type(p) is Lent or type(p).__module__.startswith("torch.distributed.")
+
+
 def _put(undo: ExitStack, parameters: Any, name: str, p: nn.Parameter, requires_grad: bool) -> None:
     now = parameters[name] if name in parameters else None  # a scripted module has no dict of them
-    if now is not p and type(p) in ORDINARY and type(now) in ORDINARY:
+    if now is not p and not _is_exchanged(p) and not _is_exchanged(now):
         undo.callback(parameters.__setitem__, name, now)
         parameters[name] = p
     if p.is_leaf and p.requires_grad != requires_grad:

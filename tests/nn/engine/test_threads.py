@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -127,3 +128,29 @@ def test_a_norm_that_two_threads_share_is_told() -> None:
     stack(x).sum().backward()
     assert any("runs in two threads at once" in str(each.message) for each in told)
     assert block.calls == [3]
+
+
+def test_one_retained_graph_differentiated_by_several_threads() -> None:
+    stack = revlib.ReversibleSequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(12)]).double()
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    y = stack(x).square().sum()
+    leaves = [x, *stack.parameters()]
+    expected = torch.autograd.grad(y, leaves, retain_graph=True)
+    found: list[Any] = []
+
+    def differentiate() -> None:
+        for _ in range(20):
+            found.append(torch.autograd.grad(y, leaves, retain_graph=True))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=differentiate) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(found) == 80
+    assert all(torch.allclose(ours, g, rtol=1e-9) for grads in found for ours, g in zip(grads, expected, strict=True))

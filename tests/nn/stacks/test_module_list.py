@@ -93,6 +93,46 @@ def test_it_holds_two_streams_at_any_depth() -> None:
     assert held(16, False)[0] > 10 * held(16, True)[0]
 
 
+class Partly(Model):
+    """Runs its first layers without gradients."""
+
+    without = 0
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            with torch.set_grad_enabled(index >= self.without):
+                x = layer(x)
+        return self.head(x).sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "1MiB"}, {"grid_bits": 12}], ids=str)
+def test_first_layers_without_gradients(options: Any) -> None:
+    model, x = Partly(6, 64).double(), torch.randn(32, 64).double()
+    revlib.swap(model, {"layers": {"coupling": "midpoint", "residual": True, "on_drift": "raise", **options}})
+    held = []
+    for model.without in (0, 2):
+        with revlib.MemoryMeter() as meter:
+            loss = model(x)
+            held.append(meter.live)
+        del loss
+        close(gradients(model, x), gradients(stored(model), x))
+    assert "memory_budget" in options or held[0] == held[1]
+
+
+def test_a_copy_attribute_by_attribute_is_refused() -> None:
+    model = Model()
+    revlib.swap(model, {"layers": {"coupling": "midpoint"}})
+    clones = {}
+    for name, module in model.named_modules():
+        clones[name] = clone = module.__new__(type(module))
+        clone.__dict__ = {**vars(module), "_modules": dict(module._modules)}
+        if name:
+            parent, _, child = name.rpartition(".")
+            clones[parent]._modules[child] = clone
+    with pytest.raises(RuntimeError, match=r"layers: a copy .* take torch.func.functional_call"):
+        clones[""](torch.randn(3, 6))
+
+
 def test_flops_are_four_thirds() -> None:
     model, x = Model(8, 16), torch.randn(4, 16, requires_grad=True)
     model.stem = model.head = nn.Identity()  # type: ignore[assignment]
