@@ -166,3 +166,17 @@ def test_a_grid_that_was_chosen_stays(tmp_path: Path, by: str) -> None:
 
 
 AUTO: Any = {"layers": {"coupling": {"name": "momentum", "gamma": 0.25}, "residual": True, "grid_bits": "auto"}}
+
+
+def velocity(x: Tensor) -> Tensor:
+    return x * 0.5
+
+
+def test_a_function_of_a_coupling_is_not_lost(tmp_path: Path) -> None:
+    targets = {"layers": {"coupling": {"name": "momentum", "gamma": 0.5, "init": velocity}, "residual": True}}
+    path, _ = saved(tmp_path, targets=targets)
+    with pytest.raises(ValueError, match=r"target 'layers': .* init=<velocity> stands for what a checkpoint"):
+        trainer(tmp_path, strategy="reversible").test(Plain(), data(), ckpt_path=path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{DIFFERS}")
+        trainer(tmp_path, strategy=revlib.ReversibleStrategy(targets)).test(Plain(), data(), ckpt_path=path)

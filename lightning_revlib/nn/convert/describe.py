@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,9 +79,20 @@ def _describe(stack: Any) -> dict[str, Any]:
 
 
 def _describe_coupling(coupling: Coupling) -> dict[str, Any]:
-    """Return the mapping that stands for a coupling; of one that has no name, the name of its class."""
+    """Return the mapping that stands for a coupling; of one that has no name, the name of its class.
+
+    What is no plain data, such as a function, is there in `<>`, which `get_coupling` refuses.
+    """
     coupling = getattr(coupling, "inner", coupling)  # of one on the grid
     name = next((name for name, cls in COUPLINGS.items() if type(coupling) is cls), type(coupling).__qualname__)
-    fields: dict[str, Any] = vars(coupling) if dataclasses.is_dataclass(coupling) else {}
-    plain = {key: x for key, x in fields.items() if isinstance(x, (bool, int, float, str)) and key != "bits"}
-    return {"name": name, **plain}
+    own, known = vars(coupling), inspect.signature(type(coupling)).parameters
+    given = {key: own[key] for key, p in known.items() if own.get(key) is not None and key != "bits"}
+    return {"name": name, **{key: _plain(value) for key, value in given.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"

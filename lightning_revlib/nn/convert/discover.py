@@ -170,16 +170,21 @@ class _Watched:
 
     def _wrong_calls(self) -> str | None:
         """Return what is wrong with the order of the calls, or with their inputs."""
-        order = [call.block for call in self.calls]
+        order, passes = [call.block for call in self.calls], len(self.calls) // len(self.container)
         if not order:
             return "its blocks are not called with these inputs, or by their method forward alone"
+        if order == list(range(len(self.container))) * passes:
+            return self._broken_chain()
         if repeated := [i for i in sorted(order) if order.count(i) > 1]:
             return f"{self._name(repeated[0])} is called {order.count(repeated[0])} times in a forward"
-        if order != list(range(len(self.container))):
-            return f"its blocks are called in the order {', '.join(map(str, order))}"
-        if broken := [i for i in order if not self.calls[i].is_chained]:
-            name, before = self._name(broken[0]), self._name(broken[0] - 1)
-            return f"{name} is not called with what {before} returns: the model does something in between"
+        return f"its blocks are called in the order {', '.join(map(str, order))}"
+
+    def _broken_chain(self) -> str | None:
+        """Return which block is not called with what the one before it has returned."""
+        for call in self.calls:
+            if call.block and not call.is_chained:
+                name, before = self._name(call.block), self._name(call.block - 1)
+                return f"{name} is not called with what {before} returns: the model does something in between"
         return None
 
     def _wrong_blocks(self) -> str | None:

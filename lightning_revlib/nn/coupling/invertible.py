@@ -20,7 +20,14 @@ class Invertible(Coupling):
     module: Any
 
     def forward(self, a: Tensor, b: Tensor, f: Tensor) -> Streams:
-        return self.module(a), self.module(b)
+        out = self.module(a), self.module(b)
+        if not all(isinstance(each, Tensor) for each in out):
+            raise TypeError(
+                f"{type(self.module).__name__} is an invertible step, which returns one stream for one, and its forward"
+                f" returned {type(out[0]).__name__}; keep what else it computes, such as a log-determinant, as an"
+                " attribute, or have a block return it besides its branch"
+            )
+        return out
 
     def recover(self, a_out: Tensor, b_out: Tensor) -> Tensor:
         return self.module.inverse(b_out)

@@ -92,6 +92,11 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         usual = known[option].default
         if isinstance(usual, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"coupling {name!r}: {option}={value!r} is no number; take one, such as {usual}")
+        if isinstance(value, str) and value.startswith("<"):
+            raise ValueError(
+                f"coupling {name!r}: {option}={value} stands for what a checkpoint or config could not save; swap with"
+                f" targets that have {option} itself"
+            )
 
 
 def read_couplings(

@@ -28,6 +28,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -62,16 +63,20 @@ class Frame(SavedTensors):
         first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else make_contexts(tape.context_fn)
         try:
             with self.hooks():
-                with first:
-                    f = step.evaluate(b, tape.compiler)
-                self.state.close()  # before the coupling, which may draw, and does not run again
-                self.coupling, streams = step.couple(a, b, f)
+                self.coupling, streams = self.run(step, a, b, first)
         except StateError as error:
             raise errors.of_state(step, error) from error
         finally:
             self.end()
         step.check_arguments(self.state.arguments)
         return streams
+
+    def run(self, step: Step, a: Tensor, b: Tensor, context: AbstractContextManager[Any]) -> tuple[Coupling, Streams]:
+        """Run the block, within a context, and the coupling; return the latter, as bound, and the streams."""
+        with context:
+            f = step.evaluate(b, self.tape.compiler)
+        self.state.close()  # before the coupling, which may draw, and does not run again
+        return step.couple(a, b, f)
 
     def keep_next(self, frame: Frame) -> None:
         """Keep the frame of the next step alive, as backward has to undo it before this one. See rule 6."""
@@ -114,7 +119,7 @@ class Frame(SavedTensors):
         """Whether the step may be undone before autograd asks for it: a context of a user's may free what it reads."""
         return bool(self.sizes) and self.rerun is NOTHING
 
-    def _invert(self, out: Streams, b: Tensor, f: Tensor) -> Tensor:
+    def _invert(self, out: Streams, b: Tensor, f: Any) -> Tensor:
         counts = out[0]._version, out[1]._version
         a = self.coupling.inverse(*out, b, f).detach()
         if (out[0]._version, out[1]._version) != counts:

@@ -27,6 +27,11 @@ def build_steps(stack: Any, dtype: torch.dtype, args: Any, kwargs: Any, layerwis
         if index < ordinary:
             continue
         if is_invertible(module):
+            if layerwise is not None and any(layerwise[index]):
+                raise ValueError(
+                    f"layerwise[{index}]: {stack.path}.{name} ({type(module).__name__}) is an"
+                    " invertible step, which gets a stream and nothing else; pass ((), {})"
+                )
             steps.append(Step(stack.path, name, module, Invertible(module), module, dtype, training=stack.training))
         else:
             steps += steps_of(stack, coupled, name, module, dtype, arguments_of(index, args, kwargs, layerwise))

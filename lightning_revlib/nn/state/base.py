@@ -145,6 +145,10 @@ class CallState:
     def close(self) -> None:
         self.parts = [part for part in self.parts if part.close()]
 
+    def of_next_call(self, stream: Tensor) -> CallState:
+        """Return the state before another call of the same block, which follows this one."""
+        return self.scope.capture(self.modules[0], stream, [], "")
+
     def restore(self) -> AbstractContextManager[Any]:
         """Put in place what the call has met, and at the end what was there before."""
         parts = self.scope.with_outdated(self.parts)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_revlib.nn.coupling.base import Streams, dense
+from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.coupling.standard import Additive
 from lightning_revlib.nn.engine import release
 from lightning_revlib.nn.engine.chunks import ChunkedUndo, ChunkFrame
+from lightning_revlib.nn.engine.invertible import InvertibleFrame
 from lightning_revlib.nn.engine.schedule import Batched, Schedule
 from lightning_revlib.nn.engine.tape import Frame, Tape
+from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.steps.chunks import Chunk
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import Treatment
@@ -46,11 +49,12 @@ class Reversible(Treatment):
                 )
             a, b = dense(a), dense(b)
             self.tape = Tape(self.forward.compiler, self.forward.context_fn, self._schedule(a.device))
-        index = len(self.tape.frames)
+        index, before = len(self.tape.frames), (version(a), version(b))
         out = step.each(a, b, partial(self._record, step, ChunkedUndo()))
         if not self.is_watched and self.last is not None and self.last.sizes:  # backward comes so far, no further
             self.is_watched = True
-            self.tape.watch(index, self.forward.watch(a, b))
+            if (version(a), version(b)) == before:  # else the coupling works in place
+                self.tape.watch(index, self.forward.watch(a, b))
         return out
 
     def _schedule(self, device: torch.device) -> Schedule:
@@ -60,7 +64,9 @@ class Reversible(Treatment):
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
         state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.key)
-        if chunk is None:
+        if isinstance(step.coupling, Invertible):
+            frame: Frame = InvertibleFrame(self.tape, step, state, a, b)
+        elif chunk is None:
             frame = Frame(self.tape, step, state, a, b)
         else:
             frame = ChunkFrame(self.tape, step, state, a, b, chunk, undoing)

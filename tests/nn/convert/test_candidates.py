@@ -166,6 +166,27 @@ def test_a_candidate_that_fails_is_named() -> None:
     assert rows_of(report)["the original, checkpointed"].costs and "momentum 2^-1: layers: the streams" in str(report)
 
 
+class Sizes(nn.Module):
+    def forward(self, name: str) -> float:
+        return {"mix": 0.5}[name]
+
+
+class Helped(Layer):
+    """A layer with a module beside its branches, which takes no stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = Sizes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm1(x)) * self.sizes("mix")
+        return x + self.out(self.act(self.norm2(x)))
+
+
+def test_a_wrong_guess_of_branches_may_raise_any_error() -> None:
+    assert not any("branches" in name for name in rows_of(revlib.report(Net(Helped), sample())))
+
+
 def test_a_terminal_shows_one_line_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     revlib.report(Net(), sample())
     assert not capsys.readouterr().err

@@ -71,6 +71,7 @@ class Zoo(nn.Module):
         self.layers = nn.ModuleList([Block(8, 8) for _ in range(6)])
         self.read = nn.ModuleList([Block(8, 8) for _ in range(3)])
         self.twice = nn.ModuleList([Block(8, 8) for _ in range(3)])
+        self.recurrent = nn.ModuleList([Block(8, 8) for _ in range(3)])
         self.added = nn.ModuleList([Block(8, 8) for _ in range(3)])
         self.unused = nn.ModuleList([Block(8, 8) for _ in range(3)])
         self.backwards = nn.ModuleList([Block(8, 8) for _ in range(3)])
@@ -86,8 +87,10 @@ class Zoo(nn.Module):
             x = layer(x)
             states.append(x)
         x = torch.stack(states).mean(0)
-        for _ in range(2):
-            for layer in self.twice:
+        for layer in self.twice:
+            x = layer(layer(x))
+        for _ in range(3):
+            for layer in self.recurrent:
                 x = layer(x)
         for layer in self.added:
             x = x + layer(x)
@@ -107,12 +110,13 @@ def test_candidates_are_found_and_the_others_explained() -> None:
     )
     assert torch.equal(generator, torch.get_rng_state()) and all(p.grad is None for p in net.parameters())
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-    assert [(s.path, s.steps) for s in report.stacks] == [("stage", 6), ("layers", 6), ("read", 3)]
+    assert [(s.path, s.steps) for s in report.stacks] == [("stage", 6), ("layers", 6), ("read", 3), ("recurrent", 3)]
     momentum = {"name": "momentum", "gamma": 0.2}
     assert report.targets == {
         "stage": {"coupling": momentum, "residual": True, "split_dim": None, "ordinary": 1},
         "layers": {"coupling": momentum, "residual": True},
         "read": {"coupling": {"name": "momentum", "gamma": 0.05}, "residual": True},
+        "recurrent": {"coupling": {"name": "momentum", "gamma": 0.05}, "residual": True},
     }
     others = dict(report.others)
     for path, reason in {
@@ -134,7 +138,7 @@ def test_candidates_are_found_and_the_others_explained() -> None:
     assert isinstance(net.layers, revlib.ReversibleModuleList)
     again = revlib.report(net, x, scale=2.0)
     assert (again.held_after, again.peak_after) == (report.held_after, report.peak_after)
-    assert [s.change for s in again.stacks] == [0, 0, 0]
+    assert [s.change for s in again.stacks] == [0, 0, 0, 0]
 
 
 def test_a_model_without_stacks() -> None:

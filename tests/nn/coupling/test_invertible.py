@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -53,6 +54,61 @@ class Stretch(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         return y * (-self.log).exp()
+
+
+class ActNorm(Stretch):
+    """Takes its scale from the first batch, as Glow's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            with torch.no_grad():
+                self.log.copy_(-x.std(0).log())
+                self.ready.fill_(True)  # type: ignore[operator]
+        return super().forward(x)
+
+
+class Flagged(Stretch):
+    """The same with a flag that is a bool, and a count of calls."""
+
+    ready, calls = False, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.log.data.copy_(-x.std(0).log())
+            self.ready = True
+        self.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("step", [ActNorm, Flagged])
+def test_state_that_a_step_changes(step: Any) -> None:
+    torch.manual_seed(0)
+    blocks = [step(), nn.Linear(4, 4).double(), step(), nn.Linear(4, 4).double()]
+    x, found = torch.randn(16, 8, dtype=torch.float64), []
+    for cls in (revlib.ReversibleSequential, revlib.CoupledSequential):
+        stack = cls(*copy.deepcopy(blocks))
+        for _ in range(2):
+            stack(x).square().sum().backward()
+        state = {**stack.state_dict(), "calls": torch.tensor([getattr(m, "calls", 0) for m in stack])}
+        found.append([*[p.grad for p in stack.parameters()], *state.values()])
+    assert all(torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12) for ours, theirs in zip(*found, strict=True))
+
+
+def test_what_a_step_cannot_get_or_return() -> None:
+    class LogDet(Stretch):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.log.sum()
+
+    x = torch.randn(8, 8, dtype=torch.float64)
+    for cls in (revlib.ReversibleSequential, revlib.CoupledSequential):
+        with pytest.raises(TypeError, match="LogDet is an invertible step, which returns one stream for one"):
+            cls(LogDet(), nn.Linear(4, 4).double())(x)
+        with pytest.raises(ValueError, match=r"layerwise\[0\]: stack.0 \(Stretch\) is an invertible step"):
+            cls(Stretch(), nn.Linear(4, 4).double())(x, layerwise=[((x,), {}), ((), {})])
 
 
 def test_the_inverse_uses_the_parameters_of_a_functional_call() -> None:

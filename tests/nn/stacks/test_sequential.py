@@ -188,8 +188,10 @@ def test_a_coupling_that_works_in_place_leaves_the_input_alone() -> None:
     pair = {"coupling_forward": lambda a, f: a.add_(f), "coupling_inverse": torch.sub}
     x = torch.randn(4, 16)
     before = x.clone()
-    revlib.ReversibleSequential(nn.Linear(8, 8), nn.Linear(8, 8), **pair)(x).sum().backward()  # type: ignore[arg-type]
+    stack = revlib.ReversibleSequential(nn.Linear(8, 8), nn.Linear(8, 8), on_drift="raise", **pair)  # type: ignore[arg-type]
+    stack(x).sum().backward()
     assert torch.equal(x, before)
+    assert stack.drift is None  # the input's first half is no more what it was
 
 
 @pytest.mark.parametrize("cls", [revlib.CoupledSequential, revlib.ReversibleSequential])
