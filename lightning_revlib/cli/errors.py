@@ -43,6 +43,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str] = ()) -> st
         return _explain_argument(error, cause, command, overrides)
     if isinstance(cause, OmegaConfBaseException) and (key := cause.full_key) and "not in struct" in str(cause):
         parent, _, name = key.rpartition(".")
+        if options := _options(key):
+            return f"{key}: none is chosen; add {key}=..., one of {', '.join(options)}"
         keys = _keys(command, overrides, parent)
         where = f"{parent} has {', '.join(keys)}" if parent and keys else f"`revlib {command} --help` lists all"
         if others := _options_with(parent, name):
@@ -62,18 +64,20 @@ def _explain_override(error: Exception, overrides: Sequence[str]) -> str:
     """Return the message about an override that Hydra cannot use, if it is one."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
-    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        options = error.options or _options(group)  # none are given for one of a list
         if option in PLUGINS:
             return f"{group}={option} is a plugin of Hydra's, which is not installed: pip install {PLUGINS[option]}"
-        return f"{group}={option}: no such option{suggest(option, error.options)}; it has {', '.join(error.options)}"
+        return f"{group}={option}: no such option{suggest(option, options)}; it has {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read; write key=value or group=option, quoted if the shell needs it"
     if str(error).startswith("Config group override must be a string"):  # Hydra does not say of which
         for word in overrides:
             group, _, option = word.partition("=")
             if (options := _options(group)) and option not in options:
-                return f"{word}: no such option; it has {', '.join(options)}"
+                without = f"; ~{group} leaves it out" if option == "null" else ""
+                return f"{word}: no such option; it has {', '.join(options)}{without}"
     if str(error).startswith("Ambiguous value for argument"):
         given = str(error).split("'")[1]
         name, _, value = given.partition("=")

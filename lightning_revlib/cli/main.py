@@ -195,7 +195,7 @@ def _run(command: str, overrides: list[str]) -> int:
 
 def _with_settings(command: str, overrides: list[str]) -> list[str]:
     """Return the overrides with those of the checkpoint that they name, which may be in the folder of a run."""
-    paths = {word: word.partition("=")[2].strip("'\"") for word in overrides if word.startswith("ckpt_path=")}
+    paths = {w: w.partition("=")[2].strip("'\"") for w in overrides if w.lstrip("+").startswith("ckpt_path=")}
     (word, path), *others = paths.items() or [("", "")]
     is_sweep = "," in path and word == f"ckpt_path={path}"  # else it is quoted
     if command == "bench" or others or path in ("", "null", "???") or is_sweep:
@@ -204,9 +204,8 @@ def _with_settings(command: str, overrides: list[str]) -> list[str]:
 
     file = find(path, command)
     taken = settings(file, command, {key_of(each) for each in overrides})
-    quoted = f"ckpt_path='{file}'" if file != path else word
     place = overrides.index(word)  # in one row: argparse takes no others behind an option such as --config-dir
-    return [*overrides[:place], quoted, *taken, *overrides[place + 1 :]]
+    return [*overrides[:place], f"ckpt_path='{file}'", *taken, *overrides[place + 1 :]]
 
 
 def _compose_and_run(command: str, overrides: Sequence[str]) -> None:

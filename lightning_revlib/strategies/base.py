@@ -5,12 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from typing_extensions import override
 
 from lightning_revlib.nn import restore as restore_stacks
-from lightning_revlib.nn.coupling.registry import coupling_classes
 from lightning_revlib.nn.plan.limit import BudgetError
 from lightning_revlib.strategies.optimizer_in_backward import OptimizerInBackward
 from lightning_revlib.strategies.saved_targets import KEY, save_targets, take_targets
@@ -131,8 +129,7 @@ class ReversibleStrategyMixin(Strategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of any strategy; execute nothing in it unless `weights_only=False` allows it."""
-        with torch.serialization.safe_globals(coupling_classes()):  # hyperparameters may be couplings
-            checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
+        checkpoint = self._read_checkpoint(checkpoint_path, weights_only is not False)
         if self.lightning_module is not None:
             saved = checkpoint.pop(KEY, {})
             trainer: Any = self.lightning_module.trainer

@@ -13,9 +13,8 @@ import lightning as L
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.serialization import safe_globals
 
-from lightning_revlib.nn.coupling.registry import coupling_classes
+from lightning_revlib.recipes.display.panel import checkpoint_word
 from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint
 
 RECIPE, DATA = "revlib_recipe", "revlib_data"  # the keys under which a checkpoint names its classes
@@ -86,13 +85,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"ckpt_path={path} does not exist{_hint(file)}")
     if file.is_dir() and not is_sharded(file):
         within = sorted(file.rglob("*.ckpt"), key=lambda each: each.stat().st_mtime)
-        hint = f"; take ckpt_path={within[-1]}" if within else ", and holds no checkpoint"
+        hint = f"; take {checkpoint_word(str(within[-1]))}" if within else ", and holds no checkpoint"
         raise ValueError(f"ckpt_path={path} is a folder{hint}")
     try:
-        with safe_globals(coupling_classes()):  # hyperparameters may be couplings
-            checkpoint = (
-                merge_checkpoint(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True)
-            )
+        checkpoint = (
+            merge_checkpoint(file) if file.is_dir() else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # unpickling raises errors of many types
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise ValueError(
@@ -125,6 +123,8 @@ def load_module(cfg: DictConfig) -> L.LightningModule:
 def load_data(cfg: DictConfig) -> L.LightningDataModule:
     """Return `cfg.data` or, if it is null, the data on which the module of `cfg.ckpt_path` was trained."""
     if cfg.get("data") is not None:
+        if "_target_" not in cfg.data:
+            raise ValueError(f"data={dict(cfg.data)} names no data; choose one, too, such as data=digits")
         return instantiate(cfg.data)
     checkpoint = read(cfg.ckpt_path)
     name = checkpoint.get(DATA)
@@ -138,8 +138,7 @@ def _load(cls: Any, checkpoint: dict[str, Any]) -> Any:
     file = BytesIO()
     torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, file)
     file.seek(0)
-    with safe_globals(coupling_classes()):
-        return cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    return cls.load_from_checkpoint(file, map_location="cpu", weights_only=True)
 
 
 def _named(name: Any, cfg: DictConfig) -> type:

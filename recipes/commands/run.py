@@ -49,6 +49,7 @@ def train(cfg: DictConfig) -> float:
     data: L.LightningDataModule = instantiate(cfg.data)
     module: L.LightningModule = instantiate(cfg.recipe, **getattr(data, "model_arguments", {}))
     overrides = [*HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+    _keep_former(Path(cfg.paths.output_dir), cfg.ckpt_path)
     start = _first_step(cfg, module, overrides)
     trainer = make_trainer(cfg, [SignCheckpoint(overrides), MetricCheck(cfg.optimized_metric)])
     for logger in trainer.loggers:
@@ -139,6 +140,16 @@ def _plain(cfg: DictConfig) -> Any:
     """Return the configuration as a dictionary, without keys that are not given because the recipe has its own."""
     given = [str(key) for key in cfg if not OmegaConf.is_missing(cfg, key)]
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, given), resolve=True)
+
+
+def _keep_former(folder: Path, resumed: str | None) -> None:
+    """Raise ValueError if the run would replace the checkpoints of another one."""
+    former = sorted(folder.glob("checkpoints/*.ckpt"))
+    if former and (resumed is None or folder.resolve() not in Path(resumed).resolve().parents):
+        raise ValueError(
+            f"hydra.run.dir={folder} has checkpoints of another run, which this one would replace; name another folder,"
+            f" or go on with that run by ckpt_path={folder}"
+        )
 
 
 def _first_step(cfg: DictConfig, module: L.LightningModule, overrides: Sequence[str]) -> int:

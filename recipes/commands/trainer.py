@@ -20,8 +20,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
     """Build the Trainer of a configuration, with its callbacks and loggers."""
     _quiet()
     Path(cfg.paths.output_dir).mkdir(parents=True, exist_ok=True)
-    callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] + (callbacks or [])
-    loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()]
+    callbacks, loggers = _parts(cfg, "callbacks") + (callbacks or []), _parts(cfg, "logger")
     numbers = {}
     for key in ("max_epochs", "max_steps"):
         if (value := cfg.trainer.get(key)) is None:
@@ -29,7 +28,19 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> L.
         if type(value) not in (int, float) or not float(value).is_integer():
             raise ValueError(f"trainer.{key}={value}: pass a whole number, such as trainer.{key}=30")
         numbers[key] = int(value)  # of 1e3, say
+    for key in ("max_steps", *[f"limit_{part}_batches" for part in ("train", "val", "test", "predict")]):
+        if cfg.trainer.get(key) == 0:
+            raise ValueError(f"trainer.{key}=0: pass 1 or more, or leave it out")
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, **numbers)
+
+
+def _parts(cfg: DictConfig, group: str) -> list[Any]:
+    """Return the objects of a group, without those that are null."""
+    nodes = {name: node for name, node in (cfg.get(group) or {}).items() if node is not None}
+    for name, node in nodes.items():
+        if not isinstance(node, DictConfig):
+            raise ValueError(f"{group}.{name}={node}: to leave it out write {group}.{name}=null")
+    return [instantiate(node) for node in nodes.values()]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,8 +77,8 @@ def _within(path: str | None, folder: str) -> str:
 
 
 def checkpoint_word(path: str) -> str:
-    """Return the override that names a checkpoint, quoted for Hydra if its path needs that."""
-    return f"ckpt_path={path}" if re.fullmatch(r"[\w./+-]*", path) else f"ckpt_path='{path}'"
+    """Return the override that names a checkpoint, quoted if its path would be read as several."""
+    return f"ckpt_path='{path}'" if "," in path else f"ckpt_path={path}"
 
 
 def _tested(metrics: Mapping[str, float]) -> dict[str, float]:

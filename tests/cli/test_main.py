@@ -187,6 +187,24 @@ def test_training_goes_on_from_a_checkpoint(trained, best, tmp_path, monkeypatch
     assert "planned for 40 steps, and this run has 60" in capsys.readouterr().err
 
 
+def test_parts_that_are_left_out_and_a_checkpoint_of_lightnings_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["depth=1", "trainer.max_epochs=1", "+trainer.limit_train_batches=1", "hydra.run.dir=mine"]
+    assert main(["train", *short, "callbacks.checkpoint=null", "logger.csv=null", "logger.tensorboard=null"]) == 0
+    (file,) = Path("mine").rglob("epoch=0-step=1.ckpt")
+    capsys.readouterr()
+    assert main(["eval", "ckpt_path=mine"]) == 1
+    assert f"take ckpt_path={file}" in capsys.readouterr().err
+    assert main(["eval", f"ckpt_path={file}"]) == 0
+
+
+def test_a_run_does_not_replace_the_checkpoints_of_another(trained, tmp_path, monkeypatch, capsys):
+    folder, before = trained, {file: file.read_bytes() for file in trained.rglob("*.ckpt")}
+    assert before and main(["train", f"hydra.run.dir={folder}"]) == 1
+    assert f"hydra.run.dir={folder} has checkpoints of another run" in capsys.readouterr().err
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
 def test_another_learning_rate_on_resuming_is_an_error(best, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = [f"ckpt_path={best}", "trainer.max_epochs=9"]
@@ -493,6 +511,13 @@ def test_the_digits_reach_their_accuracy_and_can_be_inverted(experiment, least, 
             "coupling.gamma: no such key; coupling has name; add coupling=momentum or coupling=momentum_exact, which",
         ),
         (["train", "strategy=auto", "strategy.stage=3"], "add strategy=reversible_deepspeed, which has stage"),
+        (["train", "callbacks=[default,early_stoping]"], "(did you mean early_stopping?); it has breakdown"),
+        (["train", "logger=null"], "; ~logger leaves it out"),
+        (["train", "callbacks.drift=false"], "callbacks.drift=False: to leave it out write callbacks.drift=null"),
+        (["train", "+trainer.limit_test_batches=0"], "trainer.limit_test_batches=0: pass 1 or more, or leave it out"),
+        (["train", "trainer.max_steps=0"], "trainer.max_steps=0: pass 1 or more, or leave it out"),
+        (["eval", "ckpt_path=other.ckpt", "data.batch_size=7"], "data: none is chosen; add data=..., one of cifar10"),
+        (["train", "+ckpt_path=empty"], "ckpt_path=empty is a folder, and holds no checkpoint"),
         (["train", "recipe=finetune"], "recipe.model is needed: add recipe.model=..."),
         (["train", "recipe=reformer", "data=text_file"], "data.path is needed: add data.path=..."),
         (["train", "recipe=finetune", "recipe.residual=no"], "write recipe.residual=true or recipe.residual=false"),

@@ -180,3 +180,15 @@ def test_a_function_of_a_coupling_is_not_lost(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=f".*{DIFFERS}")
         trainer(tmp_path, strategy=revlib.ReversibleStrategy(targets)).test(Plain(), data(), ckpt_path=path)
+
+
+class WithCoupling(Net):
+    def __init__(self, coupling: revlib.Coupling) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_coupling_among_the_hyperparameters_is_read_by_other_strategies(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, make=lambda: WithCoupling(revlib.Momentum(0.5)), targets=None)
+    trainer(tmp_path, strategy="auto").test(WithCoupling(revlib.Momentum(0.5)), data(), ckpt_path=path)
+    assert WithCoupling.load_from_checkpoint(path, weights_only=True).hparams.coupling == revlib.Momentum(0.5)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from operator import mul
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Coupling(ABC):
     def branch_shape(self, stream: torch.Size) -> torch.Size:
         """Return the shape that a block must return for a stream of shape `stream`."""
         return stream
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `torch.load` read couplings among a checkpoint's hyperparameters with weights_only=True."""
+        super().__init_subclass__(**kwargs)
+        torch.serialization.add_safe_globals([cls])
 
     def on_grid(self, bits: int) -> Coupling:
         """Return this coupling on the grid of multiples of 2^-bits. Raises ValueError if it cannot be exact."""

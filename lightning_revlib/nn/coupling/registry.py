@@ -51,11 +51,6 @@ COUPLINGS: dict[str, type[Coupling]] = {
 """The couplings by name, as in `coupling="additive"`. Add a class of your own to give it a name."""
 
 
-def coupling_classes(base: type[Coupling] = Coupling) -> list[Any]:
-    """Return all classes of couplings that have been imported, for `torch.serialization.safe_globals`."""
-    return [each for cls in base.__subclasses__() for each in (cls, *coupling_classes(cls))]
-
-
 def get_coupling(coupling: CouplingSpec, **options: Any) -> Coupling:
     """Return the coupling that a name with options, a mapping or a `Coupling` stands for.
 
