@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_revlib.accounting.fakes import Fakes
 from lightning_revlib.accounting.optimizer import OURS, wrapped
 from lightning_revlib.accounting.step import Program
-from lightning_revlib.nn.convert.swap import Match, Record, put_back, record, stacks, swap_one
+from lightning_revlib.nn.convert.swap import preserve_stacks, stacks, swap_one
 from lightning_revlib.nn.internals import FakeTensorMode, fsdp_objects, pytree
 from lightning_revlib.nn.plan.unshard import fsdp_modules
 from lightning_revlib.pretrained.packing import unpacked
@@ -45,7 +45,7 @@ def simulated(program: Program, device: torch.device | str | None = None) -> Ite
     """
     fake = Fakes(_known(device, program.model))
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as undo:
-        undo.callback(put_back, _choose_grids(program.model))
+        _choose_grids(program.model, undo)
         _fake_tensors(program.model, fake, undo)
         for module in program.model.modules():
             if isinstance(module, DistributedDataParallel):
@@ -81,14 +81,12 @@ def _fake_tensors(model: nn.Module, fake: Fakes, undo: ExitStack) -> None:
         vars(part).update(pytree.tree_map_only(Tensor, fake, before))
 
 
-def _choose_grids(model: nn.Module) -> list[Record]:
-    """Choose the grids that a first forward would choose by values, and return what it takes to undo that."""
-    found: list[Match] = [(path, stack, None) for path, stack in stacks(model).items() if stack.grid_bits == "auto"]
-    records = record(found)
-    for path, stack, _ in found:
-        vars(stack).pop("noted", None)  # the config of a pretrained model stays as it is
+def _choose_grids(model: nn.Module, undo: ExitStack) -> None:
+    """Choose the grids that a first forward would choose by values."""
+    found = {path: stack for path, stack in stacks(model).items() if stack.grid_bits == "auto"}
+    undo.enter_context(preserve_stacks(found.values()))
+    for path, stack in found.items():
         swap_one(path, stack, {"grid_bits": GRID})
-    return records
 
 
 def _twin(optimizer: Optimizer | None, fake: Fakes) -> Optimizer | None:

@@ -17,7 +17,7 @@ from lightning_revlib.accounting.optimizer import drop_state, make_state, preser
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Memory
 from lightning_revlib.nn.convert.call import judged
-from lightning_revlib.nn.convert.swap import put_back, record, stacks
+from lightning_revlib.nn.convert.swap import preserve_stacks, stacks
 from lightning_revlib.nn.plan.unshard import fsdp_modules
 from lightning_revlib.nn.state.snapshot import preserve_state
 
@@ -75,7 +75,7 @@ def count(program: Program) -> Memory:
     model, _, batch, optimizer = program
     optimizers = () if optimizer is None else (optimizer,)
     with (
-        _preserve_stacks(model),
+        preserve_stacks(stacks(model).values()),  # the grid that is chosen, and the measured drift
         preserve_state(model),
         torch.enable_grad(),
         preserve_optimizer(optimizer),
@@ -126,19 +126,6 @@ def losses_of(out: Any, model: nn.Module) -> list[Tensor]:
             " the optimizer's step to memory"
         )
     raise ValueError(f"memory: no output of {type(model).__name__} requires grad; unfreeze a parameter")
-
-
-@contextmanager
-def _preserve_stacks(model: nn.Module) -> Iterator[None]:
-    """Put back at the end what a step changes of swapped stacks: the grid that is chosen, and the measured drift."""
-    found = stacks(model)
-    records = record([(path, stack, None) for path, stack in found.items()])
-    for stack in found.values():
-        vars(stack).pop("noted", None)  # the config of a pretrained model stays as it is
-    try:
-        yield
-    finally:
-        put_back(records)
 
 
 @contextmanager

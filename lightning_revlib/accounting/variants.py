@@ -17,7 +17,7 @@ from lightning_revlib.accounting.step import Program, losses_of
 from lightning_revlib.nn.convert.call import SILENT
 from lightning_revlib.nn.convert.candidates import paste
 from lightning_revlib.nn.convert.discover import discover
-from lightning_revlib.nn.convert.swap import find, put_back, record, stacks, swap_one
+from lightning_revlib.nn.convert.swap import find, preserve_stacks, stacks, swap_one
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.state.snapshot import preserve_state
 from lightning_revlib.pretrained.lazy_logits import ChunkedForward, chunk_loss
@@ -80,16 +80,13 @@ def _held(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def _swapped(program: Program, targets: Mapping[str, Any]) -> Iterator[Program]:
     found = find(program.model, targets or None)
-    records = record(found)
-    try:
+    with preserve_stacks(module for _, module, _ in found):
         for path, module, options in found:
             options = {**(options or {}), **SILENT}
             if options.get("grid_bits") == "auto":
                 options["grid_bits"] = GRID
             swap_one(path, module, options)
         yield program
-    finally:
-        put_back(records)
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_revlib.nn.convert.swap import Match, Targets, find, put_back, record, swap_one
+from lightning_revlib.nn.convert.swap import Match, Targets, find, preserve_stacks, swap_one
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.meter import ColumnMeter, CostMeter
 from lightning_revlib.nn.stacks.module_list import Layerwise
@@ -80,11 +80,7 @@ class Call:
 
         A grid and a plan that the first forward chooses are chosen. Stacks measure their drift and do not warn of it.
         """
-        records = record(list(found))
-        for module, _, _ in records:
-            vars(module).pop("_history", None)  # drift is measured anew
-            vars(module).pop("noted", None)  # the config of a pretrained model stays as it is
-        try:
+        with preserve_stacks(module for _, module, _ in found):
             for path, module, _ in found:
                 if path not in targets and isinstance(module, ReversibleSequential):
                     module.__class__ = CoupledSequential  # type: ignore[assignment]
@@ -98,8 +94,6 @@ class Call:
             if any(getattr(stack, "budget", None) for stack in stacks):
                 self.costs()
             yield
-        finally:
-            put_back(records)
 
     def logits_held(self) -> int:
         """Return the bytes that forward in training leaves in tensors with a column for each word of the vocabulary.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_revlib.nn.convert.call import Call, Costs, change, distance, judged
-from lightning_revlib.nn.convert.discover import TOLERANCE
+from lightning_revlib.nn.convert.discover import GRID, TOLERANCE
 from lightning_revlib.nn.convert.swap import Match
 from lightning_revlib.nn.meter import format_bytes
 
@@ -61,6 +61,7 @@ class Trials:
     max_change: float
     deadline: float  # in seconds of `time.monotonic`
     progress: Callable[[str], Any]
+    original: list[Tensor] = field(init=False)  # what the model is judged by, in training
     tried: dict[str, Candidate] = field(default_factory=dict)
     untried: dict[str, str] = field(default_factory=dict)
 
@@ -84,7 +85,8 @@ class Trials:
             return False
 
     def _try_all(self) -> None:
-        targets, needs_grid = self._targets, any("grid_bits" in (options or {}) for _, _, options in self.found)
+        targets = self._targets
+        needs_grid = any("grid_bits" in (options or {}) for _, _, options in self.found)
         ways: dict[str, dict[str, Any]] = {"": {}} | ({", by branches": self.branches} if self.branches else {})
         self._try("same", ORIGINAL, {})
         for way, branches in ways.items():
@@ -93,8 +95,8 @@ class Trials:
         for way, branches in ways.items():
             self._try_exact_momentum(way, branches)
         for (way, branches), name in product(ways.items(), ("additive", "midpoint")):
-            self._try("scratch", name + way, targets(name, branches, exact=needs_grid))
-        self._try("near", "bdia", targets("bdia", {}, exact=True))
+            self._try("scratch", name + way, targets(name, branches, **(GRID if needs_grid else {})))
+        self._try("near", "bdia", targets("bdia", {}, **GRID))
         if not needs_grid:
             self._try("near", "momentum 0.05, each third block checkpointed", targets(0.05, {}, checkpoint_each=3))
 
@@ -102,7 +104,7 @@ class Trials:
         """Try each k forward; then backward, with the least k from which on changes are small, or the least change."""
         ways = {f"exact momentum 2^-{k}{way}": 2.0**-k for k in range(MOST_BITS, 0, -1)}
         trials = [
-            self._try("near", name, self._targets(gamma, branches, exact=True), backward=False)
+            self._try("near", name, self._targets(gamma, branches, **GRID), backward=False)
             for name, gamma in ways.items()
         ]
         rows = [row for row in trials if row is not None]
@@ -111,24 +113,14 @@ class Trials:
             self._try("near", row.name, row.targets)
 
     def _targets(
-        self,
-        coupling: Any,
-        branches: Mapping[str, Any],
-        *,
-        exact: bool = False,
-        checkpoint_each: int = 0,
-        memory_budget: float | None = None,
+        self, coupling: Any, branches: Mapping[str, Any], *, checkpoint_each: int = 0, **changes: Any
     ) -> dict[str, Any]:
-        """Return options for all containers: those that were found, with another coupling, or gamma, and execution."""
+        """Return options for all containers: those that were found, with another coupling, or gamma, and changes."""
         targets: dict[str, Any] = {}
         for path, blocks, found in self.found:
             named = coupling if isinstance(coupling, str) else {"name": "momentum", "gamma": coupling}
-            options = targets[path] = {**(found or {}), "coupling": named}
-            options.pop("grid_bits", None)
-            if memory_budget is not None:
-                options["memory_budget"] = memory_budget
-            if exact:
-                options["grid_bits"] = "auto"
+            kept = {name: value for name, value in (found or {}).items() if name not in GRID}
+            options = targets[path] = {**kept, "coupling": named, **changes}
             if path in branches:
                 del options["residual"]
                 options["branches"] = branches[path]

@@ -23,7 +23,7 @@ from lightning_revlib.nn.steps.outputs import split_output
 
 TOLERANCE = 1e-3
 GAMMAS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-GRID = {"grid_bits": "auto"}
+GRID: dict[str, Any] = {"grid_bits": "auto"}
 EXACT = {"coupling": {"name": "momentum", "gamma": 2.0**-4}, **GRID}
 
 

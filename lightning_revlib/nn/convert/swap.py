@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from lightning_revlib.nn.convert.describe import STACKS, note_in_configs, noted_in_configs
 from lightning_revlib.nn.coupling.base import Coupling
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.stacks.module_list import IteratedSequential, LayerProxy, Layerwise, ReversibleModuleList
+from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise, ReversibleModuleList, proxy_of
 from lightning_revlib.nn.stacks.options import StackOptions
 from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
@@ -73,7 +74,7 @@ def swap(model: nn.Module, targets: Targets | None = None, *, strict: bool = Tru
             f"nothing to swap: {why}; build its stack from a CoupledSequential, or name an nn.Sequential or"
             " nn.ModuleList by targets: print(lightning_revlib.report(model, batch)) proposes them"
         )
-    before = record(found)
+    before = record(module for _, module, _ in found)
     try:
         for path, module, options in found:
             swap_one(path, module, options)
@@ -95,11 +96,26 @@ def _try(model: nn.Module, inputs: Any) -> None:
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
-def record(found: list[Match]) -> list[Record]:
-    """Return all that swapping changes of modules, for `put_back`."""
-    modules = [module for _, module, _ in found]
-    layers = [layer for module in modules for layer in module.children()]
-    return [(module, module.__class__, dict(vars(module))) for module in (*modules, *layers)]
+@contextmanager
+def preserve_stacks(containers: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back at the end what swaps and forwards change of containers.
+
+    Inside, their drift is measured anew, and the config of a pretrained model is not told of them.
+    """
+    before = record(containers)
+    for module, _, _ in before:
+        for name in ("_history", "noted"):
+            vars(module).pop(name, None)
+    try:
+        yield
+    finally:
+        put_back(before)
+
+
+def record(containers: Iterable[nn.Module]) -> list[Record]:
+    """Return all that swapping changes of containers and their layers, for `put_back`."""
+    modules = [m for container in containers for m in (container, *container.children())]
+    return [(m, m.__class__, dict(vars(m))) for m in modules]
 
 
 def put_back(records: list[Record]) -> None:
@@ -130,7 +146,7 @@ def restore(model: nn.Module) -> list[str]:
             own.pop(name, None)
         own.update(attributes)
     for path, m in model.named_modules():  # the rest of a list, as after model.layers = model.layers[:2]
-        if isinstance(proxy := vars(m).get("forward"), LayerProxy) and proxy.owner not in restored.values():
+        if (proxy := proxy_of(m)) and proxy.owner not in restored.values():
             proxy.release()
             restored[path] = m
     note_in_configs(model)

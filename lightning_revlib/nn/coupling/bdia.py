@@ -43,7 +43,7 @@ class BDIA(Remembering):
 
     def bind(self, a: Tensor, b: Tensor, training: bool) -> Coupling:
         if not training or self.bits is None:
-            return _BDIAStep(a.new_zeros(()), None, self.bits)
+            return _BDIAStep(0, None, self.bits)
         with torch.no_grad():
             sign = torch.randint(0, 2, (len(a), *[1] * (a.ndim - 1)), device=a.device).to(a.dtype) * 2 - 1
             return _BDIAStep(sign * self.gamma, Remainder.of(a, self.bits, 1), self.bits)
@@ -59,21 +59,18 @@ class BDIA(Remembering):
 class _BDIAStep(Alternating):
     """One step of BDIA, with its draw and its parities."""
 
-    gamma: Tensor  # (batch, 1, ...), or a zero in evaluation
+    gamma: Tensor | float  # (batch, 1, ...), or 0 in evaluation
     parity: Remainder | None  # of x-; None in evaluation
     bits: int | None  # None while `grid_bits="auto"` looks for them
 
     def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
-        if self.bits is None:
-            return b + f.to(b.dtype)
-        if self.parity is None:
-            return round_to_grid(b + f.to(b.dtype), self.bits)
-        return self.gamma * (a + self.parity.unpack(a)) + self._rest(b, f)
+        rest = self._rest(b, f)
+        return rest if self.parity is None else self.gamma * (a + self.parity.unpack(a)) + rest
 
     def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
         assert self.parity is not None
         return (out - self._rest(b, f)) / self.gamma - self.parity.unpack(out)
 
     def _rest(self, b: Tensor, f: Tensor) -> Tensor:
-        assert self.bits is not None
-        return round_to_grid((1 - self.gamma) * b + (1 + self.gamma) * f.to(b.dtype), self.bits)
+        rest = (1 - self.gamma) * b + (1 + self.gamma) * f.to(b.dtype)
+        return rest if self.bits is None else round_to_grid(rest, self.bits)

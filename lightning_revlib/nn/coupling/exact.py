@@ -1,8 +1,8 @@
 """Exact couplings: streams on a grid of multiples of u = 2^-bits, on which additions do not round.
 
 (a, b) -> (b, carry(a, b) + Q(contribution(f)))               Exact, made from additive, midpoint, leapfrog
-(a, b) -> (b, s (a - r) + Q(f))                               ExactScaled
-v' = g (v - r) + Q((1 - g) f(x)), x' = x + v'                 ExactMomentum
+(a, b) -> (b, s (a - r) + Q(f))                               ExactScaledStep, made from scaled
+v' = g (v - r) + Q((1 - g) f(x)), x' = x + v'                 ExactMomentumStep, made from momentum
 
 Q rounds to the grid. 2^-k times a number on the grid is on the grid only if the number's last k bits are zero. These
 bits are r, the remainder of the number divided by 2^k u. A step takes r off (BDIA adds it), and keeps it.

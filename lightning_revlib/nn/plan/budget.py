@@ -58,7 +58,8 @@ class Budget:
     _records: dict[str, Record] = field(default_factory=dict)
     _last: dict[str, Signature] = field(default_factory=dict)  # of each stack's last or expected run
     _ran: dict[str, tuple[str, ...]] = field(default_factory=dict)  # treatments of the stacks that ran in this step
-    _steps: dict[tuple[str, Signature], dict[str, Signature]] = field(default_factory=dict)  # the last with each run
+    # By path and signature of a run: the signatures of all stacks in the last step that had this run.
+    _steps: dict[tuple[str, Signature], dict[str, Signature]] = field(default_factory=dict)
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -181,13 +182,12 @@ class Budget:
         try:
             return self._plan({})
         except ValueError:
-            expected = self._last.keys() - self._ran.keys()
-            for path in expected or self._ran:
-                signature = self._last.pop(path)
-                if not expected:  # costs that cover smaller ones; and the next forward is to fail as well
-                    del self._records[path].costs[signature]
-            if expected:
+            if expected := self._last.keys() - self._ran.keys():
+                for path in expected:
+                    del self._last[path]
                 return None
+            for path in self._ran:  # their costs cover smaller ones; and the next forward is to fail as well
+                del self._records[path].costs[self._last.pop(path)]
             self._ran.clear()
             raise
 

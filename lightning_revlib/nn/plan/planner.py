@@ -28,7 +28,7 @@ from lightning_revlib.nn.treatments.run import Run
 class PlannedRun(Run):
     """A forward that follows the plan of a budget, or measures for it, with all steps reversible meanwhile.
 
-    `stack` has a path, options, a budget and modules, and its methods join and halve its streams.
+    `stack` has a path, options, a budget and modules, and its method `close` makes the output of a run.
     """
 
     def __init__(self, stack: Any, treatments: Sequence[str], forward: Forward) -> None:
@@ -120,7 +120,7 @@ class PlannedRun(Run):
     def _run_alone(self, step: Step, treatment: str, last: bool, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         """Run the step as the only one of a stack if it is the last, else as one with steps after it."""
         held: list[Tensor] = []  # the rebuilt streams: other steps' frames need them until backward comes to the entry
-        entry, stack = a.grad_fn or b.grad_fn, self.stack
+        entry = a.grad_fn or b.grad_fn
         if entry is not None:
             entry.register_prehook(lambda grads: held.clear())
         # returns what to call with the rebuilt streams
@@ -128,10 +128,7 @@ class PlannedRun(Run):
         run = Run([treatment], Forward([step.module], context_fn=self.forward.context_fn, watch=watch))
         clear_autocast_cache()
         a, b = run.step(step, a, b)
-        if last and stack.options.split_dim is not None:
-            return (run.join(a, b, stack.join, stack.halve),)
-        a, b = run.close(a, b)
-        return (stack.join(a, b),) if last else (a, b)
+        return (self.stack.close(run, a, b),) if last else run.close(a, b)
 
 
 def signature_of(stack: Any, step: Step, a: Tensor, b: Tensor) -> Signature:

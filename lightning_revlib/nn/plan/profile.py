@@ -42,16 +42,13 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
     hooks = [p.register_hook(_shrunk) for p in parameters]
     try:
         seed = torch.zeros((), device=a.device, requires_grad=True)
-        with preserve_state(module), torch.enable_grad(), _Meter(a.device.type) as meter:
+        with preserve_state(module), torch.enable_grad(), _Meter(a.device) as meter:
             outputs = run(*_Entry.apply(seed, a.detach(), b.detach(), (a.requires_grad, b.requires_grad)))
             given: list[Tensor] = []
             end = _Exit.apply(given if last else None, *outputs)
             del outputs
             held, forward = meter.live - end.nbytes, meter.peak
-            meter.reset_peak()
-            if end.requires_grad:
-                with torch.autocast(autocast_kind(a.device), enabled=False):  # backward is called outside of it
-                    torch.autograd.grad(end, [seed, *parameters, *arguments], allow_unused=True)
+            meter.run_backward(end, [seed, *parameters, *arguments])
             given.clear()
             work = meter.work(TREATMENTS[treatment].dispatches_in_python)
             # Of the arguments' gradients, those of later steps wait for these.
@@ -68,17 +65,14 @@ def measure_loss(loss: Callable[[Tensor], Tensor], hidden: Tensor, head: nn.Modu
     Of the gradients of the head's parameters those count that live beside the ones that stay. All is left as it was.
     """
     parameters = [p for p in head.parameters() if p.is_leaf and p.requires_grad]
-    with preserve_state(head), torch.enable_grad(), _Meter(hidden.device.type) as meter:
+    with preserve_state(head), torch.enable_grad(), _Meter(hidden.device) as meter:
         start = hidden.detach().requires_grad_(hidden.requires_grad)
         value = loss(start)
-        forward, wanted = meter.peak, [t for t in (start, *parameters) if t.requires_grad]
-        meter.reset_peak()
-        with torch.autocast(autocast_kind(hidden.device), enabled=False):  # backward is called outside of it
-            torch.autograd.grad(value, wanted, allow_unused=True)
+        forward = meter.peak
+        meter.run_backward(value, [t for t in (start, *parameters) if t.requires_grad])
         backward = meter.peak - sum(p.nbytes for p in parameters)
-    return StepCost(
-        0, 0, max(forward, backward), meter.work(in_python=False), 0
-    )  # outputs of stacks live all the while
+    # Outputs of stacks live all the while.
+    return StepCost(0, 0, max(forward, backward), meter.work(in_python=False), 0)
 
 
 class _Meter(CostMeter):
@@ -86,23 +80,31 @@ class _Meter(CostMeter):
 
     written = operations = 0
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.kind = kind
+        self.device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def run_backward(self, end: Tensor, wanted: list[Tensor]) -> None:
+        """Compute gradients, and count the peak from here on."""
+        self.reset_peak()
+        if end.requires_grad:
+            with torch.autocast(autocast_kind(self.device), enabled=False):  # backward is called outside of it
+                torch.autograd.grad(end, wanted, allow_unused=True)
+
     def work(self, in_python: bool) -> int:
         """Return the work in FLOPs."""
-        prices = CPU if self.kind == "cpu" else DEVICE
+        prices = CPU if self.device.type == "cpu" else DEVICE
         done = self.flops + prices.byte * self.written
         started = self.operations * (prices.python_dispatch if in_python else prices.operation)
-        return done + started if self.kind == "cpu" else max(done, started)  # a device works while the host starts
+        # A device works while the host starts operations.
+        return done + started if self.device.type == "cpu" else max(done, started)
 
     def _count(self, tensor: Tensor, key: int) -> None:
-        if tensor.device.type != self.kind:
+        if tensor.device.type != self.device.type:
             return
         super()._count(tensor, key)
         self.written += tensor.untyped_storage().nbytes()

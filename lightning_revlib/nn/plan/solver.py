@@ -127,10 +127,9 @@ def uniform_choices(steps: Steps) -> dict[str, list[str]]:
 def peak_and_work(steps: Steps, treatments: Sequence[str]) -> tuple[int, int]:
     """Return the peak bytes and the work of one choice of treatments."""
     peak = held = work = 0
-    boundaries = map(_boundary, [step for step, _ in steps], [None, *treatments[:-1]], treatments)
-    for (step, outside), treatment, boundary in zip(steps, treatments, boundaries, strict=True):
+    for (step, outside), before, treatment in zip(steps, [None, *treatments[:-1]], treatments, strict=True):
         cost = step.costs[treatment]
-        held += boundary
+        held += _boundary(step, before, treatment)
         peak = max(peak, held + cost.forward, outside + held + cost.backward)
         held, work = held + cost.held, work + cost.work
     return peak, work
@@ -154,7 +153,7 @@ def choose_treatments(steps: Steps, limit: int) -> Sequence[str]:
 
 
 def _search(steps: Steps, limit: int) -> list[list[str]]:
-    """Return the choice with the least work whose peak is within the limit, if there is one."""
+    """Return a list of the choice with the least work whose peak is within the limit; an empty one if none is."""
     fronts: dict[str | None, list[Point]] = {None: [(0, 0, None)]}  # by the treatment before, if it is reversible
     for step, outside in steps:
         grown: dict[str | None, list[Point]] = {}

@@ -15,26 +15,35 @@ from lightning_revlib.nn.steps.outputs import split_output
 from lightning_revlib.nn.steps.step import Arguments, Step
 
 
-def build_steps(stack: Any, dtype: torch.dtype, args: Any, kwargs: Any, layerwise: Any) -> list[Step]:
-    """Return all steps of a stack, those after its ordinary blocks. Raises ValueError for wrong `layerwise`."""
-    if layerwise is not None and len(layerwise) != len(stack):
+def arguments_of_blocks(
+    stack: Any, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Arguments] | None
+) -> list[Arguments]:
+    """Return each block's arguments: the common ones and, after and above them, its own. Raises ValueError."""
+    if layerwise is None:
+        return [(args, kwargs)] * len(stack)
+    if len(layerwise) != len(stack):
         raise ValueError(
             f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {len(stack)} blocks"
         )
+    for number, (name, module) in enumerate(stack._modules.items()):
+        if is_invertible(module) and any(layerwise[number]):
+            raise ValueError(
+                f"layerwise[{number}]: {stack.path}.{name} ({type(module).__name__}) is an invertible step, which gets"
+                " a stream and nothing else; pass ((), {})"
+            )
+    return [((*args, *own), {**kwargs, **named}) for own, named in layerwise]
+
+
+def build_steps(stack: Any, dtype: torch.dtype, arguments: Sequence[Arguments]) -> list[Step]:
+    """Return all steps of a stack, those after its ordinary blocks, given the arguments of each block."""
     stack.step_treatments()
-    ordinary, coupled, steps = stack.options.ordinary, 0, []
-    for index, (name, module) in enumerate(stack._modules.items()):
-        if index < ordinary:
-            continue
+    coupled, steps = 0, []
+    blocks = list(zip(stack._modules.items(), arguments, strict=True))
+    for (name, module), given in blocks[stack.options.ordinary :]:
         if is_invertible(module):
-            if layerwise is not None and any(layerwise[index]):
-                raise ValueError(
-                    f"layerwise[{index}]: {stack.path}.{name} ({type(module).__name__}) is an"
-                    " invertible step, which gets a stream and nothing else; pass ((), {})"
-                )
             steps.append(Step(stack.path, name, module, Invertible(module), module, dtype, training=stack.training))
         else:
-            steps += steps_of(stack, coupled, name, module, dtype, arguments_of(index, args, kwargs, layerwise))
+            steps += steps_of(stack, coupled, name, module, dtype, given)
             coupled += 1
     return steps
 
@@ -69,15 +78,6 @@ def steps_of(
         chunks = resolved.chunks[index % len(resolved.chunks)]
         steps.append(Step(*fields) if chunks == 1 else ChunkedStep(*fields, count=chunks, dim=options.chunk_dim))
     return steps
-
-
-def arguments_of(
-    index: int, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Arguments] | None
-) -> Arguments:
-    """Return the arguments of one block: the common ones and, after and above them, its own."""
-    if layerwise is None:
-        return args, kwargs
-    return (*args, *layerwise[index][0]), {**kwargs, **layerwise[index][1]}
 
 
 def is_invertible(module: nn.Module | None) -> bool:

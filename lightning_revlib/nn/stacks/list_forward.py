@@ -96,14 +96,13 @@ def describe(x: Any) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _caches(call: Any) -> list[Any]:
-    args, kwargs = call
-    return [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
 
 
-def has_cache(call: Any, path: str) -> bool:
+def has_cache(args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> bool:
     """Return whether the call brings a cache that is not empty: layers are stored then, as they would append twice."""
-    if not any(map(_is_filled, _caches(call))):
+    if not any(_is_cache(value) and _is_filled(value) for value in (*args, *kwargs.values())):
         return False
     warnings.warn(f"{path}: gradients with a cache that is not empty: activations are stored", stacklevel=5)
     return True
@@ -116,15 +115,10 @@ def _is_filled(cache: Any) -> bool:
         return bool(cache.has_previous_state())
 
 
-def without_cache(call: Any, path: str) -> Any:
+def without_cache(args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the call without an empty cache, which would keep all keys and values, and get them twice."""
-    caches = _caches(call)
-    if not caches:
-        return call
+    if not any(map(_is_cache, (*args, *kwargs.values()))):
+        return args, kwargs
     warnings.warn(f"{path}: the cache stays empty if gradients are recorded; pass use_cache=False", stacklevel=5)
-    args, kwargs = call
-    dropped = {id(cache) for cache in caches}
-    return (
-        tuple(None if id(value) in dropped else value for value in args),
-        {name: None if id(value) in dropped else value for name, value in kwargs.items()},
-    )
+    kept = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
+    return tuple(None if _is_cache(value) else value for value in args), kept

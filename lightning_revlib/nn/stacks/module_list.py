@@ -31,6 +31,11 @@ from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
 from lightning_revlib.nn.steps.outputs import replace_first, split_output
 from lightning_revlib.nn.steps.step import Step
 
+ORDER = (
+    "the layers of a reversible list run once each, in their order. A model that skips layers or repeats them"
+    " cannot be swapped; set model.config.layerdrop = 0 if it has one; lightning_revlib.restore(model) undoes the swap"
+)
+
 
 class LayerProxy:
     """Stands in for the forward of one layer: an attribute of the layer, whose class and hooks stay."""
@@ -40,8 +45,7 @@ class LayerProxy:
         self.inner: Any = vars(module).get("forward")  # a stand-in of somebody else's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.module.__dict__.get("forward")
-        if not isinstance(self.owner, Layerwise) or (isinstance(forward, LayerProxy) and forward is not self):
+        if not isinstance(self.owner, Layerwise) or proxy_of(self.module) not in (self, None):
             return self.original()(*args, **kwargs)  # what has wrapped this proxy outlived a restore or another swap
         call = self.owner.call if is_exporting() else self.owner.call_eagerly
         return call(self, args, kwargs)
@@ -65,6 +69,12 @@ class LayerProxy:
         return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
+def proxy_of(layer: nn.Module) -> LayerProxy | None:
+    """Return the proxy that stands in for the layer's forward, if one does."""
+    forward = vars(layer).get("forward")
+    return forward if isinstance(forward, LayerProxy) else None
+
+
 class Layerwise(Reversible):
     """A container with a proxy for each of its layers; see `ReversibleModuleList`."""
 
@@ -80,8 +90,7 @@ class Layerwise(Reversible):
         if not len(self):
             raise ValueError(f"{type(self).__name__} got no blocks; pass at least one module")
         for layer in self:
-            proxy = vars(layer).get("forward")
-            if isinstance(proxy, LayerProxy) and proxy.owner is not self:
+            if (proxy := proxy_of(layer)) and proxy.owner is not self:
                 raise ValueError(
                     f"{self.name_of(layer)} is a layer of {proxy.owner.path}, too, which runs it reversibly; a layer"
                     " can be in one reversible list only: leave one of them as it is, or give it copies made"
@@ -90,14 +99,13 @@ class Layerwise(Reversible):
         super().set_options(options)
         self._forwards = {}
         for layer in list(self)[options.ordinary :]:
-            if not isinstance(vars(layer).get("forward"), LayerProxy):
+            if proxy_of(layer) is None:
                 layer.forward = LayerProxy(self, layer)
 
     def release(self) -> None:
         """Give the layers their own forward back."""
         for layer in self:
-            proxy = vars(layer).get("forward")
-            if isinstance(proxy, LayerProxy):
+            if proxy := proxy_of(layer):
                 proxy.release()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,8 +113,7 @@ class Layerwise(Reversible):
 
     def __iter__(self) -> Iterator[nn.Module]:
         for layer in super().__iter__():
-            proxy = vars(layer).get("forward")
-            if isinstance(proxy, LayerProxy) and proxy.module is not layer:
+            if (proxy := proxy_of(layer)) and proxy.module is not layer:
                 raise RuntimeError(
                     f"{self.path}: a copy of a reversible list attribute by attribute, such as one of the package"
                     " higher, has layers that run with the original weights; take torch.func.functional_call,"
@@ -129,9 +136,9 @@ class Layerwise(Reversible):
             if forward is None or not self._continues(forward, proxy.module, x):
                 forward = self._begin(proxy.module, x)
             if forward.run is None and torch.is_grad_enabled():  # a model may run its first layers under no_grad
-                self._record(forward, proxy.module, (args, kwargs), compiler)
+                self._record(forward, proxy.module, args, kwargs, compiler)
             if forward.run is not None:
-                args, kwargs = without_cache((args, kwargs), self.path)
+                args, kwargs = without_cache(args, kwargs, self.path)
             out = self._advance(forward, self._steps(forward.index, proxy, x.dtype, args, kwargs), compiler)
             if forward.index < len(self):
                 self._forwards[thread] = forward
@@ -167,9 +174,7 @@ class Layerwise(Reversible):
     def _finish(self, forward: ListForward) -> Tensor:
         if forward.run is None:
             return self.join(forward.a, forward.b)
-        out = self.join(*forward.run.close(forward.a, forward.b))
-        self.end_run(forward.run, out)
-        return out
+        return self.end_run(forward.run, forward.a, forward.b)
 
     def _begin(self, layer: nn.Module, x: Any) -> ListForward:
         """Begin a forward with its first layer; another one may have been given up before."""
@@ -177,16 +182,16 @@ class Layerwise(Reversible):
         if layer is not first:
             raise self._out_of_order(layer, f"before {self.name_of(first)}")
         layers = list(self)[self.options.ordinary :]
-        if len(self.treatments) != len(self) or any(not isinstance(vars(m).get("forward"), LayerProxy) for m in layers):
+        if len(self.treatments) != len(self) or any(proxy_of(m) is None for m in layers):
             raise RuntimeError(
                 f"{self.path}: its layers are others than when it was swapped, or the forward of one; call swap again"
             )
         return ListForward(self.options.ordinary, *self.split(x))
 
-    def _record(self, forward: ListForward, layer: nn.Module, call: Any, compiler: Any) -> None:
+    def _record(self, forward: ListForward, layer: nn.Module, args: Any, kwargs: Any, compiler: Any) -> None:
         """Run the layers from this one on reversibly, unless the call is one that cannot."""
         self._check_recording(layer)
-        if not is_exporting() and not has_cache(call, self.path):
+        if not is_exporting() and not has_cache(args, kwargs, self.path):
             forward.record(self.new_run(None, compiler, first=forward.steps))
 
     def _check_recording(self, layer: nn.Module) -> None:
@@ -286,9 +291,3 @@ class IteratedSequential(Layerwise, nn.Sequential):
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
-
-
-ORDER = (
-    "the layers of a reversible list run once each, in their order. A model that skips layers or repeats them"
-    " cannot be swapped; set model.config.layerdrop = 0 if it has one; lightning_revlib.restore(model) undoes the swap"
-)

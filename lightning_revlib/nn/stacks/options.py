@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -21,10 +21,8 @@ from lightning_revlib.nn.treatments.base import TREATMENTS
 
 OnDrift: TypeAlias = Literal["ignore", "warn_once", "warn", "raise"]
 # Options that say the same: who gives one of a group in a swap replaces the whole group.
-RIVALS = (
-    {"coupling", "coupling_forward", "coupling_inverse"},
-    {"store_last", "treatments", "memory_budget"},
-)
+EXECUTION = ("store_last", "treatments", "memory_budget")
+RIVALS = ({"coupling", "coupling_forward", "coupling_inverse"}, {*EXECUTION})
 CYCLED = ("coupling", "coupling_forward", "coupling_inverse", "chunks")  # if they are lists, over the steps
 
 
@@ -83,15 +81,21 @@ class StackOptions:
                 f"context_fn={self.context_fn!r}: treatment 'selective' has contexts of its own; take 'checkpoint' for"
                 " its blocks, or leave context_fn out"
             )
+        if len(given := [f"{name}={value!r}" for name in EXECUTION if (value := getattr(self, name))]) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same; pass one of them")
         if self.memory_budget is not None:
-            self._check_budget()
+            read_budget(self.memory_budget)
+            if self.overlap:
+                raise ValueError(
+                    f"overlap=True holds what two blocks save, memory_budget={self.memory_budget!r} counts one: pass"
+                    " one of them"
+                )
         read_chunks(self.chunks, self.chunk_dim)
         self.couplings()
 
     def merged(self, changes: Mapping[str, Any]) -> StackOptions:
-        """Return these options with others above; of options that say the same, the new ones alone."""
-        replaced = {name for group in RIVALS if group & set(changes) for name in group}
-        defaults = {f.name: f.default for f in fields(self) if f.name in replaced and f.default is not MISSING}
+        """Return these options with changes; of options that say the same, the changed ones alone."""
+        defaults = {name: getattr(StackOptions, name) for group in RIVALS if group & set(changes) for name in group}
         return replace(self, **(defaults | dict(changes)))
 
     def couplings(self) -> tuple[Coupling, ...]:
@@ -136,29 +140,12 @@ class StackOptions:
             )
         if self.treatments is None:
             return ("reversible",) * (count - self.store_last) + ("store",) * self.store_last
-        if self.store_last:
-            raise ValueError(
-                f"treatments={list(self.treatments)!r} and store_last={self.store_last} say the same; pass one of them"
-            )
         if len(self.treatments) != count or not set(self.treatments) <= TREATMENTS.keys():
             raise ValueError(
                 f"treatments={list(self.treatments)!r}: pass one of {', '.join(map(repr, TREATMENTS))} for each of"
                 f" {count} blocks"
             )
         return tuple(self.treatments)
-
-    def _check_budget(self) -> None:
-        if self.overlap:
-            raise ValueError(
-                f"overlap=True holds what two blocks save, memory_budget={self.memory_budget!r} counts one: pass one of"
-                " them"
-            )
-        if self.store_last or self.treatments:
-            raise ValueError(
-                f"memory_budget={self.memory_budget!r} chooses the treatments; leave out store_last and treatments"
-            )
-        assert self.memory_budget is not None
-        read_budget(self.memory_budget)
 
     def _check_exactness(self, blocks: Mapping[str, nn.Module]) -> None:
         for name, module in blocks.items():

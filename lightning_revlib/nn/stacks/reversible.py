@@ -46,32 +46,31 @@ class DriftHistory:
         drifts = [drift for drift in self.drifts if drift is not None]
         return torch.stack(drifts).max() if drifts else None
 
-    def compare(
-        self,
-        sentinel: Sentinel,
-        drifts: list[Tensor | None],
-        part: int,
-        options: StackOptions,
-        path: str,
-        a: Tensor,
-        b: Tensor,
-    ) -> None:
-        """Compare the streams that backward has rebuilt of one reversible part with those of forward.
+    def watch(self, drifts: list[Tensor | None], options: StackOptions, path: str, a: Tensor, b: Tensor) -> OnEntrance:
+        """Return what compares the streams a and b of one reversible part with those that backward rebuilds.
 
-        `drifts` are those of all parts of the same forward. Warns or raises as the options say.
+        `drifts` are those of all parts of the same forward. The comparison warns or raises as the options say.
         """
-        if all(drift is None for drift in drifts):
-            self.backwards += 1
-        drifts[part] = sentinel.error(a, b)
-        self.drifts = drifts
-        once = options.on_drift == "warn_once"
-        if once and not self._is_due(a):
-            return
-        drift = self.measure()
+        part, sentinel = len(drifts), Sentinel(a.detach(), b.detach())
+        drifts.append(None)
+
+        def compare(a: Tensor, b: Tensor) -> None:
+            if all(drift is None for drift in drifts):
+                self.backwards += 1
+            drifts[part] = sentinel.error(a, b)
+            self.drifts = drifts
+            if options.on_drift != "warn_once" or self._is_due(a):
+                self._check(sentinel, options, path)
+
+        return compare
+
+    def _check(self, sentinel: Sentinel, options: StackOptions, path: str) -> None:
+        """Warn or raise if the drift is too large, and its reason is not an input that was not finite itself."""
+        drift, once = self.measure(), options.on_drift == "warn_once"
         if drift is None or (size := drift.item()) <= options.drift_tolerance:
             return
         if once and math.isnan(size) and not sentinel.sums.isfinite().all():
-            return  # the input itself was not finite
+            return
         message = (
             f"{path or 'the model'}: backward rebuilt the input with a relative error of {size:.1e}, more than"
             f" drift_tolerance={options.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
@@ -81,7 +80,7 @@ class DriftHistory:
         if options.on_drift == "raise":
             raise RuntimeError(message)
         self.warned |= once
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
 
     def _is_due(self, a: Tensor) -> bool:
         """Return whether to look at this backward's drift: that of the first, the second, the fourth and so on."""
@@ -124,13 +123,14 @@ class Reversible(Stack):
             treatments, budget = tuple("checkpoint" if t == "reversible" else t for t in treatments), None
         if not self.training and "reversible" in treatments:
             self._tell_what_is_stored()
+        is_ignored = options.on_drift == "ignore"
         forward = Forward(
             blocks,
             compiler=compiler,
             context_fn=options.context_fn,
             overlap=options.overlap,
             batched=budget is None,  # which would be overrun
-            watch=partial(self._watch, []),
+            watch=None if is_ignored else partial(self.history.watch, [], options, self.path),
         )
         if budget is not None and set(treatments) == {"reversible"} and not first:
             return PlannedRun(self, treatments, forward)
@@ -149,15 +149,10 @@ class Reversible(Stack):
                 stacklevel=2,
             )
 
-    def end_run(self, run: Run, y: Tensor) -> None:
-        """End a forward with its output."""
+    def end_run(self, run: Run, a: Tensor, b: Tensor) -> Tensor:
+        """End a forward with the streams after its last step, and return its output."""
+        y = self.close(run, a, b)
         run.finish(y)
         if not run.forward.is_watched:
             self.history.forget()  # backward will measure nothing
-
-    def _watch(self, drifts: list[Tensor | None], a: Tensor, b: Tensor) -> OnEntrance | None:
-        if self.on_drift == "ignore":
-            return None
-        drifts.append(None)
-        sentinel = Sentinel(a.detach(), b.detach())
-        return partial(self.history.compare, sentinel, drifts, len(drifts) - 1, self.options, self.path)
+        return y

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from lightning_revlib.nn.coupling.registry import CouplingFunction, CouplingSpec
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
 from lightning_revlib.nn.internals import in_transform, is_exporting
 from lightning_revlib.nn.plan.limit import MemoryBudget
-from lightning_revlib.nn.stacks.build import arguments_of, build_steps
+from lightning_revlib.nn.stacks.build import arguments_of_blocks, build_steps
 from lightning_revlib.nn.stacks.options import OnDrift, StackOptions, options_of_slice
 from lightning_revlib.nn.stacks.reversible import Reversible, run_eagerly
 from lightning_revlib.nn.stacks.stack import Stack
@@ -132,9 +132,10 @@ class CoupledSequential(Stack, nn.Sequential):
         branch (a tuple, dict or dataclass that begins with it), the stack returns ``(output, extras)`` with the rest of
         each block's output, or None, in a list.
         """
-        x = self._run_ordinary(x, args, kwargs, layerwise)
+        arguments = arguments_of_blocks(self, args, kwargs, layerwise)
+        x = self._run_ordinary(x, arguments)
         a, b = self.split(x)
-        steps = build_steps(self, x.dtype, args, kwargs, layerwise)
+        steps = build_steps(self, x.dtype, arguments)
         for step in steps:
             a, b = step.run(a, b)
         return _with_extras(self.join(a, b).to(x.dtype), steps)
@@ -152,7 +153,7 @@ class CoupledSequential(Stack, nn.Sequential):
         if self.options.split_dim is None:
             raise ValueError("inverse with split_dim=None: one output does not determine two streams; set a split_dim")
         a, b = self.split(y, "output")
-        for step in reversed(build_steps(self, y.dtype, args, kwargs, layerwise)):
+        for step in reversed(build_steps(self, y.dtype, arguments_of_blocks(self, args, kwargs, layerwise))):
             a, b = step.inverse(a, b)
         return self.join(a, b).to(y.dtype)
 
@@ -186,12 +187,9 @@ class CoupledSequential(Stack, nn.Sequential):
         stack._modules = blocks._modules
         return stack
 
-    def _run_ordinary(
-        self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], layerwise: Sequence[Arguments] | None
-    ) -> Tensor:
-        for index in range(self.options.ordinary):
-            first, named = arguments_of(index, args, kwargs, layerwise)
-            x = self[index](x, *first, **named)
+    def _run_ordinary(self, x: Tensor, arguments: Sequence[Arguments]) -> Tensor:
+        for block, (args, kwargs) in zip(list(self)[: self.options.ordinary], arguments, strict=False):
+            x = block(x, *args, **kwargs)
         return x
 
 
@@ -223,12 +221,13 @@ class ReversibleSequential(Reversible, CoupledSequential):
                 "torch.func transforms cannot run a reversible stack, since they allow no saved-tensor hooks;"
                 " lightning_revlib.restore(model) makes it an ordinary one, with the same parameters"
             )
-        x = self._run_ordinary(x, args, kwargs, layerwise)
+        arguments = arguments_of_blocks(self, args, kwargs, layerwise)
+        x = self._run_ordinary(x, arguments)
         steps: list[Step] = []
         try:
             with compiled_by(None) as compiler:  # the engine is not compiled; its blocks are
                 streams = [*self.split(x, views=True)]
-                steps = build_steps(self, x.dtype, args, kwargs, layerwise)
+                steps = build_steps(self, x.dtype, arguments)
                 y = self._run(streams, steps, compiler)
                 return _with_extras(y if y.dtype is x.dtype else y.to(x.dtype), steps)
         finally:
@@ -240,12 +239,7 @@ class ReversibleSequential(Reversible, CoupledSequential):
         run = self.new_run(list(dict.fromkeys(step.module for step in steps)), compiler)
         for step in steps:
             a, b = run.step(step, a, b)
-        if self.options.split_dim is None:
-            y = self.join(*run.close(a, b))
-        else:
-            y = run.join(a, b, self.join, self.halve)
-        self.end_run(run, y)
-        return y
+        return self.end_run(run, a, b)
 
 
 def _with_extras(y: Tensor, steps: Sequence[Step]) -> Any:

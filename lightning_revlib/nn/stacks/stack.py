@@ -14,6 +14,7 @@ from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
 from lightning_revlib.nn.coupling.grid import grid_limit, round_to_grid
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
 from lightning_revlib.nn.steps.step import check_on_grid
+from lightning_revlib.nn.treatments.run import Run
 
 # Of the grid that `grid_bits="auto"` chooses: the factor by which streams may exceed what the first forward has met,
 # and the most bits; 16 keep five digits of numbers around one.
@@ -134,6 +135,10 @@ class Stack:
             last: Coupling = self.couplings[(self.step_count - 1) % len(self.couplings)]
             return last.finish(a, b)
         return torch.cat((a, b), self.options.split_dim)
+
+    def close(self, run: Run, a: Tensor, b: Tensor) -> Tensor:
+        """Close a run with the streams after its last step, and return the output that they make."""
+        return self.join(*run.close(a, b)) if self.options.split_dim is None else run.join(a, b, self.join, self.halve)
 
     def note_largest(self, a: Tensor, b: Tensor) -> None:
         """Note the largest value of streams, for the grid to be chosen."""

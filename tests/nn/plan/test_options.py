@@ -30,7 +30,7 @@ def test_what_cannot_be_planned_is_named() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="memory_budget=100 is 100 B, and the reversible stacks need at least"):
             stack(torch.randn(64, 32))
-    with pytest.raises(ValueError, match="leave out store_last and treatments"):
+    with pytest.raises(ValueError, match="say the same; pass one of them"):
         revlib.ReversibleSequential(mlp(16), memory_budget=0.5, store_last=1)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device"):
