@@ -8,7 +8,7 @@ from lightning_revlib.nn.state.context import Context, FunctionModes
 from lightning_revlib.nn.state.frozen import Frozen
 from lightning_revlib.nn.state.kernels import Kernels
 from lightning_revlib.nn.state.norm_statistics import NormStatistics
-from lightning_revlib.nn.state.parameters import Parameters
+from lightning_revlib.nn.state.parameters import Arguments, Parameters
 from lightning_revlib.nn.state.parametrizations import Parametrizations
 from lightning_revlib.nn.state.rng import Random
 from lightning_revlib.nn.state.settings import Settings
@@ -17,5 +17,5 @@ __all__ = ["KINDS", "Call", "CallState", "Scope", "State"]
 
 # Settings come before the attributes that a call itself has changed; function modes last, as they see what torch does
 # from then on.
-KINDS += [Buffers, NormStatistics, Frozen, Settings, Attributes, Parametrizations]
+KINDS += [Arguments, Buffers, NormStatistics, Frozen, Settings, Attributes, Parametrizations]
 KINDS += [Random, Parameters, Context, Kernels, Eagerness, FunctionModes]

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from numbers import Number
 from operator import is_not
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State, StateError, brief
+from lightning_revlib.nn.state.entries import ABSENT, Entry, put, swapped, value_of
 from lightning_revlib.nn.state.parameters import modified
 from lightning_revlib.nn.state.tensors import is_data, is_fake, version, without_graph, without_graphs
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
 PLAIN = (Number, str, type(None), bytes, range, Enum, torch.dtype, torch.device)  # NumPy's scalars are Numbers
 GROUPS = (tuple, list, dict)  # which count as changed if they are other objects
-ABSENT: Any = object()
 PRESENT: Any = object()  # the value that an attribute has now
-Values: TypeAlias = Sequence[tuple[dict[str, Any], dict[str, Any]]]  # attributes of modules, and values for some
 
 
 class Snapshot:
@@ -35,12 +34,12 @@ class Snapshot:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.before = [(vars(m), vars(m).copy()) for m in modules]
 
-    def changes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def changes(self) -> list[Entry]:
         """Return the values that are others now, and ABSENT for those that were not there."""
-        return [(own, former) for own, before in self.before if (former := changed_values(own, before))]
+        return [(own, *each) for own, before in self.before for each in changed_values(own, before).items()]
 
     def put_back(self) -> None:
-        set_attributes(self.changes())
+        put(self.changes())
 
 
 class Attributes(State):
@@ -56,7 +55,7 @@ class Attributes(State):
 
     def __init__(self, call: Call) -> None:
         self.before: Snapshot | None = Snapshot(call.modules)
-        self.former: Values = []
+        self.former: list[Entry] = []
         tensors = attributes_of(call.modules, Tensor)
         self.tensors = [(m, name, without_graph(t), version(t)) for m, name, t in tensors]
         found = [] if is_fake(call.stream) else attributes_of(call.modules, torch.Generator)
@@ -74,8 +73,8 @@ class Attributes(State):
                     f" again; make it a buffer, as in register_buffer({name!r}, ...), which is put back"
                 )
         assert self.before is not None
-        changes = [(own, {k: _held(v) for k, v in former.items()}) for own, former in self.before.changes()]
-        self.former = changes + [(vars(m), {name: t}) for m, name, t, _ in self.tensors]
+        self.former = [(own, name, _held(value)) for own, name, value in self.before.changes()]
+        self.former += [(vars(m), name, t) for m, name, t, _ in self.tensors]
         self.generators = [(g, state) for g, state in self.generators if not torch.equal(g.get_state(), state)]
         self.before = None
         return bool(self.former or self.generators)
@@ -85,19 +84,15 @@ class Attributes(State):
         for m, name, t, count in self.tensors:
             if version(t) != count:
                 raise modified(f"attribute {name!r} of {brief(m)}")
-        now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in self.former]
-        drawn = [(g, g.get_state()) for g, _ in self.generators]
+        former = [(own, name, value_of(own, name) if v is PRESENT else v) for own, name, v in self.former]
         tables: list[Any] = [table for m in modules for table in (m._modules, m._parameters) if isinstance(table, dict)]
-        built = [(table, table.copy()) for table in tables]
-        set_attributes(self.former)
-        _set_generators(self.generators)
-        try:
+        built = [(table, *each) for table in tables for each in table.items()]  # which the call may build again
+        with ExitStack() as undo:
+            for g, state in self.generators:
+                undo.callback(g.set_state, g.get_state())
+                g.set_state(state)
+            undo.enter_context(swapped(built + former))
             yield
-        finally:
-            set_attributes(now)
-            _set_generators(drawn)
-            for table, before in built:  # a call that builds a layer may have built it again
-                table.update(before)
 
 
 def changed_values(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
@@ -115,24 +110,9 @@ def attributes_of(modules: Sequence[nn.Module], kind: type) -> list[tuple[nn.Mod
     return [(m, name, value) for m in unusual for name, value in vars(m).items() if isinstance(value, kind)]
 
 
-def set_attributes(values: Values) -> None:
-    """Give attributes of modules these values; ABSENT deletes one."""
-    for own, attributes in values:
-        for name, value in attributes.items():
-            if value is ABSENT:
-                own.pop(name, None)
-            elif value is not PRESENT:
-                own[name] = value
-
-
 def _held(value: Any) -> Any:
     """Return a former value as a frame may hold it: PRESENT for a list or dict of objects, which may have a graph."""
     return PRESENT if isinstance(value, (list, dict)) and not is_data(value) else without_graphs(value)
-
-
-def _set_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> None:
-    for generator, state in states:
-        generator.set_state(state)
 
 
 def _is_other(before: Any, now: Any) -> bool:

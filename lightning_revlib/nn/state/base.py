@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.internals import graph_task
-from lightning_revlib.nn.state.tensors import version, without_graph
 from lightning_revlib.nn.state.torch_layers import is_inert
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
@@ -30,9 +29,8 @@ class Call(NamedTuple):
     """A block's call, or all calls of a forward: the blocks' modules, a stream, and the arguments besides.
 
     `authored` are the modules of the forward that are more than a torch layer: see `is_inert`. `arguments` are the
-    tensors among the arguments; those of a whole forward are complete when its scope is closed. `former` has
-    what calls of the forward have changed in place, for the calls before them. `part` tells calls of a block's branches
-    apart.
+    tensors among the arguments of one call. `former` has what calls of the forward have changed in place, for the calls
+    before them. `part` tells calls of a block's branches apart.
     """
 
     modules: Sequence[nn.Module]
@@ -101,65 +99,51 @@ class Scope:
     def __init__(self, blocks: Iterable[nn.Module], stream: Tensor, former: Former) -> None:
         self.grad_enabled = torch.is_grad_enabled()
         self._modules = {block: modules_of(block) for block in blocks}
-        self._arguments: list[Tensor] = []
         self._former = former
         self._task: int | None = None  # the backward for which it is known what is outdated
-        self._outdated: list[State] = []
+        self._outdated: set[State] = set()
         modules = [m for inside in self._modules.values() for m in inside]
         self._authored = frozenset([m for m in modules if not is_inert(m)])
-        call = Call(modules, stream, self._arguments, self._authored, former)
-        self._order = {kind: number for number, kind in enumerate(KINDS)}
-        self._shared = [kind(call) for kind in KINDS if kind.shared]
-        self._kinds = [kind for kind in KINDS if not kind.shared and kind.concerns(call)]
+        call = Call(modules, stream, (), self._authored, former)
+        self._kinds = [kind for kind in KINDS if kind.concerns(call)]
+        self._shared = {kind: kind(call) for kind in self._kinds if kind.shared}
 
     def capture(self, block: nn.Module, stream: Tensor, arguments: Sequence[Tensor], part: str) -> CallState:
         """Return the state before a call of `block`."""
-        arguments = [without_graph(t) for t in arguments]
-        self._arguments += arguments
         call = Call(self._modules[block], stream, arguments, self._authored, self._former, part)
-        return CallState(self, call, [kind(call) for kind in self._kinds])
+        return CallState(self, call, [self._shared[kind] if kind.shared else kind(call) for kind in self._kinds])
 
     def close(self) -> None:
-        self._shared = [state for state in self._shared if state.close()]
+        self._shared = {kind: state for kind, state in self._shared.items() if state.close()}
 
-    def with_outdated(self, parts: list[State]) -> list[State]:
-        """Return a call's states, and the shared ones that have to be restored in the backward that runs, in order."""
+    def needed(self, parts: Sequence[State]) -> list[State]:
+        """Return those of a call's states that have to be restored in the backward that runs."""
         if self._task != graph_task():
             self._task = graph_task()
-            self._outdated = [state for state in self._shared if not state.is_current()]
-        return sorted(parts + self._outdated, key=lambda state: self._order[type(state)]) if self._outdated else parts
+            self._outdated = {state for state in self._shared.values() if not state.is_current()}
+        return [state for state in parts if not state.shared or state in self._outdated]
 
 
 class CallState:
-    """State of one call of a block. `close` it after the call; `restore` it around the second run.
+    """State of one call of a block. `close` it after the call; `restore` it around the second run."""
 
-    `arguments` are the tensors among the call's arguments, with their versions before it.
-    """
-
-    __slots__ = ("arguments", "modules", "parts", "scope")
+    __slots__ = ("modules", "parts", "scope")
 
     def __init__(self, scope: Scope, call: Call, parts: list[State]) -> None:
         self.scope, self.modules, self.parts = scope, call.modules, parts
-        self.arguments = [(t, version(t)) for t in call.arguments]
 
     def close(self) -> None:
-        self.parts = [part for part in self.parts if part.close()]
+        self.parts = [part for part in self.parts if part.shared or part.close()]
 
     def of_next_call(self, stream: Tensor) -> CallState:
         """Return the state before another call of the same block, which follows this one."""
         return self.scope.capture(self.modules[0], stream, [], "")
 
-    def restore(self) -> AbstractContextManager[Any]:
-        """Put in place what the call has met, and at the end what was there before."""
-        parts = self.scope.with_outdated(self.parts)
-        if len(parts) < 2:
-            return parts[0].restore(self.modules) if parts else NOTHING
-        return self._restore(parts)
-
     @contextmanager
-    def _restore(self, parts: list[State]) -> Iterator[None]:
+    def restore(self) -> Iterator[None]:
+        """Put in place what the call has met, and at the end what was there before."""
         with ExitStack() as stack:
-            for part in parts:
+            for part in self.scope.needed(self.parts):
                 stack.enter_context(part.restore(self.modules))
             yield
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_revlib.nn.state.base import Call, State, StateError, brief
 from lightning_revlib.nn.state.buffers import changes_silently, is_known_to_keep
+from lightning_revlib.nn.state.entries import swapped
 from lightning_revlib.nn.state.parameters import Lent, is_frozen, value_then
 from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.state.torch_layers import is_torch_layer
@@ -56,20 +57,12 @@ class Frozen(State):
         self.met = []
         return True
 
-    @contextmanager
-    def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         read = [
             (m, name, p, value_then(p, count, self.values, "parameter", name, m)) for m, name, p, count in self.read
         ]
         former = self.former + [(m, name, then) for m, name, p, then in read if then is not p]
-        now = [(m, name, m._parameters[name]) for m, name, _ in former]
-        for m, name, before in former:
-            m._parameters[name] = Lent(before.clone(), requires_grad=False)
-        try:
-            yield
-        finally:
-            for m, name, p in now:
-                m._parameters[name] = p
+        return swapped((m._parameters, name, Lent(t.clone(), requires_grad=False)) for m, name, t in former)
 
 
 def may_move(m: nn.Module, name: str, part: str) -> bool:

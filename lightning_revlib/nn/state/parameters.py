@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_revlib.nn.state.base import Call, Former, State, StateError, brief
-from lightning_revlib.nn.state.tensors import is_fake, version, versions
+from lightning_revlib.nn.state.base import NOTHING, Call, Former, State, StateError, brief
+from lightning_revlib.nn.state.entries import ABSENT, swapped, value_of
+from lightning_revlib.nn.state.tensors import is_fake, version, versions, without_graph
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 
@@ -82,8 +83,32 @@ class Noted:
         return {p for (_, _, p), grad, count in columns if grad and then.get(id(p), count) != count}
 
 
+class Arguments(State):
+    """The tensors among a call's arguments, which must stay as they were before the call."""
+
+    __slots__ = ("versions",)
+
+    def __init__(self, call: Call) -> None:
+        self.versions = [(without_graph(t), version(t)) for t in call.arguments]
+
+    def close(self) -> bool:
+        for t, count in self.versions:
+            if version(t) != count:
+                raise StateError(
+                    f"an argument of shape {list(t.shape)} is changed in place by the call, which backward has to run"
+                    " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
+                )
+        return bool(self.versions)
+
+    def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        for t, count in self.versions:
+            if version(t) != count:
+                raise modified(f"an argument of shape {list(t.shape)}")
+        return NOTHING
+
+
 class Parameters(State):
-    """Parameters of modules when a forward ended, and the versions of arguments by then.
+    """Parameters of modules when a forward ended.
 
     They are noted at the end, as lazy modules make their parameters on the way. Parameters that are others by now, as
     `torch.func.functional_call` lends them, can be put in place; a tensor that was modified in place cannot.
@@ -93,17 +118,15 @@ class Parameters(State):
     """
 
     shared = True
-    __slots__ = ("arguments", "before", "by_module", "modified", "modules", "moved", "noted", "versions")
+    __slots__ = ("before", "by_module", "modified", "modules", "moved", "noted")
 
     def __init__(self, call: Call) -> None:
-        self.modules, self.arguments = call.modules, call.arguments
+        self.modules = call.modules
         _refuse_sample_gradients(call.modules)
         self.before: Noted | None = Noted(call.modules)
         self.by_module: dict[nn.Module, list[tuple[str, nn.Parameter, bool]]] = {}  # made when it is needed
 
     def close(self) -> bool:
-        self.arguments = [*{id(t): t for t in self.arguments}.values()]
-        self.versions = versions(self.arguments)
         assert self.before is not None
         self.noted = Noted(self.modules)
         self.moved = self.noted.moved_since(self.before)
@@ -111,9 +134,6 @@ class Parameters(State):
         return True
 
     def is_current(self) -> bool:
-        for t, count in zip(self.arguments, self.versions, strict=True):
-            if version(t) != count:
-                raise modified(f"an argument of shape {list(t.shape)}")
         # An error for the blocks that have them: an optimizer in backward may have stepped those of other blocks.
         self.modified = self.noted.modified()
         if self.modified or self.moved:
@@ -130,8 +150,8 @@ class Parameters(State):
                     if (m, name) in self.modified:
                         raise modified(f"parameter {name!r} of {brief(m)}")
                     if p in self.moved and type(p) in ORDINARY:
-                        undo.callback(m._parameters.__setitem__, name, m._parameters[name])
-                        m._parameters[name] = copy = Lent(p.detach().clone(), requires_grad)
+                        copy = Lent(p.detach().clone(), requires_grad)
+                        undo.enter_context(swapped([(m._parameters, name, copy)]))
                         lent.append((m, name, p, copy))
                     else:
                         _put(undo, m._parameters, name, p, requires_grad)
@@ -172,14 +192,13 @@ def _check_lent(lent: Sequence[tuple[nn.Module, str, nn.Parameter, Lent]]) -> No
 
 def _is_exchanged(p: Any) -> bool:
     """Return whether somebody else puts the parameter in place for the time of a call: FSDP, or a second run."""
-    return p is None or type(p) is Lent or type(p).__module__.startswith("torch.distributed.")
+    return p is None or p is ABSENT or type(p) is Lent or type(p).__module__.startswith("torch.distributed.")
 
 
 def _put(undo: ExitStack, parameters: Any, name: str, p: nn.Parameter, requires_grad: bool) -> None:
-    now = parameters[name] if name in parameters else None  # a scripted module has no dict of them
+    now = value_of(parameters, name)
     if now is not p and not _is_exchanged(p) and not _is_exchanged(now):
-        undo.callback(parameters.__setitem__, name, now)
-        parameters[name] = p
+        undo.enter_context(swapped([(parameters, name, p)]))
     if p.is_leaf and p.requires_grad != requires_grad:
         undo.callback(p.requires_grad_, p.requires_grad)
         p.requires_grad_(requires_grad)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from lightning_revlib.nn.state.attributes import ABSENT, PLAIN, changed_values, set_attributes
+from lightning_revlib.nn.state.attributes import PLAIN, changed_values
 from lightning_revlib.nn.state.base import Call, State
+from lightning_revlib.nn.state.entries import swapped
 
 OBJECT: Any = object()  # stands for an attribute that is not plain: it may be a tensor, whose graph refers to a frame
 
@@ -36,18 +37,13 @@ class Settings(State):
 
     @contextmanager
     def restore(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        changed = [(vars(m), self.changed[m]) for m in modules if m in self.changed]
-        now = [(own, {name: own.get(name, ABSENT) for name in former}) for own, former in changed]
-        flags = {m: m.training for m in modules if m in self.scripted}
-        set_attributes(changed)
-        for m in flags:
-            m.training = self.scripted[m]
-        try:
+        with ExitStack() as undo:
+            for m in self.scripted.keys() & set(modules):
+                undo.callback(setattr, m, "training", m.training)
+                m.training = self.scripted[m]
+            former = [(vars(m), self.changed[m]) for m in modules if m in self.changed]
+            undo.enter_context(swapped((own, name, value) for own, values in former for name, value in values.items()))
             yield
-        finally:
-            set_attributes(now)
-            for m, flag in flags.items():
-                m.training = flag
 
     def _attributes(self, m: nn.Module) -> dict[str, Any]:
         """Return a module's attributes, of an authored one the plain ones."""

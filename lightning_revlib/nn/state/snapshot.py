@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_revlib.nn.compilation import EagerMode
 from lightning_revlib.nn.internals import parametrization_cache, use_parametrization_cache
-from lightning_revlib.nn.state.attributes import Snapshot, attributes_of, set_attributes
+from lightning_revlib.nn.state.attributes import Snapshot, attributes_of
+from lightning_revlib.nn.state.entries import swapped
 from lightning_revlib.nn.state.frozen import may_move
 from lightning_revlib.nn.state.parameters import ORDINARY, Lent, is_frozen, named_parameters
 from lightning_revlib.nn.state.tensors import without_graph, written
@@ -38,17 +39,15 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         for value in [value for m in settled for value in vars(m).values() if type(value) in (dict, OrderedDict, list)]:
             undo.callback(_put_back, value, value.copy())  # hooks among them
         tensors = attributes_of(modules, Tensor)
-        undo.callback(set_attributes, [(vars(m), {name: t}) for m, name, t in tensors])
-        set_attributes([(vars(m), {name: without_graph(t)}) for m, name, t in tensors])
+        undo.enter_context(swapped((vars(m), name, without_graph(t)) for m, name, t in tensors))
         for _, _, generator in attributes_of(modules, torch.Generator):
             undo.callback(generator.set_state, generator.get_state())
         for p in model.parameters():
             undo.callback(setattr, p, "grad", p.grad)
             p.grad = None
-        for m, name, p in named_parameters(modules):
-            if is_frozen(p) and may_move(m, name, ""):  # such as a codebook
-                undo.callback(m._parameters.__setitem__, name, p)
-                m._parameters[name] = Lent(p.detach().clone(), requires_grad=False)
+        moving = [(m, name, p) for m, name, p in named_parameters(modules) if is_frozen(p) and may_move(m, name, "")]
+        codebooks = [(m._parameters, name, Lent(p.detach().clone(), requires_grad=False)) for m, name, p in moving]
+        undo.enter_context(swapped(codebooks))
         for m in modules:
             before = dict(m._buffers.items())
             undo.callback(_put_back, m._buffers, before)

@@ -18,7 +18,7 @@ from lightning_revlib.nn.coupling.base import Coupling, Streams
 from lightning_revlib.nn.coupling.invertible import Invertible
 from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.state.base import NOTHING
-from lightning_revlib.nn.state.tensors import is_fake, version, without_graphs
+from lightning_revlib.nn.state.tensors import is_fake, without_graphs
 from lightning_revlib.nn.steps.outputs import split_output
 
 Arguments: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
@@ -139,15 +139,6 @@ class Step:
             return self
         args, kwargs = without_graphs((tuple(self.args), dict(self.kwargs)))
         return replace(self, args=args, kwargs=kwargs, extra=None)
-
-    def check_arguments(self, arguments: Sequence[tuple[Tensor, int]]) -> None:
-        """Raise RuntimeError if the block has changed an argument in place, given its version before the call."""
-        for t, count in arguments:
-            if version(t) != count:
-                raise RuntimeError(
-                    f"{self.name} changes an argument of shape {list(t.shape)} in place, and backward has to run it"
-                    " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
-                )
 
     def check(self, b: Tensor, f: Any) -> None:
         """Raise TypeError or ValueError if f is no branch for stream b."""

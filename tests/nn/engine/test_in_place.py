@@ -138,7 +138,7 @@ class Accumulates(nn.Module):
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_a_block_that_changes_its_argument_is_named(treatment: Any) -> None:
     stack = revlib.ReversibleSequential(Accumulates(), treatments=[treatment])
-    with pytest.raises(RuntimeError, match=r"stack\.0 \(Accumulates\) changes an argument of shape \[3\] in place"):
+    with pytest.raises(RuntimeError, match=r"stack\.0 \(Accumulates\): an argument of shape \[3\] is changed in place"):
         stack(torch.randn(2, 6, requires_grad=True), torch.zeros(3))
 
 
@@ -151,3 +151,16 @@ def test_a_coupling_whose_inverse_changes_a_stream_is_named(width: int) -> None:
     )
     with pytest.raises(RuntimeError, match=r"stack\.2 \(Tanh\): the inverse of its coupling, Pair.*changes a stream"):
         stack(torch.randn(16, width, requires_grad=True)).sum().backward()
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor, total: Tensor) -> Tensor:
+        return torch.tanh(x) * torch.exp(total.sum())
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_an_argument_that_a_stored_block_changes(treatment: Any) -> None:
+    stack = revlib.ReversibleSequential(Reads(), Accumulates(), treatments=[treatment, "store"])
+    y = stack(torch.randn(2, 6, requires_grad=True), torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"stack\.0 \(Reads\): an argument of shape \[3\] has been modified"):
+        y.sum().backward()
