@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,21 +18,18 @@ from lightning_revlib.nn.engine.errors import (
     draws_in_batched_gradients,
     graph_freed,
     kept_modified,
-    of_state,
     saved_modified,
 )
 from lightning_revlib.nn.internals import never_compile, outside_transforms
-from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
+from lightning_revlib.nn.state.base import NOTHING, CallState
 from lightning_revlib.nn.state.tensors import versions
 from lightning_revlib.nn.steps.step import Step
 
 ContextFunction: TypeAlias = Callable[[], tuple[Any, Any]]  # contexts of a first and a second run
 
 
-def make_contexts(context_fn: ContextFunction | None) -> tuple[Any, Any]:
+def make_contexts(context_fn: ContextFunction) -> tuple[Any, Any]:
     """Return the contexts of a first and a second run."""
-    if context_fn is None:
-        return NOTHING, NOTHING
     first, second = context_fn()
     # torch 2.14 asks a selective context whether saved-tensor hooks round it are a user's: here they are the engine's.
     if getattr(first, "respect_saved_tensors_hooks", True) is None:
@@ -47,7 +44,7 @@ class Enough(BaseException):
 class SavedTensors(ABC):
     """The tensors that autograd saves while a step runs, by number; `tape` explains the whole.
 
-    While the step runs, they are at hand: its block may call autograd itself. After it, only their sizes are left.
+    While the step runs, they are at hand: its block may call autograd itself. After `end`, only their sizes are left.
     """
 
     __slots__ = (
@@ -77,37 +74,17 @@ class SavedTensors(ABC):
 
     @abstractmethod
     def recompute(self) -> None:
-        """Run the block a second time, inside of `recomputing`."""
+        """Run the block a second time, and `keep` what it saves."""
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Leave autograd with numbers inside, where the step runs first."""
-        try:
-            with saved_tensors_hooks(self._pack, self._unpack):
-                yield
-        except StateError as error:
-            raise of_state(self.step, error) from error
-        finally:
-            self._end()
+    def hooks(self) -> saved_tensors_hooks:
+        """Return the context in which the step runs first."""
+        return saved_tensors_hooks(self._pack, self._unpack)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Release the tensors when the step has run, or failed: they refer to the graph, which refers to this."""
         saved, self.saved = self.saved or [], None
         self.sizes = sizes_of([t for t, _ in saved])
         self.changed = {n: t.shape for n, (t, count) in enumerate(saved) if t._version != count}
-
-    @contextmanager
-    def recomputing(self, retain: bool) -> Iterator[list[Tensor]]:
-        """Restore the state of the first run, and have at hand what is in the list by the end, or by Enough."""
-        saved: list[Tensor] = []
-        try:
-            with suppress(Enough), self.state.restore():
-                yield saved
-            self._keep(saved, retain)
-        except StateError as error:
-            raise of_state(self.step, error) from error
-        finally:
-            saved.clear()  # the second run's graph refers to this list
 
     def run_again(self, x: Tensor, saved: list[Tensor], compiler: Any, enough: int = -1) -> Any:
         """Run the block on x again, adding to `saved` what autograd saves, and return its branch.
@@ -120,7 +97,7 @@ class SavedTensors(ABC):
         finally:
             clear_autocast_cache()  # backward may run within autocast, which would keep the weights as it casts them
 
-    def _keep(self, saved: list[Tensor], retain: bool) -> None:
+    def keep(self, saved: list[Tensor], retain: bool) -> None:
         """Have at hand what the second run has saved. Raises RuntimeError if the first has saved something else."""
         if (sizes := sizes_of(saved)) != self.sizes:
             raise computes_otherwise(self.step, self.sizes, saved, sizes, self.is_rebuilt)

@@ -40,7 +40,7 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction, SavedTensors, catch, make_contexts
 from lightning_revlib.nn.engine.schedule import Schedule
 from lightning_revlib.nn.internals import graph_is_kept, graph_task
-from lightning_revlib.nn.state.base import NOTHING, CallState
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
 from lightning_revlib.nn.steps.step import Step
 
 
@@ -59,9 +59,15 @@ class Frame(SavedTensors):
 
     def record(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         """Run the step, leaving autograd with numbers, and return the streams after it. See rule 1."""
-        first, self.rerun = make_contexts(self.tape.context_fn)
-        with self.recording():
-            self.coupling, streams = self.run(step, a, b, first)
+        tape = self.tape
+        first, self.rerun = (NOTHING, NOTHING) if tape.context_fn is None else make_contexts(tape.context_fn)
+        try:
+            with self.hooks():
+                self.coupling, streams = self.run(step, a, b, first)
+        except StateError as error:
+            raise errors.of_state(step, error) from error
+        finally:
+            self.end()
         return streams
 
     def run(self, step: Step, a: Tensor, b: Tensor, context: AbstractContextManager[Any]) -> tuple[Coupling, Streams]:
@@ -80,16 +86,23 @@ class Frame(SavedTensors):
 
         If the streams `before` are known already, the step is only run again.
         """
-        with self.recomputing(self.tape.retain) as saved:
-            b = self.coupling.recover(*out) if before is None else before[1]
-            # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
-            x = b.detach() if b.stride() == self.stride else b.new_empty_strided(b.shape, self.stride).copy_(b)
-            x.requires_grad_(self.needs_grad[1])
-            f = self.run_again(x, saved, self.tape.compiler)
-            a = self._invert(out, b, f) if before is None else before[0]
-            if len(saved) < len(self.sizes):  # the coupling saves tensors, too
-                with torch.enable_grad(), catch(saved):
-                    self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), x, f)
+        saved: list[Tensor] = []
+        try:
+            with self.state.restore():
+                b = self.coupling.recover(*out) if before is None else before[1]
+                # Laid out as in forward, and requiring grad as in forward: else the block would save other tensors.
+                x = b.detach() if b.stride() == self.stride else b.new_empty_strided(b.shape, self.stride).copy_(b)
+                x.requires_grad_(self.needs_grad[1])
+                f = self.run_again(x, saved, self.tape.compiler)
+                a = self._invert(out, b, f) if before is None else before[0]
+                if len(saved) < len(self.sizes):  # the coupling saves tensors, too
+                    with torch.enable_grad(), catch(saved):
+                        self.coupling.forward(a.detach().requires_grad_(self.needs_grad[0]), x, f)
+            self.keep(saved, self.tape.retain)
+        except StateError as error:
+            raise errors.of_state(self.step, error) from error
+        finally:
+            saved.clear()  # the second run's graph refers to this list
         return a, b
 
     def release_next(self) -> None:

@@ -139,11 +139,17 @@ class CallState:
         """Return the state before another call of the same block, which follows this one."""
         return self.scope.capture(self.modules[0], stream, [], "")
 
-    @contextmanager
-    def restore(self) -> Iterator[None]:
+    def restore(self) -> AbstractContextManager[None]:
         """Put in place what the call has met, and at the end what was there before."""
+        parts = self.scope.needed(self.parts)
+        if len(parts) < 2:
+            return parts[0].restore(self.modules) if parts else NOTHING
+        return self._restore(parts)
+
+    @contextmanager
+    def _restore(self, parts: Sequence[State]) -> Iterator[None]:
         with ExitStack() as stack:
-            for part in self.scope.needed(self.parts):
+            for part in parts:
                 stack.enter_context(part.restore(self.modules))
             yield
 

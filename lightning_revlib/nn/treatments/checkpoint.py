@@ -6,8 +6,10 @@ As `torch.utils.checkpoint` does it (https://arxiv.org/abs/1604.06174), with the
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +19,12 @@ from lightning_revlib.nn.engine import errors
 from lightning_revlib.nn.engine.saved_tensors import Enough, SavedTensors, make_contexts
 from lightning_revlib.nn.internals import surrounding_hooks
 from lightning_revlib.nn.state.attributes import Snapshot
-from lightning_revlib.nn.state.base import CallState
+from lightning_revlib.nn.state.base import NOTHING, CallState, StateError
 from lightning_revlib.nn.state.tensors import version
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import Treatment
+
+Contexts: TypeAlias = Callable[["CheckpointFrame"], tuple[Any, Any]]
 
 
 class CheckpointFrame(SavedTensors):
@@ -38,36 +42,46 @@ class CheckpointFrame(SavedTensors):
         self.version = version(b)
         self.lock = threading.RLock()  # backward on an accelerator runs in a thread of its own, beside the CPU's
 
-    def record(self, step: Step, b: Tensor, contexts: tuple[Any, Any]) -> tuple[Any, Any]:
+    def record(self, step: Step, b: Tensor, contexts: Contexts | None) -> tuple[Any, Any]:
         """Run the block, leaving autograd with numbers, and return what `step.branch` returns."""
-        first, self.rerun = contexts
-        with self.recording():
-            with first:
+        try:
+            first, self.rerun = (NOTHING, NOTHING) if contexts is None else contexts(self)
+            with self.hooks(), first:
                 out = step.branch(b, self.compiler)
+        finally:
+            self.end()
+        try:
             self.state.close()
+        except StateError as error:
+            raise errors.of_state(step, error) from error
         return out
 
     def recompute(self) -> None:
-        """Run the block again up to the last tensor that backward needs."""
         retain = torch.is_grad_enabled()  # under create_graph
-        with self.lock, torch.no_grad():
-            x = self._read_input().requires_grad_(self.needs_grad)
-            with self.recomputing(retain) as saved:
-                attributes = Snapshot(self.state.modules)
-                try:
-                    self.run_again(x, saved, self.compiler, len(self.sizes))
-                except (Enough, Exception):  # compiled code may raise another for it
-                    if len(saved) < len(self.sizes):
-                        raise
-                    attributes.put_back()  # the block may have been on its way, with others for a while
-                    raise Enough from None  # so that it is known to have ended early
+        saved: list[Tensor] = []
+        try:
+            with self.lock, torch.no_grad():
+                self._run_short(saved)
+                self.keep(saved, retain)
+        except StateError as error:
+            raise errors.of_state(self.step, error) from error
+        finally:
+            saved.clear()  # the second run's graph refers to this list
 
-    def _read_input(self) -> Tensor:
-        if self.unpack_input is not None:
-            return self.unpack_input(self.input).detach()
-        if version(self.input) != self.version:
+    def _run_short(self, saved: list[Tensor]) -> None:
+        """Run the block again up to the last tensor that backward needs."""
+        b = self.input if self.unpack_input is None else self.unpack_input(self.input).detach()
+        if self.unpack_input is None and version(b) != self.version:
             raise errors.input_modified(self.step)
-        return self.input.detach()
+        with suppress(Enough), self.state.restore():
+            attributes = Snapshot(self.state.modules)
+            try:
+                self.run_again(b.detach().requires_grad_(self.needs_grad), saved, self.compiler, len(self.sizes))
+            except (Enough, Exception):  # compiled code may raise another for it
+                if len(saved) < len(self.sizes):
+                    raise
+                attributes.put_back()  # the block may have been on its way, with others for a while
+                raise Enough from None  # so that it is known to have ended early
 
 
 class Checkpoint(Treatment):
@@ -76,11 +90,11 @@ class Checkpoint(Treatment):
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         return step.run(a, b, self.forward.compiler, partial(self._branch, step))
 
-    def contexts(self, frame: CheckpointFrame) -> tuple[Any, Any]:
-        """Return the contexts of a call's two runs."""
-        return make_contexts(self.forward.context_fn)
+    def contexts(self) -> Contexts | None:
+        """Return what makes the contexts of a call's two runs."""
+        context_fn = self.forward.context_fn
+        return None if context_fn is None else lambda frame: make_contexts(context_fn)
 
     def _branch(self, step: Step, b: Tensor, compiler: Any) -> tuple[Any, Any]:
         state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.key)
-        frame = CheckpointFrame(step, state, b, compiler)
-        return frame.record(step, b, self.contexts(frame))
+        return CheckpointFrame(step, state, b, compiler).record(step, b, self.contexts())

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_revlib.nn.internals import TorchDispatchMode, pytree
 from lightning_revlib.nn.state.tensors import places_written, version, written
-from lightning_revlib.nn.treatments.checkpoint import Checkpoint, CheckpointFrame
+from lightning_revlib.nn.treatments.checkpoint import Checkpoint, CheckpointFrame, Contexts
 
 
 class Selective(Checkpoint):
@@ -23,14 +23,18 @@ class Selective(Checkpoint):
 
     dispatches_in_python = True
 
-    def contexts(self, frame: CheckpointFrame) -> tuple[Any, Any]:
-        """Return contexts for a first and a second run: the first keeps heavy outputs for the second.
+    def contexts(self) -> Contexts | None:
+        return keep_heavy
 
-        Nothing is kept that the block has put out after the last tensor that it saves, as the second run ends there. A
-        second run for a second backward finds nothing, and computes all.
-        """
-        kept: dict[int, Any] = {}
-        return _Keep(kept, frame), _Reuse(kept)
+
+def keep_heavy(frame: CheckpointFrame) -> tuple[Any, Any]:
+    """Return contexts for a first and a second run: the first keeps heavy outputs for the second.
+
+    Nothing is kept that the block has put out after the last tensor that it saves, as the second run ends there. A
+    second run for a second backward finds nothing, and computes all.
+    """
+    kept: dict[int, Any] = {}
+    return _Keep(kept, frame), _Reuse(kept)
 
 
 class _Counting(TorchDispatchMode):
