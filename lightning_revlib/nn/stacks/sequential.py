@@ -42,7 +42,7 @@ class CoupledSequential(Stack, nn.Sequential):
     Args:
         *blocks: one or more modules; each maps a stream to a tensor of the stream's shape. A module
             with a method `inverse` (`SpaceToDepth`; not a stack) is an invertible step: it is
-            applied to both streams.
+            applied to both streams, without further arguments.
         split_dim: the dimension along which the input is halved and the output joined. None: the
             coupling's `start` makes two streams of the input's shape and `finish` makes one of them.
         coupling: a name, a mapping such as ``{"name": "momentum", "gamma": 0.9}``, a `Coupling`, or
@@ -144,7 +144,7 @@ class CoupledSequential(Stack, nn.Sequential):
         """Return the x for which ``stack(x, ...)`` is y, with the same extra arguments.
 
         Exact up to rounding in eval mode. In training mode dropout draws anew, and no inverse is
-        exact. Raises ValueError with `split_dim=None`: one output does not determine two streams.
+        exact. With gradients all blocks' activations are stored; further outputs of blocks are dropped. Raises ValueError with `split_dim=None`: one output does not determine two streams.
         """
         if self.options.ordinary:
             raise ValueError("inverse with ordinary blocks: they have none; call it on stack[ordinary:]")
