@@ -63,12 +63,12 @@ class Affine(Alternating):
 class Momentum(Coupling):
     """v' = gamma v + (1 - gamma) f(x), x' = x + v'; inverse x = x' - v', v = (v' - (1 - gamma) f) / gamma.
 
-    The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at `init(x)`, and the
-    output is x; an `init` with parameters must be a module of your model, too, or they are not trained. Each step of the
-    inverse multiplies the error of v by 1 / gamma: do not use a small gamma in a deep stack (docs/measurements/figures.md
-    has the drift by depth), unless gamma = 2^-k and `grid_bits` is set: a step then keeps the k bits of each element that
-    it would forget, and its inverse is exact. With gamma 0 it is the plain residual network, whose activations are
-    stored. Momentum ResNet, https://arxiv.org/abs/2102.07870.
+    The streams are (v, x), and the block's input is x. With `split_dim=None`, v starts at zero or at `init(x)`, and
+    the output is x; an `init` with parameters must be a module of your model, too, or they are not trained. Each
+    step of the inverse multiplies the error of v by 1 / gamma: do not use a small gamma in a deep stack
+    (docs/measurements/figures.md has the drift by depth), unless gamma = 2^-k and `grid_bits` is set: a step then
+    keeps the k bits of each element that it would forget, and its inverse is exact. With gamma 0 it is the plain
+    residual network, whose activations are stored. Momentum ResNet, https://arxiv.org/abs/2102.07870.
     """
 
     gamma: float = 0.9

@@ -143,8 +143,9 @@ class CoupledSequential(Stack, nn.Sequential):
     def inverse(self, y: Tensor, *args: Any, layerwise: Sequence[Arguments] | None = None, **kwargs: Any) -> Tensor:
         """Return the x for which ``stack(x, ...)`` is y, with the same extra arguments.
 
-        Exact up to rounding in eval mode. In training mode dropout draws anew, and no inverse is
-        exact. With gradients all blocks' activations are stored; further outputs of blocks are dropped. Raises ValueError with `split_dim=None`: one output does not determine two streams.
+        Exact up to rounding in eval mode. In training mode dropout draws anew, and no inverse is exact. With
+        gradients all blocks' activations are stored; further outputs of blocks are dropped. Raises ValueError
+        with `split_dim=None`: one output does not determine two streams.
         """
         if self.options.ordinary:
             raise ValueError("inverse with ordinary blocks: they have none; call it on stack[ordinary:]")
