@@ -19,7 +19,7 @@ from lightning_revlib.accounting.result import Memory
 from lightning_revlib.nn.convert.call import judged
 from lightning_revlib.nn.convert.swap import preserve_stacks, stacks
 from lightning_revlib.nn.plan.unshard import fsdp_modules
-from lightning_revlib.nn.state.snapshot import preserve_state
+from lightning_revlib.nn.state.preserve import preserve_state
 
 
 class Program(NamedTuple):

@@ -19,7 +19,7 @@ from lightning_revlib.nn.convert.candidates import paste
 from lightning_revlib.nn.convert.discover import discover
 from lightning_revlib.nn.convert.swap import find, preserve_stacks, stacks, swap_one
 from lightning_revlib.nn.internals import pytree
-from lightning_revlib.nn.state.snapshot import preserve_state
+from lightning_revlib.nn.state.preserve import preserve_state
 from lightning_revlib.pretrained.lazy_logits import ChunkedForward, chunk_loss
 from lightning_revlib.strategies.optimizer_in_backward import ParameterStep
 

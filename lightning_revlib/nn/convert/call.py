@@ -15,7 +15,7 @@ from lightning_revlib.nn.internals import pytree
 from lightning_revlib.nn.meter import ColumnMeter, CostMeter
 from lightning_revlib.nn.stacks.module_list import Layerwise
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.state.snapshot import preserve_state
+from lightning_revlib.nn.state.preserve import preserve_state
 
 SILENT = {"on_drift": "warn_once", "drift_tolerance": math.inf}  # options of a stack whose drift the report tells
 

@@ -19,7 +19,7 @@ from lightning_revlib.nn.convert.discover import TOLERANCE, Discovery, discover,
 from lightning_revlib.nn.convert.swap import Match, Targets, find
 from lightning_revlib.nn.engine.drift import expected_drift
 from lightning_revlib.nn.meter import format_bytes
-from lightning_revlib.nn.state.snapshot import preserve_state
+from lightning_revlib.nn.state.preserve import preserve_state
 
 
 class Stack(NamedTuple):

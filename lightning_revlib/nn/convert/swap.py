@@ -24,7 +24,7 @@ from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise
 from lightning_revlib.nn.stacks.options import StackOptions
 from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
-from lightning_revlib.nn.state.snapshot import preserve_state
+from lightning_revlib.nn.state.preserve import preserve_state
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 REVERSIBLE: dict[type[nn.Module], type[nn.Module]] = {

@@ -83,12 +83,11 @@ class PlannedRun(Run):
     def _costs(self, step: Step, a: Tensor, b: Tensor, last: bool) -> dict[str, StepCost]:
         """Return the step's cost among others, under each treatment that is possible."""
         options = self.stack.options
-        allowed = {"offload": options.offload, "selective": self.forward.context_fn is None}
         with unsharded(step.module):
             alone = {
                 name: self._cost(step, name, a, b, last)
                 for name, treatment in TREATMENTS.items()
-                if allowed.get(name, True) and treatment.is_possible(step, a.device)
+                if treatment.is_offered(options) and treatment.is_possible(step, a.device)
             }
         costs = {name: TREATMENTS[name].cost(cost, alone["store"]) for name, cost in alone.items()}
         if self.index == 0 and b.requires_grad:  # gradients: of both streams, of the input, and of the output if last

@@ -12,7 +12,7 @@ from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.meter import CostMeter
 from lightning_revlib.nn.plan.cost import RunStep
 from lightning_revlib.nn.state.context import autocast_kind
-from lightning_revlib.nn.state.snapshot import preserve_state
+from lightning_revlib.nn.state.preserve import preserve_state
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
 

@@ -22,10 +22,13 @@ ROOM, FINEST = 4, 16
 
 
 class Option:
-    """A field of a stack's options as an attribute of the stack; the options are replaced when it is set."""
+    """A field of a stack's options as an attribute of the stack; the options are replaced when it is set.
 
-    def __init__(self, source: str = "options") -> None:
-        self.source = source  # the stack's attribute that has the field
+    One that is `fixed` cannot be set, as others follow from it.
+    """
+
+    def __init__(self, source: str = "options", *, fixed: bool = False) -> None:
+        self.source, self.fixed = source, fixed  # the stack's attribute that has the field
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -34,6 +37,9 @@ class Option:
         return self if stack is None else getattr(getattr(stack, self.source), self.name)
 
     def __set__(self, stack: Any, value: Any) -> None:
+        if self.fixed:
+            target = {stack.path: {self.name: value}}
+            raise AttributeError(f"{stack.path}: set {self.name} by lightning_revlib.swap(model, {target})")
         setattr(stack, self.source, replace(getattr(stack, self.source), **{self.name: value}))
 
 
@@ -55,9 +61,9 @@ class Stack:
         def __iter__(self) -> Iterator[nn.Module]: ...
         def __getitem__(self, index: Any) -> Any: ...
 
-    split_dim, stream_dtype, residual, branches = Option(), Option(), Option(), Option()
-    grid_bits, ordinary, chunk_dim, context_fn = Option(), Option(), Option(), Option()
-    offload, overlap, on_drift, drift_tolerance = Option(), Option(), Option(), Option()
+    split_dim, stream_dtype, context_fn, offload = Option(), Option(), Option(), Option()
+    overlap, on_drift, drift_tolerance = Option(), Option(), Option()
+    grid_bits, ordinary, residual, branches, chunk_dim = (Option(fixed=True) for _ in range(5))
     couplings, treatments, chunks, budget = (Option("resolved") for _ in range(4))
 
     def set_options(self, options: StackOptions) -> None:
@@ -71,7 +77,8 @@ class Stack:
 
     def take_grid(self, bits: int) -> None:
         """Take the grid that grid_bits="auto" has chosen, here or in the run of a checkpoint."""
-        self.grid_bits, self.grid_is_chosen, self.largest = bits, True, None
+        self.options = replace(self.options, grid_bits=bits)
+        self.grid_is_chosen, self.largest = True, None
         if self.noted is not None:
             self.noted["grid_bits"] = bits
         self.couplings = tuple(c.on_grid(bits) for c in self.couplings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class Treatment(ABC):
     def is_possible(cls, step: Step, device: torch.device) -> bool:
         """Return whether the treatment fits a step; a step that it does not fit is stored."""
         return not isinstance(step.coupling, Invertible)
+
+    @classmethod
+    def is_offered(cls, options: Any) -> bool:
+        """Return whether a memory plan may choose the treatment, as far as a stack's options say."""
+        return True
 
     @abstractmethod
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:

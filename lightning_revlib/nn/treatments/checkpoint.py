@@ -96,5 +96,4 @@ class Checkpoint(Treatment):
         return None if context_fn is None else lambda frame: make_contexts(context_fn)
 
     def _branch(self, step: Step, b: Tensor, compiler: Any) -> tuple[Any, Any]:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.key)
-        return CheckpointFrame(step, state, b, compiler).record(step, b, self.contexts())
+        return CheckpointFrame(step, self.forward.capture(step, b), b, compiler).record(step, b, self.contexts())

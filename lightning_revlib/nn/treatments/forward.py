@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lightning_revlib.nn.engine.saved_tensors import ContextFunction
-from lightning_revlib.nn.state.base import Former, Scope, StateError
+from lightning_revlib.nn.state.base import CallState, Former, Scope, StateError
 from lightning_revlib.nn.steps.step import Step
 
 OnEntrance: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -51,11 +51,14 @@ class Forward:
         self.is_watched |= on_entrance is not None
         return on_entrance
 
-    def scope(self, step: Step, stream: Tensor) -> Scope:
-        """Return the state that a step's call has in common with others.
+    def capture(self, step: Step, b: Tensor) -> CallState:
+        """Return the state before a step's call on stream b.
 
         Raises RuntimeError, with the path of the stack, if a second run of its blocks would do harm.
         """
+        return self._scope_of(step, b).capture(step.module, b, step.arguments(), step.key)
+
+    def _scope_of(self, step: Step, stream: Tensor) -> Scope:
         if self._scope is None:
             try:
                 self._scope = Scope([step.module] if self.blocks is None else self.blocks, stream, self._former)

@@ -29,6 +29,10 @@ class Offload(Treatment):
     def is_possible(cls, step: Step, device: torch.device) -> bool:
         return super().is_possible(step, device) and has_streams(device)
 
+    @classmethod
+    def is_offered(cls, options: Any) -> bool:
+        return bool(options.offload)
+
     def step(self, step: Step, a: Tensor, b: Tensor) -> Streams:
         self.last = OffloadedStep(self.transfer, step.module, self.last)
         return self.last.run(step, a, b, self.forward.compiler)

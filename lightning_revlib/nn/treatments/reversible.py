@@ -33,7 +33,7 @@ class Reversible(Treatment):
     def __init__(self, forward: Forward, a: Tensor, b: Tensor) -> None:
         super().__init__(forward, a, b)
         self.last: Frame | None = None
-        self.is_watched = False
+        self.has_entrance = False
         self.entry = a.grad_fn, b.grad_fn
 
     @classmethod
@@ -51,8 +51,8 @@ class Reversible(Treatment):
             self.tape = Tape(self.forward.compiler, self.forward.context_fn, self._schedule(a.device))
         index, before = len(self.tape.frames), (version(a), version(b))
         out = step.each(a, b, partial(self._record, step, ChunkedUndo()))
-        if not self.is_watched and self.last is not None and self.last.sizes:  # backward comes so far, no further
-            self.is_watched = True
+        if not self.has_entrance and self.last is not None and self.last.sizes:  # backward comes so far, no further
+            self.has_entrance = True
             if (version(a), version(b)) == before:  # else the coupling works in place
                 self.tape.watch(index, self.forward.watch(a, b))
         return out
@@ -63,7 +63,7 @@ class Reversible(Treatment):
         return Batched() if self.forward.batched else Schedule()
 
     def _record(self, step: Step, undoing: ChunkedUndo, a: Tensor, b: Tensor, chunk: Chunk | None) -> Streams:
-        state = self.forward.scope(step, b).capture(step.module, b, step.arguments(), step.key)
+        state = self.forward.capture(step, b)
         if isinstance(step.coupling, Invertible):
             frame: Frame = InvertibleFrame(self.tape, step, state, a, b)
         elif chunk is None:

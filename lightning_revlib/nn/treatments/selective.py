@@ -23,6 +23,10 @@ class Selective(Checkpoint):
 
     dispatches_in_python = True
 
+    @classmethod
+    def is_offered(cls, options: Any) -> bool:
+        return options.context_fn is None  # it has contexts of its own
+
     def contexts(self) -> Contexts | None:
         return keep_heavy
 

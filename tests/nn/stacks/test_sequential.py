@@ -352,3 +352,14 @@ def test_an_input_made_in_inference_mode(options: dict[str, Any], grad: bool) ->
     if grad:
         y.sum().backward()
         assert all(p.grad is not None for p in stack.parameters())
+
+
+@pytest.mark.parametrize(
+    "option", [{"grid_bits": 12}, {"ordinary": 1}, {"residual": True}, {"branches": [["0"]]}], ids=str
+)
+def test_options_from_which_others_follow_are_set_by_swap(option: Any) -> None:
+    stack = revlib.ReversibleSequential(*blocks())
+    ((name, value),) = option.items()
+    with pytest.raises(AttributeError, match=rf"stack: set {name} by lightning_revlib.swap\(model, "):
+        setattr(stack, name, value)
+    assert getattr(stack, name) == getattr(revlib.ReversibleSequential(*blocks()), name)
