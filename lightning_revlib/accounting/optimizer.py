@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,6 +38,12 @@ def wrapped(optimizer: Optimizer) -> list[Optimizer]:
             if isinstance(value, Optimizer) and all(value is not other for other in found):
                 found.append(value)
     return found
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether its step needs a function that runs forward and backward, as that of LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_revlib.accounting.optimizer import drop_state, make_state, preserve_optimizer
+from lightning_revlib.accounting.optimizer import drop_state, make_state, needs_closure, preserve_optimizer
 from lightning_revlib.accounting.recorder import Recorder
 from lightning_revlib.accounting.result import Memory
 from lightning_revlib.nn.convert.call import judged
@@ -48,6 +48,11 @@ def program_of(step: Any, batch: Any, optimizer: Any, model: nn.Module | None) -
                 " parameters, such as torch.optim.AdamW; of several optimizers, count the step of each by itself"
             )
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
+    if optimizer is not None and needs_closure(optimizer):
+        raise TypeError(
+            f"memory: {type(optimizer).__name__} runs forward and backward several times in its step, by a closure, and"
+            " is not counted; leave the optimizer out"
+        )
     for module in fsdp_modules(model):  # FSDP2 leaves weights gathered after a forward without backward
         module.reshard()
     return Program(model, run, batch, optimizer)

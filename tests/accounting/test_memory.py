@@ -322,3 +322,8 @@ def test_a_sparse_buffer_cannot_be_simulated() -> None:
     model.register_buffer("adjacency", torch.eye(4).to_sparse())
     with pytest.raises(TypeError, match=r"no simulated tensors of layout torch\.sparse_coo; count real ones"):
         revlib.memory(lambda batch: entropy(model, batch), BATCH, model=model, simulate=True)
+
+
+def test_an_optimizer_that_needs_a_closure_is_named() -> None:
+    with pytest.raises(TypeError, match="memory: LBFGS runs forward and backward several times in its step"):
+        revlib.memory(nn.Linear(4, 1), torch.randn(2, 4), torch.optim.LBFGS)

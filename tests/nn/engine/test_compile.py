@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_revlib as revlib
 from tests.nn.fake_device import Device
@@ -177,7 +178,8 @@ def test_compiled_blocks_under_a_memory_budget(budget: Any) -> None:
 
 
 def test_selective_runs_compiled_blocks() -> None:
-    assert Observed(fullgraph=True, treatments=["selective"] * 3).frames()
+    if hasattr(TorchDispatchMode, "ignore_compile_internals"):  # older versions of torch have it not: blocks run eagerly there
+        assert Observed(fullgraph=True, treatments=["selective"] * 3).frames()
     torch._dynamo.reset()
     found = []
     for treatment in ("store", "selective"):
