@@ -178,7 +178,7 @@ def test_compiled_blocks_under_a_memory_budget(budget: Any) -> None:
 
 
 def test_selective_runs_compiled_blocks() -> None:
-    if hasattr(TorchDispatchMode, "ignore_compile_internals"):  # older versions of torch have it not: blocks run eagerly there
+    if hasattr(TorchDispatchMode, "ignore_compile_internals"):  # else blocks run eagerly
         assert Observed(fullgraph=True, treatments=["selective"] * 3).frames()
     torch._dynamo.reset()
     found = []
