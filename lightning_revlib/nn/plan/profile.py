@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from lightning_revlib.nn.coupling.base import has_gaps
 from lightning_revlib.nn.meter import CostMeter
 from lightning_revlib.nn.plan.cost import RunStep
 from lightning_revlib.nn.state.context import autocast_kind
+from lightning_revlib.nn.state.entries import swapped
+from lightning_revlib.nn.state.parameters import named_parameters
 from lightning_revlib.nn.state.preserve import preserve_state
 from lightning_revlib.nn.steps.step import Step
 from lightning_revlib.nn.treatments.base import TREATMENTS, StepCost
@@ -36,11 +39,9 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
     The streams and the step's module are left as they were. The gradient of the `last` step's output is held by others
     during backward.
     """
-    module = step.module
-    parameters = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
-    arguments = [t for t in step.arguments() if t.requires_grad]
-    hooks = [p.register_hook(_shrunk) for p in parameters]
-    try:
+    module, arguments = step.module, [t for t in step.arguments() if t.requires_grad]
+    with ExitStack() as undo:
+        parameters = _without_hooks(module, undo)
         seed = torch.zeros((), device=a.device, requires_grad=True)
         with preserve_state(module), torch.enable_grad(), _Meter(a.device) as meter:
             outputs = run(*_Entry.apply(seed, a.detach(), b.detach(), (a.requires_grad, b.requires_grad)))
@@ -54,9 +55,21 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
             # Of the arguments' gradients, those of later steps wait for these.
             backward = meter.peak + (0 if last else sum(t.nbytes for t in arguments))
             return StepCost(held, forward, backward, work, meter.live - end.nbytes)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _without_hooks(module: nn.Module, undo: ExitStack) -> list[nn.Parameter]:
+    """Lend a module parameters with the same values and no hooks of users; return these, and its own.
+
+    Modules such as nn.LSTM have further references to their own. What gradients all of them get takes no memory.
+    """
+    own = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
+    lent = {id(p): nn.Parameter(p.detach()) for p in own if type(p) is nn.Parameter}
+    named = named_parameters([m for m in module.modules() if isinstance(m._parameters, dict)])
+    undo.enter_context(swapped((m._parameters, name, lent[id(p)]) for m, name, p in named if id(p) in lent))
+    parameters = [*lent.values(), *own]
+    for p in parameters:
+        undo.callback(p.register_hook(_shrunk).remove)
+    return parameters
 
 
 def measure_loss(loss: Callable[[Tensor], Tensor], hidden: Tensor, head: nn.Module) -> StepCost:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 import lightning_revlib as revlib
 from tests.nn.plan.workloads import STACKS
@@ -124,3 +125,16 @@ def test_measuring_leaves_what_a_forward_moves() -> None:
         results.append([p.detach() for p in stack.parameters()])
     for each in results[1:]:
         torch.testing.assert_close(each, results[0])
+
+
+def test_measuring_calls_no_hooks_of_parameters() -> None:
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)]
+    stack = revlib.ReversibleSequential(*blocks, memory_budget="1MiB")
+    single: list[Tensor] = []
+    several: list[int] = []
+    for p in stack.parameters():
+        p.register_hook(single.append)
+    register_multi_grad_hook(list(stack.parameters()), lambda grads: several.append(len(grads)))
+    for steps in (1, 2):
+        stack(torch.randn(4, 16)).sum().backward()
+        assert len(single) == 12 * steps and several == [12] * steps
