@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_revlib.nn.coupling.base import Coupling, Streams, dense
 from lightning_revlib.nn.coupling.grid import grid_limit, round_to_grid
+from lightning_revlib.nn.internals import in_transform
 from lightning_revlib.nn.stacks.options import Resolved, StackOptions
 from lightning_revlib.nn.steps.step import check_on_grid
 from lightning_revlib.nn.treatments.run import Run
@@ -167,6 +168,11 @@ class Stack:
             raise TypeError(
                 f"grid_bits={bits}: {self.path} got a nested tensor, which torch cannot round; set"
                 " use_nested_tensor = False on your nn.TransformerEncoder"
+            )
+        if in_transform():
+            raise RuntimeError(
+                f"grid_bits={bits}: torch.func.jvp and vmap cannot run {self.path}, which rounds and looks at values;"
+                " set grid_bits=None by a swap, or call it without the transform"
             )
         grid_limit(x.dtype, bits)
         strictest = min(self.couplings, key=lambda coupling: coupling.limit(x.dtype))

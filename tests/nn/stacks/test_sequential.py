@@ -363,3 +363,9 @@ def test_options_from_which_others_follow_are_set_by_swap(option: Any) -> None:
     with pytest.raises(AttributeError, match=rf"stack: set {name} by lightning_revlib.swap\(model, "):
         setattr(stack, name, value)
     assert getattr(stack, name) == getattr(revlib.ReversibleSequential(*blocks()), name)
+
+
+def test_an_exact_stack_in_a_transform_is_refused() -> None:
+    stack, x = revlib.ReversibleSequential(*blocks(), grid_bits=12), torch.randn(3, 2, 8)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="grid_bits=12: torch.func.jvp and vmap cannot run stack"):
+        torch.vmap(stack)(x)
