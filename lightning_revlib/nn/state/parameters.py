@@ -1,17 +1,17 @@
-"""Parameters and arguments: what a block reads, and what an optimizer or the user may change since."""
+"""Parameters: what a block reads, and what an optimizer or the user may change since."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_revlib.nn.state.base import NOTHING, Call, Former, State, StateError, brief
+from lightning_revlib.nn.state.base import Call, Former, State, StateError, brief
 from lightning_revlib.nn.state.entries import ABSENT, swapped, value_of
-from lightning_revlib.nn.state.tensors import is_fake, version, versions, without_graph
+from lightning_revlib.nn.state.tensors import is_fake, version, versions
 
 ORDINARY = (Tensor, nn.Parameter)  # FSDP exchanges parameters of other types by itself
 
@@ -81,30 +81,6 @@ class Noted:
         then = dict(zip(before.ids, before.versions, strict=True))
         columns = zip(self.named, self.requires_grad, self.versions, strict=True)
         return {p for (_, _, p), grad, count in columns if grad and then.get(id(p), count) != count}
-
-
-class Arguments(State):
-    """The tensors among a call's arguments, which must stay as they were before the call."""
-
-    __slots__ = ("versions",)
-
-    def __init__(self, call: Call) -> None:
-        self.versions = [(without_graph(t), version(t)) for t in call.arguments]
-
-    def close(self) -> bool:
-        for t, count in self.versions:
-            if version(t) != count:
-                raise StateError(
-                    f"an argument of shape {list(t.shape)} is changed in place by the call, which backward has to run"
-                    " again on the same; use the operation that is not in-place, or treatment 'store' for this block"
-                )
-        return bool(self.versions)
-
-    def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-        for t, count in self.versions:
-            if version(t) != count:
-                raise modified(f"an argument of shape {list(t.shape)}")
-        return NOTHING
 
 
 class Parameters(State):
