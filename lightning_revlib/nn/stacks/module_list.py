@@ -71,7 +71,7 @@ class LayerProxy:
 
 def proxy_of(layer: nn.Module) -> LayerProxy | None:
     """Return the proxy that stands in for the layer's forward, if one does."""
-    forward = vars(layer).get("forward")
+    forward = layer.__dict__.get("forward")  # Dynamo of torch 2.8 knows no `vars`
     return forward if isinstance(forward, LayerProxy) else None
 
 
