@@ -70,7 +70,7 @@ def is_within(path: str, other: str) -> bool:
 def _is_stack(module: nn.Module) -> bool:
     if isinstance(module, Stack):
         return True
-    if not isinstance(module, CONTAINERS):
+    if not isinstance(module, CONTAINERS) or None in module._modules.values():
         return False
     kinds = Counter(type(block) for block in module if any(True for _ in block.children()))
     return bool(kinds) and max(kinds.values()) > 1

@@ -83,8 +83,9 @@ def discover_routers(model: nn.Module, run: Callable[[], Any]) -> Discovery:
 def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, _Watched]:
     """Return the containers of a model, by path, after `run()`."""
     shapes = _DynamicShapes()
-    containers = {path: m for path, m in model.named_modules() if isinstance(m, CONTAINERS)}
-    watched = {path: _Watched(path, m, shapes) for path, m in containers.items() if len(m) > 1}
+    containers = {path: m for path, m in model.named_modules() if isinstance(m, CONTAINERS) and len(m) > 1}
+    full = {path: m for path, m in containers.items() if None not in m._modules.values()}
+    watched = {path: _Watched(path, m, shapes) for path, m in full.items()}
     with ExitStack() as hooks, torch.no_grad(), shapes:
         for each in watched.values():
             each.watch(hooks)

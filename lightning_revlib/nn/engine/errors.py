@@ -40,9 +40,9 @@ def of_state(step: Step, error: StateError) -> RuntimeError:
 
 def graph_freed() -> RuntimeError:
     return RuntimeError(
-        "backward reached the graph of a block's second run, which is freed: it goes through what the block has put"
-        " into a list, dict or object of its own when backward ran it again; return it beside the branch, or keep it as"
-        " an attribute that each call sets anew"
+        "backward reached the graph of a block's second run, which is freed: it goes through what the block, or a"
+        " forward hook in it, has put into a list, dict or object when backward ran it again; return it beside the"
+        " branch, keep it as an attribute that each call sets anew, or clear a hook's list before each forward"
     )
 
 

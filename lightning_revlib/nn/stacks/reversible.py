@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_revlib.nn.engine.drift import Sentinel
+from lightning_revlib.nn.internals import graph_task
 from lightning_revlib.nn.plan.planner import PlannedRun
 from lightning_revlib.nn.plan.solver import Plan
 from lightning_revlib.nn.stacks.options import StackOptions
@@ -35,30 +36,28 @@ class DriftHistory:
 
     def __init__(self) -> None:
         self.backwards = 0  # how many have rebuilt an entrance
+        self.task = -1  # the last of them
+        self.drifts: list[Tensor] = []  # of all entrances that it has rebuilt, of one forward or several
         self.warned = False
-        self.drifts: list[Tensor | None] = []  # of the last forward's reversible parts, None until backward was there
 
     def forget(self) -> None:
         self.drifts = []
 
     def measure(self) -> Tensor | None:
-        """Return the drift without waiting for the device, the largest of all parts'; None if nothing was rebuilt."""
-        drifts = [drift for drift in self.drifts if drift is not None]
-        return torch.stack(drifts).max() if drifts else None
+        """Return the drift without waiting for the device, the largest of all; None if nothing was rebuilt."""
+        return torch.stack(self.drifts).max() if self.drifts else None
 
-    def watch(self, drifts: list[Tensor | None], options: StackOptions, path: str, a: Tensor, b: Tensor) -> OnEntrance:
-        """Return what compares the streams a and b of one reversible part with those that backward rebuilds.
+    def watch(self, options: StackOptions, path: str, a: Tensor, b: Tensor) -> OnEntrance:
+        """Return what compares the streams a and b at an entrance with those that backward rebuilds.
 
-        `drifts` are those of all parts of the same forward. The comparison warns or raises as the options say.
+        The comparison warns or raises as the options say.
         """
-        part, sentinel = len(drifts), Sentinel(a.detach(), b.detach())
-        drifts.append(None)
+        sentinel = Sentinel(a.detach(), b.detach())
 
         def compare(a: Tensor, b: Tensor) -> None:
-            if all(drift is None for drift in drifts):
-                self.backwards += 1
-            drifts[part] = sentinel.error(a, b)
-            self.drifts = drifts
+            if self.task != (task := graph_task()):
+                self.task, self.drifts, self.backwards = task, [], self.backwards + 1
+            self.drifts.append(sentinel.error(a, b))
             if options.on_drift != "warn_once" or self._is_due(a):
                 self._check(sentinel, options, path)
 
@@ -73,9 +72,11 @@ class DriftHistory:
             return
         message = (
             f"{path or 'the model'}: backward rebuilt the input with a relative error of {size:.1e}, more than"
-            f" drift_tolerance={options.drift_tolerance:.1e}, and gradients are as wrong; take a stabler coupling,"
-            " float32 streams, grid_bits, or checkpoint some blocks by `treatments`; or a block computes something else"
-            " when it runs again, from random numbers of Python's or attributes that it changes: store that one"
+            f" drift_tolerance={options.drift_tolerance:.1e}, and gradients are as wrong. If it is rounding, take a"
+            " stabler coupling, float32 streams, grid_bits, or checkpoint some blocks by `treatments`. If a block"
+            " computes something else when it runs again, from random numbers of Python's, a state in lists or objects, or"
+            " a choice between values that are nearly equal, store that block, as a checkpoint only hides it; grid_bits"
+            " mends choices"
         )
         if options.on_drift == "raise":
             raise RuntimeError(message)
@@ -130,7 +131,7 @@ class Reversible(Stack):
             context_fn=options.context_fn,
             overlap=options.overlap,
             batched=budget is None,  # which would be overrun
-            watch=None if is_ignored else partial(self.history.watch, [], options, self.path),
+            watch=None if is_ignored else partial(self.history.watch, options, self.path),
         )
         if budget is not None and set(treatments) == {"reversible"} and not first:
             return PlannedRun(self, treatments, forward)

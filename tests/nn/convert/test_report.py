@@ -295,3 +295,22 @@ def test_a_block_that_returns_no_tensor() -> None:
 
     others = dict(revlib.report(Net(), torch.randn(2, 4)).others)
     assert "blocks.1 is not called with what blocks.0 returns" in others["blocks"]
+
+
+class WithNone(nn.Module):
+    """Has a place in its list that is left empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, 8), None])  # type: ignore[list-item]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.parts[1](self.parts[0](x))
+
+
+def test_lists_with_none() -> None:
+    net, x = nn.Sequential(*[WithNone() for _ in range(3)]), torch.randn(2, 8)
+    assert [stack.path for stack in revlib.report(net, x).stacks] == [""]
+    assert revlib.memory(net, x).highest.total > 0
+    with pytest.raises(ValueError, match="has None for a layer"):
+        revlib.swap(net, {"0.parts": {"coupling": "midpoint"}})

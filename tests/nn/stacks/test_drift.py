@@ -233,3 +233,23 @@ def test_drift_is_measured_in_any_layout() -> None:
             stack = revlib.ReversibleSequential(block, block, **options).to(memory_format=last)
             stack(start).sum().backward()
             assert stack.drift is not None and stack.drift <= (0 if "grid_bits" in options else 1e-6)
+
+
+class Draws(nn.Module):
+    """Draws a random number of Python's in those of its calls that are named."""
+
+    def __init__(self, calls: set[int]) -> None:
+        super().__init__()
+        self.linear, self.calls, self.count = nn.Linear(4, 4), calls, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count[0] += 1
+        return self.linear(x).tanh() * (1 + (self.count[0] in self.calls) * random.random())
+
+
+@pytest.mark.parametrize("forward", [1, 2, 3])
+def test_drift_of_one_forward_of_three(forward: int) -> None:
+    stack, x = revlib.ReversibleSequential(*blocks(3), Draws({forward})), torch.randn(8, 8)
+    with pytest.warns(UserWarning, match="backward rebuilt the input with a relative error of"):
+        torch.stack([stack(x).sum() for _ in range(3)]).sum().backward()
+    assert stack.drift is not None and stack.drift > 1e-2
