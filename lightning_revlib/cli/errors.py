@@ -76,7 +76,7 @@ def _explain_override(error: Exception, overrides: Sequence[str]) -> str:
         for word in overrides:
             group, _, option = word.partition("=")
             if (options := _options(group)) and option not in options:
-                without = f"; ~{group} leaves it out" if option == "null" else ""
+                without = f"; ~{group} leaves it out" if option == "null" and group in ("callbacks", "logger") else ""
                 return f"{word}: no such option; it has {', '.join(options)}{without}"
     if str(error).startswith("Ambiguous value for argument"):
         given = str(error).split("'")[1]

@@ -18,11 +18,17 @@ from lightning_revlib.recipes.commands.run import RESULTS
 class SweepTable(Callback):
     """Print a row for each run of a sweep, whichever launcher and sweeper ran it."""
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note what an earlier sweep has left in the folder."""
+        folder = Path(config.hydra.sweep.dir)
+        self.former = {file: file.stat().st_mtime for file in folder.glob(f"*/{RESULTS}")}
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Read what the runs have left in the sweep's folder."""
         folder = Path(config.hydra.sweep.dir)
         found = sorted(folder.glob(f"*/{RESULTS}"), key=lambda file: (len(file.parent.name), file.parent.name))
-        runs = {file.parent: json.loads(file.read_text()) for file in found}
+        new = [file for file in found if self.former.get(file) != file.stat().st_mtime]
+        runs = {file.parent: json.loads(file.read_text()) for file in new}
         if runs:
             show_sweep(folder, runs, config.get("optimized_metric"))
 

@@ -43,9 +43,15 @@ def absolute(model: str) -> str: ...
 @overload
 def absolute(model: None) -> None: ...
 def absolute(model: str | None) -> str | None:
-    """Return the name of a model, as it is known in all folders: of a local one its path from the root."""
-    path = None if model is None else Path(model).expanduser()
-    return model if path is None or not path.exists() else str(path.resolve())
+    """Return the name of a model, as it is known in all folders: of a local one its path from the root.
+
+    One whose folder has moved is looked for below the working directory, by the end of its path.
+    """
+    if model is None:
+        return None
+    parts = Path(model).expanduser().parts
+    places = [Path(*parts[i:]) for i in range(len(parts))]
+    return next((str(place.absolute()) for place in places if place.exists()), model)
 
 
 def load_tokenizer(model: str) -> Any:
@@ -60,7 +66,7 @@ def load_tokenizer(model: str) -> Any:
 def _find(model: str) -> tuple[str, dict[str, str]]:
     """Return a folder or a name, and the further arguments of `from_pretrained`."""
     _need("transformers", model)
-    path = Path(model).expanduser()
+    path = Path(absolute(model)).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file() and (folder := _package(path.parts[0])):
             path = folder.joinpath(*path.parts[1:])

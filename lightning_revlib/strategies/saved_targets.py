@@ -44,10 +44,21 @@ def take_grids(module: nn.Module, saved: Mapping[str, Any]) -> None:
 def warn_of_differences(module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Warn if stacks compute something else than those of the module that was saved."""
     own, paths = describe_stacks(module), dict(module.named_modules())
-    others = {path: options for path, options in saved.items() if path in paths and options != own.get(path)}
+    others = {path: options for path, options in saved.items() if path in paths and not _agree(options, own.get(path))}
     if others:
         now = {path: own[path] for path in others if path in own} or "no such stacks"
         rank_zero_warn(
             f"the checkpoint's {type(module).__name__} was trained with {others}, this one has {now}, and computes"
             f" another function; lightning_revlib.swap(module, torch.load(path)[{KEY!r}]) makes it the same"
         )
+
+
+def _agree(saved: Any, own: Any) -> bool:
+    """Return whether options are the same, but for what versions up to 0.2 did not save of couplings."""
+    if isinstance(saved, dict) and isinstance(own, dict) and "name" in saved:
+        return all(key in own and own[key] == value for key, value in saved.items())
+    if isinstance(saved, dict) and isinstance(own, dict):
+        return saved.keys() == own.keys() and all(_agree(saved[key], own[key]) for key in saved)
+    if isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
+        return all(map(_agree, saved, own))
+    return bool(saved == own)

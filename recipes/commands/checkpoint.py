@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_revlib.pretrained.load import absolute
 from lightning_revlib.recipes.display.panel import checkpoint_word
 from lightning_revlib.strategies.sharded_checkpoint import is_sharded, merge_checkpoint
 
@@ -161,21 +163,33 @@ def _named(name: Any, cfg: DictConfig) -> type:
 
 def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, path: str) -> None:
     """Raise ValueError if a run cannot resume from this checkpoint."""
-    theirs, ours = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
+    theirs, ours = map(_with_paths, (checkpoint.get("hyper_parameters", {}), module.hparams))
     differing = [f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in theirs | ours if theirs.get(k) != ours.get(k)]
     if differing:
         raise ValueError(f"ckpt_path={path} was trained with {', '.join(differing)}; set the same to resume from it")
 
 
+def _with_paths(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters with the present paths of a pretrained model and its tokenizer."""
+    return {**hparams, **{key: absolute(hparams[key]) for key in ("model", "tokenizer") if key in hparams}}
+
+
 def same_optimizer(checkpoint: dict[str, Any], overrides: Sequence[str], path: str) -> None:
     """Raise ValueError for overrides that would not count, as a resumed run has the checkpoint's optimizer."""
-    trained = checkpoint.get(OVERRIDES, overrides)
-    ours = [each for each in overrides if key_of(each).partition(".")[0] == "scheduler" or ".optimizer." in each]
-    if changed := [each for each in ours if each not in trained]:
+    trained = _values(checkpoint.get(OVERRIDES, overrides))
+    keys = [key for key in _values(overrides) if key.partition(".")[0] == "scheduler" or ".optimizer." in f"{key}."]
+    ours = {key: value for key, value in _values(overrides).items() if key in keys}
+    if changed := [f"{key}={value}" for key, value in ours.items() if key not in trained or trained[key] != value]:
         raise ValueError(
             f"{', '.join(changed)}: a run that resumes goes on with the optimizer and schedule of ckpt_path={path};"
             " leave it out"
         )
+
+
+def _values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of overrides, by key."""
+    parsed = OverridesParser.create().parse_overrides([str(each) for each in overrides])
+    return {key_of(each.input_line or ""): each.value() for each in parsed}
 
 
 def _hint(file: Path) -> str:

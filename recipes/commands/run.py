@@ -147,8 +147,8 @@ def _keep_former(folder: Path, resumed: str | None) -> None:
     former = sorted(folder.glob("checkpoints/*.ckpt"))
     if former and (resumed is None or folder.resolve() not in Path(resumed).resolve().parents):
         raise ValueError(
-            f"hydra.run.dir={folder} has checkpoints of another run, which this one would replace; name another folder,"
-            f" or go on with that run by ckpt_path={folder}"
+            f"{folder} has checkpoints of another run, which this one would replace; name another folder by"
+            f" hydra.run.dir, of a sweep by hydra.sweep.dir, or go on with that run by ckpt_path={folder}"
         )
 
 

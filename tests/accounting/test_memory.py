@@ -327,3 +327,15 @@ def test_a_sparse_buffer_cannot_be_simulated() -> None:
 def test_an_optimizer_that_needs_a_closure_is_named() -> None:
     with pytest.raises(TypeError, match="memory: LBFGS runs forward and backward several times in its step"):
         revlib.memory(nn.Linear(4, 1), torch.randn(2, 4), torch.optim.LBFGS)
+
+
+def test_attributes_of_users_stay() -> None:
+    class Noting(nn.Linear):
+        noted = None
+
+    blocks = [Noting(4, 4) for _ in range(3)]
+    for block in blocks:
+        vars(block)["noted"] = 0.5
+    stack = revlib.ReversibleSequential(*blocks)
+    revlib.memory(stack, torch.randn(2, 8))
+    assert [vars(block)["noted"] for block in blocks] == [0.5] * 3

@@ -201,7 +201,7 @@ def test_parts_that_are_left_out_and_a_checkpoint_of_lightnings_name(tmp_path, m
 def test_a_run_does_not_replace_the_checkpoints_of_another(trained, tmp_path, monkeypatch, capsys):
     folder, before = trained, {file: file.read_bytes() for file in trained.rglob("*.ckpt")}
     assert before and main(["train", f"hydra.run.dir={folder}"]) == 1
-    assert f"hydra.run.dir={folder} has checkpoints of another run" in capsys.readouterr().err
+    assert f"{folder} has checkpoints of another run" in capsys.readouterr().err
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
@@ -210,6 +210,10 @@ def test_another_learning_rate_on_resuming_is_an_error(best, tmp_path, monkeypat
     options = [f"ckpt_path={best}", "trainer.max_epochs=9"]
     assert main(["train", *options, "recipe.optimizer.lr=0.5", "scheduler=none"]) == 1
     assert "revlib: recipe.optimizer.lr=0.5, scheduler=none: a run that resumes goes on" in capsys.readouterr().err
+    short = ["depth=1", "trainer.max_epochs=1", "+trainer.limit_train_batches=1"]
+    assert main(["train", *short, "recipe.optimizer.lr=0.01", "hydra.run.dir=mine"]) == 0
+    assert main(["train", "ckpt_path=mine", "trainer.max_epochs=2", "recipe.optimizer.lr=1e-2", "scheduler=none"]) == 1
+    assert "revlib: scheduler=none: a run that resumes" in capsys.readouterr().err  # 0.01 is 1e-2
 
 
 def test_the_folder_of_a_run_stands_for_its_checkpoint_and_its_settings(tmp_path, monkeypatch, capsys):

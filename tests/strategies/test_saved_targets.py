@@ -192,3 +192,34 @@ def test_a_coupling_among_the_hyperparameters_is_read_by_other_strategies(tmp_pa
     path, _ = saved(tmp_path, make=lambda: WithCoupling(revlib.Momentum(0.5)), targets=None)
     trainer(tmp_path, strategy="auto").test(WithCoupling(revlib.Momentum(0.5)), data(), ckpt_path=path)
     assert WithCoupling.load_from_checkpoint(path, weights_only=True).hparams.coupling == revlib.Momentum(0.5)
+
+
+class Cycled(revlib.Alternating):
+    """Has options of all kinds, of which only `weights` is given."""
+
+    def __init__(self, weights: Any = (1.0, 1.0), dtype: torch.dtype = torch.float32, more: Any = None) -> None:
+        self.weights, self.dtype, self.more = tuple(weights), dtype, more or {}
+
+    def combine(self, a: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return self.weights[0] * a + self.weights[1] * f
+
+    def solve(self, out: Tensor, b: Tensor, f: Tensor) -> Tensor:
+        return (out - self.weights[1] * f) / self.weights[0]
+
+
+def test_options_of_ones_own_coupling_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(revlib.COUPLINGS, "cycled", Cycled)
+    path, loss = saved(tmp_path, targets={"layers": {"coupling": {"name": "cycled", "weights": (0.5, 2.0)}}})
+    (metrics,) = trainer(tmp_path, strategy="reversible").test(Plain(), data(), ckpt_path=path, verbose=False)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_checkpoint_that_says_less_of_a_coupling_is_taken(tmp_path: Path) -> None:
+    targets = {"layers": {"coupling": {"name": "momentum", "gamma": 0.5, "init": velocity}, "residual": True}}
+    path, _ = saved(tmp_path, targets=targets)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["reversible_targets"]["layers"]["coupling"]["init"]  # as versions up to 0.2 did
+    torch.save(checkpoint, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{DIFFERS}")
+        trainer(tmp_path, strategy=revlib.ReversibleStrategy(targets)).test(Plain(), data(), ckpt_path=path)

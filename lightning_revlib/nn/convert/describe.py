@@ -86,13 +86,16 @@ def _describe_coupling(coupling: Coupling) -> dict[str, Any]:
     coupling = getattr(coupling, "inner", coupling)  # of one on the grid
     name = next((name for name, cls in COUPLINGS.items() if type(coupling) is cls), type(coupling).__qualname__)
     own, known = vars(coupling), inspect.signature(type(coupling)).parameters
-    given = {key: own[key] for key, p in known.items() if own.get(key) is not None and key != "bits"}
-    return {"name": name, **{key: _plain(value) for key, value in given.items()}}
+    given = {key: own[key] for key in known if own.get(key) is not None and key != "bits"}
+    kept = {key: x for key, x in given.items() if isinstance(x, (bool, int, float, str)) or x is not known[key].default}
+    return {"name": name, **{key: _plain(value) for key, value in kept.items()}}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(each) for each in value]
-    if isinstance(value, (bool, int, float, str)):
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (bool, int, float, str, type(None))):
         return value
     return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"

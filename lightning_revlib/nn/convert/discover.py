@@ -204,7 +204,10 @@ class _Watched:
         turns = {kind for kind, count in kinds.items() if count > 1}  # as attention and Mamba in a hybrid model
         kind = type(self.container[-1])
         alike = turns if kind in turns else {kind}
-        fits = [type(self.container[c.block]) in alike and c.before == c.after for c in reversed(self.calls)]
+        fits = [
+            type(self.container[c.block]) in alike and c.before == c.after
+            for c in reversed(self.calls[-len(self.container) :])
+        ]
         return len(fits) - len(list(takewhile(bool, fits)))
 
     def _name(self, index: int) -> str:

@@ -24,6 +24,7 @@ from lightning_revlib.nn.stacks.module_list import IteratedSequential, Layerwise
 from lightning_revlib.nn.stacks.options import StackOptions
 from lightning_revlib.nn.stacks.reversible import Reversible
 from lightning_revlib.nn.stacks.sequential import CoupledSequential, ReversibleSequential
+from lightning_revlib.nn.stacks.stack import Stack
 from lightning_revlib.nn.state.preserve import preserve_state
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -104,7 +105,7 @@ def preserve_stacks(containers: Iterable[nn.Module]) -> Iterator[None]:
     """
     before = record(containers)
     for module, _, _ in before:
-        for name in ("_history", "noted"):
+        for name in ("_history", "noted") if isinstance(module, Stack) else ():
             vars(module).pop(name, None)
     try:
         yield

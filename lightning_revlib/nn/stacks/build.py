@@ -26,7 +26,7 @@ def arguments_of_blocks(
             f"layerwise has {len(layerwise)} entries; pass one (args, kwargs) for each of {len(stack)} blocks"
         )
     for number, (name, module) in enumerate(stack._modules.items()):
-        if is_invertible(module) and any(layerwise[number]):
+        if number >= stack.options.ordinary and is_invertible(module) and any(layerwise[number]):
             raise ValueError(
                 f"layerwise[{number}]: {stack.path}.{name} ({type(module).__name__}) is an invertible step, which gets"
                 " a stream and nothing else; pass ((), {})"

@@ -23,12 +23,17 @@ class ListForward:
         self.index, self.steps = index, 0  # number of the layer that is due, and of its first step
         self.a, self.b = a, b
         self.run: Run | None = None
+        self.is_ordinary = False  # to its end
         self.handed: Any = None  # what the model was handed last
         self._versions: tuple[int, int] | None = None  # of that, and of stream a, which the model was handed before
 
     def record(self, run: Run) -> None:
         """Go on by a run."""
         self.run = run
+
+    def stay_ordinary(self) -> None:
+        """Go on by ordinary autograd, whatever the next layers get."""
+        self.is_ordinary = True
 
     def step(self, step: Step, compiler: Any) -> None:
         """Run a step of the layer that is due."""

@@ -114,14 +114,17 @@ class Layerwise(Reversible):
         return {**self.__dict__, "_forwards": {}}
 
     def __iter__(self) -> Iterator[nn.Module]:
-        for layer in super().__iter__():
-            if (proxy := proxy_of(layer)) and proxy.module is not layer:
-                raise RuntimeError(
-                    f"{self.path}: a copy of a reversible list attribute by attribute, such as one of the package"
-                    " higher, has layers that run with the original weights; take torch.func.functional_call,"
-                    " copy.deepcopy, or undo the swap by lightning_revlib.restore(model)"
-                )
-            yield layer
+        return map(self._own, super().__iter__())
+
+    def _own(self, layer: nn.Module) -> nn.Module:
+        """Return a layer. Raises RuntimeError if it would run another list's layer."""
+        if (proxy := proxy_of(layer)) and proxy.module is not layer:
+            raise RuntimeError(
+                f"{self.path}: a copy of a reversible list attribute by attribute, such as one of the package"
+                " higher, has layers that run with the original weights; take torch.func.functional_call,"
+                " copy.deepcopy, or undo the swap by lightning_revlib.restore(model)"
+            )
+        return layer
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
@@ -137,7 +140,7 @@ class Layerwise(Reversible):
             x, args, kwargs = proxy.first(args, kwargs)
             if forward is None or not self._continues(forward, proxy.module, x):
                 forward = self._begin(proxy.module, x)
-            if forward.run is None and torch.is_grad_enabled():  # a model may run its first layers under no_grad
+            if not (forward.run or forward.is_ordinary) and torch.is_grad_enabled():  # not with the first, perhaps
                 self._record(forward, proxy.module, args, kwargs, compiler)
             if forward.run is not None:
                 args, kwargs = without_cache(args, kwargs, self.path)
@@ -193,7 +196,9 @@ class Layerwise(Reversible):
     def _record(self, forward: ListForward, layer: nn.Module, args: Any, kwargs: Any, compiler: Any) -> None:
         """Run the layers from this one on reversibly, unless the call is one that cannot."""
         self._check_recording(layer)
-        if not is_exporting() and not has_cache(args, kwargs, self.path):
+        if is_exporting() or has_cache(args, kwargs, self.path):
+            forward.stay_ordinary()
+        else:
             forward.record(self.new_run(None, compiler, first=forward.steps))
 
     def _check_recording(self, layer: nn.Module) -> None:
@@ -283,7 +288,7 @@ class ReversibleModuleList(Layerwise, nn.ModuleList):
         return f"{name}(\n  {self.extra_repr()}{layers}"
 
     def __getitem__(self, index: Any) -> Any:
-        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else self._own(super().__getitem__(index))
 
 
 class IteratedSequential(Layerwise, nn.Sequential):
@@ -292,4 +297,4 @@ class IteratedSequential(Layerwise, nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
+        return self._own(super().__getitem__(index))

@@ -81,8 +81,10 @@ class StackOptions:
                 f"context_fn={self.context_fn!r}: treatment 'selective' has contexts of its own; take 'checkpoint' for"
                 " its blocks, or leave context_fn out"
             )
-        if len(given := [f"{name}={value!r}" for name in EXECUTION if (value := getattr(self, name))]) > 1:
-            raise ValueError(f"{' and '.join(given)} say the same; pass one of them")
+        given = [name for name in EXECUTION if getattr(self, name) is not getattr(StackOptions, name)]
+        if len(given) > 1:
+            values = " and ".join(f"{name}={getattr(self, name)!r}" for name in given)
+            raise ValueError(f"{values} say the same; pass one of them")
         if self.memory_budget is not None:
             read_budget(self.memory_budget)
             if self.overlap:

@@ -74,9 +74,9 @@ class DriftHistory:
             f"{path or 'the model'}: backward rebuilt the input with a relative error of {size:.1e}, more than"
             f" drift_tolerance={options.drift_tolerance:.1e}, and gradients are as wrong. If it is rounding, take a"
             " stabler coupling, float32 streams, grid_bits, or checkpoint some blocks by `treatments`. If a block"
-            " computes something else when it runs again, from random numbers of Python's, a state in lists or objects, or"
-            " a choice between values that are nearly equal, store that block, as a checkpoint only hides it; grid_bits"
-            " mends choices"
+            " computes something else when it runs again, from random numbers of Python's, a state in lists or objects,"
+            " or a choice between values that are nearly equal, store that block, as a checkpoint hides it;"
+            " grid_bits mends choices"
         )
         if options.on_drift == "raise":
             raise RuntimeError(message)

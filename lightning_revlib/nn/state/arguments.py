@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from lightning_revlib.nn.state.base import NOTHING, Call, State, StateError
-from lightning_revlib.nn.state.parameters import modified
 from lightning_revlib.nn.state.tensors import version, without_graph
 
 
@@ -32,5 +31,9 @@ class Arguments(State):
     def restore(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         for t, count in self.versions:
             if version(t) != count:
-                raise modified(f"an argument of shape {list(t.shape)}")
+                raise StateError(
+                    f"an argument of shape {list(t.shape)} has been modified in place since the call, by the model or a"
+                    " later block, and backward has to run this block on it again; pass the one that is modified to its"
+                    " block alone, by `layerwise`, or modify a copy"
+                )
         return NOTHING

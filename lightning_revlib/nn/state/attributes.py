@@ -9,6 +9,7 @@ from numbers import Number
 from operator import is_not
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from lightning_revlib.nn.state.parameters import modified
 from lightning_revlib.nn.state.tensors import is_data, is_fake, version, without_graph, without_graphs
 from lightning_revlib.nn.state.torch_layers import has_only_usual_attributes
 
-PLAIN = (Number, str, type(None), bytes, range, Enum, torch.dtype, torch.device)  # NumPy's scalars are Numbers
+PLAIN = (Number, numpy.generic, str, type(None), bytes, range, Enum, torch.dtype, torch.device)
 GROUPS = (tuple, list, dict)  # which count as changed if they are other objects
 PRESENT: Any = object()  # the value that an attribute has now
 

@@ -135,9 +135,9 @@ class CallState:
     def close(self) -> None:
         self.parts = [part for part in self.parts if part.shared or part.close()]
 
-    def of_next_call(self, stream: Tensor) -> CallState:
-        """Return the state before another call of the same block, which follows this one."""
-        return self.scope.capture(self.modules[0], stream, [], "")
+    def restore_shared(self) -> AbstractContextManager[None]:
+        """Put in place what all calls of the forward have met alike."""
+        return self._restore(self.scope.needed([part for part in self.parts if part.shared]))
 
     def restore(self) -> AbstractContextManager[None]:
         """Put in place what the call has met, and at the end what was there before."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -96,6 +98,73 @@ def test_state_that_a_step_changes(step: Any) -> None:
         state = {**stack.state_dict(), "calls": torch.tensor([getattr(m, "calls", 0) for m in stack])}
         found.append([*[p.grad for p in stack.parameters()], *state.values()])
     assert all(torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12) for ours, theirs in zip(*found, strict=True))
+
+
+class Counts(Stretch):
+    """Keeps the sum of its logarithms, and counts its calls in a buffer."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.total = self.log.sum()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_what_a_step_keeps_as_attributes_and_buffers(forwards: int) -> None:
+    blocks = [Counts(), nn.Linear(4, 4).double(), Counts()]
+    x, found = torch.randn(8, 8, dtype=torch.float64), []
+    for cls in (revlib.ReversibleSequential, revlib.CoupledSequential):
+        stack: Any = cls(*copy.deepcopy(blocks))
+        loss = torch.zeros(())
+        for _ in range(forwards):
+            y = stack(x)
+            total = stack[0].total
+            total += stack[2].total  # in place
+            loss = loss + y.square().sum() + total
+        loss.backward()
+        found.append([*[p.grad for p in stack.parameters()], stack[0].calls, stack[2].calls])
+    assert all(torch.allclose(ours, theirs, rtol=1e-9) for ours, theirs in zip(*found, strict=True))
+
+
+def test_contexts_of_a_step_s_runs_are_for_blocks() -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def context(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+
+    stack = revlib.ReversibleSequential(
+        Stretch(), nn.Linear(4, 4).double(), context_fn=lambda: (context("first"), context("second"))
+    )
+    stack(torch.randn(8, 8, dtype=torch.float64)).sum().backward()
+    assert entered.count("first") == 1
+
+
+def test_a_step_whose_parameter_was_changed_is_named() -> None:
+    stack = revlib.ReversibleSequential(nn.Linear(4, 4).double(), Stretch())
+    y = stack(torch.randn(8, 8, dtype=torch.float64))
+    with torch.no_grad():
+        stack[1].log.add_(1)
+    with pytest.raises(RuntimeError, match=r"^stack.1 \(Stretch\): parameter 'log' .* modified in place"):
+        y.sum().backward()
+
+
+def test_an_ordinary_block_with_an_inverse_gets_its_arguments() -> None:
+    class Scales(Stretch):
+        def forward(self, x: Tensor, by: float = 1.0) -> Tensor:
+            return super().forward(x) * by
+
+    stack = revlib.ReversibleSequential(Scales(), nn.Linear(4, 4).double(), ordinary=1, split_dim=None)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    y, other = (stack(x, layerwise=[((by,), {}), ((), {})]) for by in (2.0, 1.0))
+    assert not torch.allclose(y, other)
 
 
 def test_what_a_step_cannot_get_or_return() -> None:

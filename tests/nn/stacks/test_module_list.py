@@ -131,6 +131,8 @@ def test_a_copy_attribute_by_attribute_is_refused() -> None:
             clones[parent]._modules[child] = clone
     with pytest.raises(RuntimeError, match=r"layers: a copy .* take torch.func.functional_call"):
         clones[""](torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match=r"layers: a copy .* take torch.func.functional_call"):
+        clones[""].layers[0]
 
 
 def test_flops_are_four_thirds() -> None:
@@ -352,3 +354,29 @@ def test_a_cache_of_linear_attention(is_filled: bool) -> None:
         for layer in layers:
             x = layer(x, cache=cache)
     assert given == [cache if is_filled else None] * 2
+
+
+class Prefixed(Layer):
+    def forward(self, hidden: Tensor, cache: Any = None, scale: Any = 1.0) -> Any:  # type: ignore[override]
+        return hidden + torch.tanh(self.linear(hidden) + (0 if cache is None else cache.prefix))
+
+
+class Prefix:
+    prefix = 0.5
+
+    def get_seq_length(self) -> int:
+        return 1
+
+
+def test_a_filled_cache_that_some_layers_get() -> None:
+    layers = nn.ModuleList([Prefixed(6) for _ in range(4)])
+    stack = revlib.ReversibleModuleList(
+        copy.deepcopy(layers), coupling={"name": "momentum", "gamma": 0.0}, residual=True
+    )
+    x, found = torch.randn(3, 6), []
+    for each in (layers, stack):
+        h = x
+        for index, layer in enumerate(each):
+            h = layer(h, Prefix() if index % 2 == 0 else None)
+        found.append(h)
+    assert torch.allclose(*found, atol=1e-6)

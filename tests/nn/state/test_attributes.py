@@ -287,6 +287,7 @@ def test_layers_that_a_first_call_makes(treatment: Any, by_flag: bool) -> None:
         (range(1), range(2)),
         (Kind.ONE, Kind.TWO),
         (numpy.float32(1), numpy.float32(2)),
+        (numpy.bool_(True), numpy.bool_(False)),
         (Fraction(1, 2), Fraction(1, 3)),
     ],
     ids=str,

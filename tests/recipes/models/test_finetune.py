@@ -129,7 +129,13 @@ def test_a_checkpoint_knows_a_model_that_was_named_relative_to_a_folder(folder, 
     assert main(["predict", f"ckpt_path={folder / 'here'}", "prompt=Document", "count=2"]) == 1  # of data, no model
     assert "data.path=documents.jsonl" in capsys.readouterr().err
     data = ["data=text_file", f"data.path={folder / 'documents.jsonl'}", f"data.tokenizer={folder / 'model'}"]
-    assert main(["predict", f"ckpt_path={folder / 'here'}", "prompt=Document", "count=2", *data, "data.length=16"]) == 0
+    predict = ["predict", f"ckpt_path={folder / 'here'}", "prompt=Document", "count=2", *data, "data.length=16"]
+    assert main(predict) == 0
+    (folder / "model").rename(tmp_path / "model")  # it has moved here
+    try:
+        assert main([*predict[:-2], f"data.tokenizer={tmp_path / 'model'}", "data.length=16"]) == 0
+    finally:
+        (tmp_path / "model").rename(folder / "model")
 
 
 @pytest.mark.parametrize("prompt", ["Document", "null"])
