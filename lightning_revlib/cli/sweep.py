@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lightning_revlib.recipes.commands.run import RESULTS
 
 class SweepTable(Callback):
     """Print a row for each run of a sweep, whichever launcher and sweeper ran it."""
+
+    former: Mapping[Path, float] = {}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note what an earlier sweep has left in the folder."""

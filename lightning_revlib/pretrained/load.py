@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,13 +47,16 @@ def absolute(model: None) -> None: ...
 def absolute(model: str | None) -> str | None:
     """Return the name of a model, as it is known in all folders: of a local one its path from the root.
 
-    One whose folder has moved is looked for below the working directory, by the end of its path.
+    A path from the root that is no more is looked for below the working directory, by its end: a folder may have moved.
     """
-    if model is None:
-        return None
-    parts = Path(model).expanduser().parts
-    places = [Path(*parts[i:]) for i in range(len(parts))]
-    return next((str(place.absolute()) for place in places if place.exists()), model)
+    path = None if model is None else Path(model).expanduser()
+    if path is None or path.exists():
+        return None if path is None else os.path.abspath(path)
+    ends = [Path(*path.parts[i:]) for i in range(1, len(path.parts))] if path.is_absolute() else []
+    if found := next((end for end in ends if end.exists()), None):
+        warnings.warn(f"model={model!r} is not there any more: {found} is taken", stacklevel=2)
+        return os.path.abspath(found)
+    return model
 
 
 def load_tokenizer(model: str) -> Any:
@@ -66,7 +71,7 @@ def load_tokenizer(model: str) -> Any:
 def _find(model: str) -> tuple[str, dict[str, str]]:
     """Return a folder or a name, and the further arguments of `from_pretrained`."""
     _need("transformers", model)
-    path = Path(absolute(model)).expanduser()
+    path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file() and (folder := _package(path.parts[0])):
             path = folder.joinpath(*path.parts[1:])

@@ -171,25 +171,26 @@ def same_architecture(checkpoint: dict[str, Any], module: L.LightningModule, pat
 
 def _with_paths(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return hyperparameters with the present paths of a pretrained model and its tokenizer."""
-    return {**hparams, **{key: absolute(hparams[key]) for key in ("model", "tokenizer") if key in hparams}}
+    named = {key: hparams.get(key) for key in ("model", "tokenizer")}
+    return {**hparams, **{key: absolute(name) for key, name in named.items() if isinstance(name, str)}}
 
 
 def same_optimizer(checkpoint: dict[str, Any], overrides: Sequence[str], path: str) -> None:
     """Raise ValueError for overrides that would not count, as a resumed run has the checkpoint's optimizer."""
     trained = _values(checkpoint.get(OVERRIDES, overrides))
     keys = [key for key in _values(overrides) if key.partition(".")[0] == "scheduler" or ".optimizer." in f"{key}."]
-    ours = {key: value for key, value in _values(overrides).items() if key in keys}
-    if changed := [f"{key}={value}" for key, value in ours.items() if key not in trained or trained[key] != value]:
+    ours = {key: each for key, each in _values(overrides).items() if key in keys}
+    if changed := [line for key, (line, value) in ours.items() if key not in trained or trained[key][1] != value]:
         raise ValueError(
             f"{', '.join(changed)}: a run that resumes goes on with the optimizer and schedule of ckpt_path={path};"
             " leave it out"
         )
 
 
-def _values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the values of overrides, by key."""
+def _values(overrides: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Return overrides as they are written and their values, by key."""
     parsed = OverridesParser.create().parse_overrides([str(each) for each in overrides])
-    return {key_of(each.input_line or ""): each.value() for each in parsed}
+    return {key_of(each.input_line or ""): (each.input_line or "", each.value()) for each in parsed}
 
 
 def _hint(file: Path) -> str:

@@ -65,6 +65,9 @@ def _without_hooks(module: nn.Module, undo: ExitStack) -> list[nn.Parameter]:
     own = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
     lent = {id(p): nn.Parameter(p.detach()) for p in own if type(p) is nn.Parameter}
     named = named_parameters([m for m in module.modules() if isinstance(m._parameters, dict)])
+    for p in own:
+        if id(p) in lent:
+            vars(lent[id(p)]).update(vars(p))  # attributes that a user has given it
     undo.enter_context(swapped((m._parameters, name, lent[id(p)]) for m, name, p in named if id(p) in lent))
     parameters = [*lent.values(), *own]
     for p in parameters:

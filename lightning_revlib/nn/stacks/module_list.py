@@ -89,8 +89,7 @@ class Layerwise(Reversible):
             )
         if not len(self):
             raise ValueError(f"{type(self).__name__} got no blocks; pass at least one module")
-        if None in self._modules.values():
-            raise ValueError(f"{type(self).__name__} has None for a layer; put nn.Identity() there, or leave it out")
+        self.check_blocks()
         for layer in self:
             if (proxy := proxy_of(layer)) and proxy.owner is not self:
                 raise ValueError(

@@ -69,8 +69,14 @@ class Stack:
 
     def set_options(self, options: StackOptions) -> None:
         """Take options; ValueError or TypeError if they do not fit the blocks, and nothing has changed then."""
+        self.check_blocks()
         resolved = options.resolve(self._modules)
         self.options, self.resolved = options, resolved
+
+    def check_blocks(self) -> None:
+        """Raise ValueError for a place without a block."""
+        if None in self._modules.values():
+            raise ValueError(f"{type(self).__name__} has None for a block; put nn.Identity() there, or leave it out")
 
     def keep_described(self, described: dict[str, Any]) -> None:
         """Keep up to date what the config of a pretrained model says of the stack: its grid, once it is chosen."""

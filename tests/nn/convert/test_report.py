@@ -312,5 +312,5 @@ def test_lists_with_none() -> None:
     net, x = nn.Sequential(*[WithNone() for _ in range(3)]), torch.randn(2, 8)
     assert [stack.path for stack in revlib.report(net, x).stacks] == [""]
     assert revlib.memory(net, x).highest.total > 0
-    with pytest.raises(ValueError, match="has None for a layer"):
+    with pytest.raises(ValueError, match="has None for a block"):
         revlib.swap(net, {"0.parts": {"coupling": "midpoint"}})

@@ -132,6 +132,56 @@ def test_what_a_step_keeps_as_attributes_and_buffers(forwards: int) -> None:
     assert all(torch.allclose(ours, theirs, rtol=1e-9) for ours, theirs in zip(*found, strict=True))
 
 
+class Scaled(nn.Module):
+    """Reads a buffer, which others may exchange; makes and deletes others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0, dtype=torch.float64))
+        self.register_buffer("first", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first = None  # type: ignore[assignment]
+        self.register_buffer("seen", x.detach().mean())
+        return x * self.scale  # type: ignore[operator]
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y / self.scale  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("way", ["functional_call", "exchanged"])
+def test_buffers_that_others_exchange(way: str) -> None:
+    blocks = [Scaled(), nn.Linear(4, 4).double(), Scaled()]
+    x, found = torch.randn(8, 8, dtype=torch.float64), []
+    for cls in (revlib.ReversibleSequential, revlib.CoupledSequential):
+        stack: Any = cls(*copy.deepcopy(blocks))
+        if way == "functional_call":
+            lent = {"0.scale": torch.tensor(3.0).double(), "2.scale": torch.tensor(5.0).double()}
+            loss = torch.func.functional_call(stack, lent, (x,)).square().sum()
+        else:
+            loss = stack(x).square().sum()
+            stack[0].scale = torch.tensor(3.0).double()
+        found.append(torch.autograd.grad(loss, list(stack.parameters())))
+    assert all(torch.allclose(ours, theirs, rtol=1e-9) for ours, theirs in zip(*found, strict=True))
+
+
+def test_a_step_with_a_lazy_module() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LazyBatchNorm1d()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0 * self.norm(x)
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return y
+
+    stack = revlib.ReversibleSequential(Normed(), nn.Linear(4, 4))
+    stack(torch.randn(8, 8)).sum().backward()
+    assert stack.drift is not None and stack.drift < 1e-5
+
+
 def test_contexts_of_a_step_s_runs_are_for_blocks() -> None:
     entered: list[str] = []
 

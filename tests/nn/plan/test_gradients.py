@@ -138,3 +138,16 @@ def test_measuring_calls_no_hooks_of_parameters() -> None:
     for steps in (1, 2):
         stack(torch.randn(4, 16)).sum().backward()
         assert len(single) == 12 * steps and several == [12] * steps
+
+
+def test_blocks_that_read_attributes_of_their_parameters() -> None:
+    class Marked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.weight.factor  # type: ignore[no-any-return, attr-defined]
+
+    blocks = [Marked(8, 8) for _ in range(3)]
+    for block in blocks:
+        block.weight.factor = 0.5  # type: ignore[attr-defined]
+    stack = revlib.ReversibleSequential(*blocks, memory_budget="1MiB")
+    stack(torch.randn(4, 16)).sum().backward()
+    assert stack.plan is not None

@@ -133,7 +133,8 @@ def test_a_checkpoint_knows_a_model_that_was_named_relative_to_a_folder(folder, 
     assert main(predict) == 0
     (folder / "model").rename(tmp_path / "model")  # it has moved here
     try:
-        assert main([*predict[:-2], f"data.tokenizer={tmp_path / 'model'}", "data.length=16"]) == 0
+        with pytest.warns(UserWarning, match="model' is not there any more: model is taken"):
+            assert main([*predict[:-2], f"data.tokenizer={tmp_path / 'model'}", "data.length=16"]) == 0
     finally:
         (tmp_path / "model").rename(folder / "model")
 
