@@ -139,7 +139,8 @@ class Layerwise(Reversible):
             x, args, kwargs = proxy.first(args, kwargs)
             if forward is None or not self._continues(forward, proxy.module, x):
                 forward = self._begin(proxy.module, x)
-            if not (forward.run or forward.is_ordinary) and torch.is_grad_enabled():  # not with the first, perhaps
+            # The first layers may have run under no_grad.
+            if forward.run is None and not forward.is_ordinary and torch.is_grad_enabled():
                 self._record(forward, proxy.module, args, kwargs, compiler)
             if forward.run is not None:
                 args, kwargs = without_cache(args, kwargs, self.path)
