@@ -47,18 +47,7 @@ class SavedTensors(ABC):
     While the step runs, they are at hand: its block may call autograd itself. After `end`, only their sizes are left.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "changed",
-        "recomputed",
-        "rerun",
-        "retain",
-        "saved",
-        "sizes",
-        "state",
-        "step",
-        "versions",
-    )
+    __slots__ = ("__weakref__", "changed", "recomputed", "rerun", "saved", "sizes", "state", "step", "versions")
 
     is_rebuilt = False  # whether the second run's input was computed by the coupling's inverse
 
@@ -68,8 +57,7 @@ class SavedTensors(ABC):
         self.sizes: list[int] = []  # in bytes, after it
         self.changed: dict[int, torch.Size] = {}  # shapes of those that were modified in place after they were saved
         self.recomputed: list[Tensor | None] | None = None  # each until autograd has asked for it
-        self.retain = False  # recomputed tensors stay, as the gradient is itself differentiated
-        self.versions: list[int] = []  # of those that stay
+        self.versions: list[int] | None = None  # of recomputed tensors that stay: the gradient is itself differentiated
         self.rerun: AbstractContextManager[Any] = NOTHING  # around the second run, made by `context_fn`
 
     @abstractmethod
@@ -102,7 +90,7 @@ class SavedTensors(ABC):
         if (sizes := sizes_of(saved)) != self.sizes:
             raise computes_otherwise(self.step, self.sizes, saved, sizes, self.is_rebuilt)
         self.recomputed = [None if n in self.changed else t for n, t in enumerate(saved)] if self.changed else [*saved]
-        self.retain, self.versions = retain, versions(saved) if retain else []
+        self.versions = versions(saved) if retain else None
 
     def take_recomputed(self) -> list[Tensor | None] | None:
         """Return what the second run has saved, and have it no more."""
@@ -122,7 +110,7 @@ class SavedTensors(ABC):
         tensor = None if self.recomputed is None else self.recomputed[number]
         if tensor is None:
             return self._find(number)
-        if not self.retain:
+        if self.versions is None:
             self.recomputed[number] = None  # type: ignore[index]  # memory falls as the block's backward proceeds
         elif tensor._version != self.versions[number]:
             raise kept_modified(self.step, tensor.shape)
