@@ -31,11 +31,10 @@ class InvertibleFrame(Frame):
         out = step.couple(a, b, None)
         self.state.close()
         now = _versions(self.state.modules)
-        copies: dict[int, Tensor] = {}
-        for (m, name), mark in now.items():
-            t = m._buffers[name]
-            if t is not None and before.get((m, name)) != mark:
-                copies[id(t)] = copies.get(id(t), copy_of(t))  # one of a buffer with several names
+        changed = [m._buffers[name] for (m, name), mark in now.items() if before.get((m, name)) != mark]
+        copies = {
+            id(t): copy_of(t) for t in {id(t): t for t in changed if t is not None}.values()
+        }  # of several names one
         self.after = [(m._buffers, name, copies.get(id(m._buffers[name]), m._buffers[name])) for m, name in now]
         self.after += [(m._buffers, name, ABSENT) for m, name in before.keys() - now.keys()]
         return out
@@ -52,7 +51,7 @@ class InvertibleFrame(Frame):
 
 
 def _versions(modules: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], tuple[int, int]]:
-    """Return which tensor each buffer is, and its version; 0 of one without values yet."""
+    """Return each buffer's identity and version, by module and name; version 0 for one without values yet."""
     buffers = {(m, name): t for m in modules for name, t in m._buffers.items()}
     has_none = (type(None), UninitializedBuffer)
     return {key: (id(t), 0 if isinstance(t, has_none) else version(t)) for key, t in buffers.items()}

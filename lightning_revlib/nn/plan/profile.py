@@ -58,9 +58,9 @@ def measure(step: Step, treatment: str, a: Tensor, b: Tensor, *, last: bool, run
 
 
 def _without_hooks(module: nn.Module, undo: ExitStack) -> list[nn.Parameter]:
-    """Lend a module parameters with the same values and no hooks of users; return these, and its own.
+    """Lend a module parameters with the same values and without users' hooks, until `undo`; return these and its own.
 
-    Modules such as nn.LSTM have further references to their own. What gradients all of them get takes no memory.
+    Its own are among them, as modules such as nn.LSTM hold them in lists, too. The gradients of all count no bytes.
     """
     own = [p for p in module.parameters() if p.is_leaf and p.requires_grad]
     lent = {id(p): nn.Parameter(p.detach()) for p in own if type(p) is nn.Parameter}

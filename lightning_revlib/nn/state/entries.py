@@ -12,7 +12,7 @@ Entry: TypeAlias = tuple[Any, str, Any]  # a dict, or what a scripted module has
 
 @contextmanager
 def swapped(entries: Iterable[Entry]) -> Iterator[None]:
-    """Have dicts hold these entries inside, and at the end those of before."""
+    """Put entries into dicts inside the context, and put back at its end what was there before."""
     entries = [*entries]
     before = [(table, name, value_of(table, name)) for table, name, _ in entries]
     put(entries)

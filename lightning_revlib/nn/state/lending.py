@@ -18,7 +18,7 @@ _LENT: dict[nn.Module, int] = {}  # modules that have others' buffers, by the th
 
 @contextmanager
 def lend(buffers: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Have modules meet these buffers, by name, and at the end those of before. ABSENT takes one away."""
+    """Give modules these buffers inside the context, and their own at its end; ABSENT takes one away."""
     borrowers = {m: threading.get_ident() for m, _, _ in buffers}
     tell_of_threads(borrowers)
     _LENT.update(borrowers)

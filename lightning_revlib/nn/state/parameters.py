@@ -55,7 +55,7 @@ def named_parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str,
 
 
 class Noted:
-    """Parameters of modules at a time: whether they require grad, and their versions. A column is compared at once."""
+    """Parameters of modules at a time: whether they require grad, and their versions, in lists that compare at once."""
 
     __slots__ = ("ids", "named", "requires_grad", "versions")
 
