@@ -32,9 +32,8 @@ class InvertibleFrame(Frame):
         self.state.close()
         now = _versions(self.state.modules)
         changed = [m._buffers[name] for (m, name), mark in now.items() if before.get((m, name)) != mark]
-        copies = {
-            id(t): copy_of(t) for t in {id(t): t for t in changed if t is not None}.values()
-        }  # of several names one
+        once = {id(t): t for t in changed if t is not None}  # also one with several names
+        copies = {number: copy_of(t) for number, t in once.items()}
         self.after = [(m._buffers, name, copies.get(id(m._buffers[name]), m._buffers[name])) for m, name in now]
         self.after += [(m._buffers, name, ABSENT) for m, name in before.keys() - now.keys()]
         return out
