@@ -45,13 +45,15 @@ def absolute(model: str) -> str: ...
 @overload
 def absolute(model: None) -> None: ...
 def absolute(model: str | None) -> str | None:
-    """Return the name of a model, as it is known in all folders: of a local one its path from the root.
+    """Return a local model's path from the root, which is the same in all folders, and other names as they are.
 
-    A path from the root that is no more is looked for below the working directory, by its end: a folder may have moved.
+    A path from the root that is gone is looked for below the working directory, by its end: a folder may have moved.
     """
-    path = None if model is None else Path(model).expanduser()
-    if path is None or path.exists():
-        return None if path is None else os.path.abspath(path)
+    if model is None:
+        return None
+    path = Path(model).expanduser()
+    if path.exists():
+        return os.path.abspath(path)
     ends = [Path(*path.parts[i:]) for i in range(1, len(path.parts))] if path.is_absolute() else []
     if found := next((end for end in ends if end.exists()), None):
         warnings.warn(f"model={model!r} is not there any more: {found} is taken", stacklevel=2)

@@ -178,9 +178,13 @@ def _with_paths(hparams: Mapping[str, Any]) -> dict[str, Any]:
 def same_optimizer(checkpoint: dict[str, Any], overrides: Sequence[str], path: str) -> None:
     """Raise ValueError for overrides that would not count, as a resumed run has the checkpoint's optimizer."""
     trained = _values(checkpoint.get(OVERRIDES, overrides))
-    keys = [key for key in _values(overrides) if key.partition(".")[0] == "scheduler" or ".optimizer." in f"{key}."]
-    ours = {key: each for key, each in _values(overrides).items() if key in keys}
-    if changed := [line for key, (line, value) in ours.items() if key not in trained or trained[key][1] != value]:
+    changed = [
+        line
+        for key, (line, value) in _values(overrides).items()
+        if (key.partition(".")[0] == "scheduler" or ".optimizer." in f"{key}.")
+        and (key not in trained or trained[key][1] != value)
+    ]
+    if changed:
         raise ValueError(
             f"{', '.join(changed)}: a run that resumes goes on with the optimizer and schedule of ckpt_path={path};"
             " leave it out"
